@@ -1,0 +1,237 @@
+"""Which network: a timm name, a factory in a file, or a module, ready to run, with the preprocessing it expects.
+
+Whatever the way in, the weights are known by a digest over their values, because that, not a name, decides whether two
+extractions can be compared.
+"""
+
+import hashlib
+import importlib.util
+import os
+import socket
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import nn
+
+from h2t_store.backbones import resnet_cifar  # noqa: F401  registers h2t_resnet20
+from h2t_store.errors import ModelError, did_you_mean
+
+__all__ = ["Backbone", "load_backbone"]
+
+_CONNECT_SECONDS = 3
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen network.
+
+    Attributes
+    ----------
+    name : str
+        timm's name, ``file.py:factory``, or the class of a module.
+    model : nn.Module
+        In evaluation mode, on the CPU or wherever the caller had put it.
+    data_config : dict
+        timm's words for the preprocessing: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+        ``crop_mode``.
+    weights_sha256 : str
+        Digest over names and values of all parameters and buffers.
+    """
+
+    name: str
+    model: nn.Module
+    data_config: dict[str, Any]
+    weights_sha256: str
+
+
+def load_backbone(
+    model: str | nn.Module,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    img_size: int | None = None,
+    seed: int = 0,
+    fallback_size: tuple[int, int] | None = None,
+) -> Backbone:
+    """Build a network and find out how its images are prepared.
+
+    Parameters
+    ----------
+    model : str or nn.Module
+        A timm architecture, with a tag or an ``hf-hub:`` prefix if wished; ``path/to/file.py:factory``, whose factory
+        is called without arguments (naming the file is consent to run it); or a module.
+    pretrained : bool
+        Load timm's published weights; only for timm names, and not where ``checkpoint`` is given.
+    checkpoint : path-like, optional
+        Weights to load, ``.safetensors`` or a torch file of plain tensors; every key must fit.
+    img_size : int, optional
+        Side of the square input; by default the one in the network's data config.
+    seed : int
+        For the initialisation of weights that are not loaded, so that two extractions share one network.
+    fallback_size : (int, int), optional
+        Height and width to assume where neither the network nor ``img_size`` says.
+
+    Raises
+    ------
+    ModelError
+        Where the network cannot be built; the message says why.
+    """
+    if img_size is not None and img_size < 1:
+        raise ModelError(f"img_size {img_size}: accepted are positive numbers of pixels")
+    if isinstance(model, nn.Module):
+        name, network = type(model).__name__, model
+    elif ".py:" in model:
+        name, network = _from_file(model, seed)
+    else:
+        name, network = model, _from_timm(model, pretrained and checkpoint is None, img_size, seed)
+    if checkpoint is not None:
+        _load_checkpoint(network, Path(checkpoint))
+    network.eval()
+    config = _data_config(name, network, img_size, fallback_size)
+    return Backbone(name, network, config, _digest(network))
+
+
+def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
+    if not name.startswith(_HUB_PREFIXES):
+        if not timm.is_model(name):
+            suggestion = did_you_mean(name.split(".")[0], timm.list_models())
+            raise ModelError(
+                f"model {name!r} is unknown to timm{suggestion}; a file is given as path/to/file.py:factory"
+            )
+        if pretrained:
+            _require_weights(name)
+    elif pretrained and not name.startswith("local-dir:"):
+        _require_connection(name, huggingface_hub.constants.ENDPOINT)
+    build: Callable[..., nn.Module] = timm.create_model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if img_size is not None:
+                try:
+                    return build(name, pretrained=pretrained, img_size=img_size)
+                except TypeError as error:
+                    if "img_size" not in str(error):
+                        raise
+                    torch.manual_seed(seed)
+            return build(name, pretrained=pretrained)
+        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
+            raise ModelError(f"model {name!r} cannot be built: {_first_line(error)}") from error
+
+
+def _require_weights(name: str) -> None:
+    """Fail at once where published weights neither lie here nor can be fetched; timm would retry for a minute."""
+    found = get_pretrained_cfg(name)
+    config = found.to_dict() if found is not None else {}
+    if config.get("file") or config.get("state_dict"):
+        return
+    hub_id, url = config.get("hf_hub_id"), config.get("url")
+    if not hub_id and not url:
+        raise ModelError(f"model {name!r} has no published weights: pass --no-pretrained or --checkpoint FILE")
+    if hub_id:
+        files = (config.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin")
+        if any(isinstance(huggingface_hub.try_to_load_from_cache(hub_id, file), str) for file in files if file):
+            return
+    if url and (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name).exists():
+        return
+    _require_connection(name, huggingface_hub.constants.ENDPOINT if hub_id else str(url))
+
+
+def _require_connection(name: str, address: str) -> None:
+    if urllib.request.getproxies():
+        return
+    host = urlsplit(address).hostname
+    try:
+        socket.create_connection((host, 443), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ModelError(
+            f"model {name!r}: its weights are not on this machine and cannot be fetched "
+            f"({_first_line(error)}): pass --checkpoint FILE, or --no-pretrained for random weights"
+        ) from error
+
+
+def _from_file(spec: str, seed: int) -> tuple[str, nn.Module]:
+    path_text, _, factory_name = spec.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise ModelError(f"model {spec!r}: there is no file {path_text!r}")
+    module_spec = importlib.util.spec_from_file_location(f"_h2t_model_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ModelError(f"model {spec!r}: {path_text!r} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            module_spec.loader.exec_module(module)
+            factory = getattr(module, factory_name, None)
+            if not callable(factory):
+                callables = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+                suggestion = did_you_mean(factory_name, callables)
+                raise ModelError(f"model {spec!r}: {path.name} has no function {factory_name!r}{suggestion}")
+            network = factory()
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"model {spec!r}: the file or its factory failed: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"model {spec!r}: the factory returned {type(network).__name__}, not a torch.nn.Module")
+    return f"{path.name}:{factory_name}", network
+
+
+def _load_checkpoint(network: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"checkpoint {str(path)!r}: there is no such file")
+    try:
+        weights = load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {_first_line(error)}"
+        ) from error
+    try:
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        mismatch = str(error).splitlines()[-1].strip()
+        raise ModelError(f"checkpoint {str(path)!r} does not fit the model: {mismatch}") from error
+    for keys, problem in ((missing, "lacks"), (unexpected, "has besides")):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(f"checkpoint {str(path)!r} {problem} {', '.join(keys[:3])}{more}: it is of another model")
+
+
+def _data_config(
+    name: str, network: nn.Module, img_size: int | None, fallback_size: tuple[int, int] | None
+) -> dict[str, Any]:
+    described = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
+    described = dict(described) if isinstance(described, dict) else described.to_dict()
+    if img_size is None and not described.get("input_size"):
+        if fallback_size is None:
+            raise ModelError(f"model {name!r} does not say its input size: pass --img-size PIXELS")
+        described["input_size"] = (3, *fallback_size)
+    described.setdefault("crop_pct", 1.0)
+    config: dict[str, Any] = resolve_data_config({"img_size": img_size}, pretrained_cfg=described)
+    if config["input_size"][0] != 3:
+        raise ModelError(f"model {name!r} takes {config['input_size'][0]} channels; accepted are models of RGB images")
+    return config
+
+
+def _digest(network: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for key, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

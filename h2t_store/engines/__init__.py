@@ -1,0 +1,1 @@
+"""How row blocks are planned, and what runs them."""

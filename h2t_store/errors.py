@@ -1,0 +1,36 @@
+"""The errors a user can cause or meet: each carries one line that says what was given and what is accepted."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["DataError", "H2TError", "IncompleteError", "ModelError", "StoreError", "TapError", "did_you_mean"]
+
+
+class H2TError(ValueError):
+    """Base of everything this package raises on purpose; its message is one line, fit for a person."""
+
+
+class DataError(H2TError):
+    """The images cannot be read as asked."""
+
+
+class ModelError(H2TError):
+    """The network cannot be built or run as asked."""
+
+
+class TapError(ModelError):
+    """The taps asked for are not in the network, or their activations cannot be stored."""
+
+
+class StoreError(H2TError):
+    """The store does not hold what was asked for, or holds it damaged."""
+
+
+class IncompleteError(StoreError):
+    """An extraction was begun and not finished."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'a' or 'b'?)"``, or nothing where no known word is close."""
+    close = get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

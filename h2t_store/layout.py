@@ -1,0 +1,204 @@
+"""Store format 1: which groups, arrays and attributes one extraction consists of.
+
+::
+
+    STORE.zarr/                 group; attrs {"h2t_format": 1}
+      NAME/                     group; attrs: format, rows_per_block, classes, layers, provenance, digest, complete
+        features/TAP            (n, width) float, chunks (rows_per_block, <= 1024), crc32c, fill_value NaN
+        layer_norms             (n, n_layers) float32, crc32c, fill_value NaN
+        y                       (n,) int64, crc32c; -1 where unlabelled
+        sample_ids              (n,) string, crc32c
+        committed               (n_blocks,) uint8, chunks (1,), written last
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from h2t_store.errors import StoreError
+
+__all__ = [
+    "FORMAT",
+    "LOST_LABEL",
+    "MAX_CHUNK_COLUMNS",
+    "STORAGE_DTYPES",
+    "ExtractionHeader",
+    "Layer",
+    "check_name",
+    "create_arrays",
+    "feature_path",
+    "n_blocks",
+    "read_header",
+    "write_header",
+]
+
+FORMAT = 1
+MAX_CHUNK_COLUMNS = 1024
+LOST_LABEL = int(np.iinfo(np.int64).min)
+STORAGE_DTYPES = ("float16", "float32")
+
+
+class Layer(NamedTuple):
+    """The columns of one tap.
+
+    Attributes
+    ----------
+    name : str
+        The tap: a module name, with ``:in`` where it is the module's input.
+    start, stop : int
+        Its columns are ``start:stop``.
+    shape : tuple of int
+        Shape of the activation of one image before pooling, channels first.
+    """
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.stop - self.start
+
+    @property
+    def chunk_width(self) -> int:
+        """Columns per chunk: equal parts of at most 1024, because the last chunk is stored whole too."""
+        parts = -(-self.width // MAX_CHUNK_COLUMNS)
+        return -(-self.width // parts)
+
+
+@dataclass(frozen=True)
+class ExtractionHeader:
+    """What the attributes of one extraction say; a digest over it is stored beside it.
+
+    Attributes
+    ----------
+    n_samples : int
+        Number of rows.
+    rows_per_block : int
+        Rows that are computed and committed together; the chunk height of every array.
+    dtype : str
+        ``float16`` or ``float32``, as stored.
+    classes : tuple of str
+        ``classes[y]`` is the name of label ``y``.
+    layers : tuple of Layer
+        In the order the network computes them.
+    provenance : dict
+        How the rows were made (see `h2t_store.extraction`).
+    """
+
+    n_samples: int
+    rows_per_block: int
+    dtype: str
+    classes: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def n_features(self) -> int:
+        """Number of columns of all layers together."""
+        return self.layers[-1].stop
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything the header says."""
+        return _digest(self._content())
+
+    def to_attrs(self) -> dict[str, Any]:
+        """As JSON-ready attributes, with their digest."""
+        return self._content() | {"digest": self.digest}
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "n_samples": self.n_samples,
+            "rows_per_block": self.rows_per_block,
+            "dtype": self.dtype,
+            "classes": list(self.classes),
+            "layers": [[*layer[:3], list(layer.shape)] for layer in self.layers],
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_attrs(cls, attrs: Mapping[str, Any], where: str) -> "ExtractionHeader":
+        """Parse and check attributes; ``where`` names the extraction in errors."""
+        if attrs.get("format") != FORMAT:
+            raise StoreError(f"{where}: store format {attrs.get('format')!r}; this version reads format {FORMAT}")
+        content = {key: value for key, value in attrs.items() if key not in ("digest", "complete")}
+        if _digest(content) != attrs.get("digest"):
+            raise StoreError(f"{where}: the attributes in its zarr.json were changed or damaged: their digest differs")
+        return cls(
+            n_samples=attrs["n_samples"],
+            rows_per_block=attrs["rows_per_block"],
+            dtype=attrs["dtype"],
+            classes=tuple(attrs["classes"]),
+            layers=tuple(Layer(name, start, stop, tuple(shape)) for name, start, stop, shape in attrs["layers"]),
+            provenance=attrs["provenance"],
+        )
+
+
+def _digest(attrs: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()
+
+
+def n_blocks(header: ExtractionHeader) -> int:
+    """Number of row blocks, the last one possibly short."""
+    return -(-header.n_samples // header.rows_per_block)
+
+
+def feature_path(layer: Layer) -> str:
+    """Path of a layer's array below its extraction."""
+    return f"features/{layer.name}"
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can name an extraction (``a`` or ``a/b/…``), else raise `StoreError`."""
+    parts = name.split("/")
+    if any(not part or part in (".", "..") or part.startswith("__") or not part.isprintable() for part in parts):
+        raise StoreError(f"name {name!r}: accepted are words joined by '/', such as 'pets/train', none of them '..'")
+    return name
+
+
+def create_arrays(group: zarr.Group, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Sequence[str]) -> None:
+    """Create every array of an extraction; labels and identifiers are filled, features are left absent."""
+    rows = header.rows_per_block
+    common: dict[str, Any] = {"compressors": [Crc32cCodec()], "config": {"write_empty_chunks": True}}
+    for layer in header.layers:
+        group.create_array(
+            feature_path(layer),
+            shape=(header.n_samples, layer.width),
+            chunks=(rows, layer.chunk_width),
+            dtype=header.dtype,
+            fill_value=float("nan"),
+            **common,
+        )
+    group.create_array(
+        "layer_norms",
+        shape=(header.n_samples, len(header.layers)),
+        chunks=(rows, len(header.layers)),
+        dtype="float32",
+        fill_value=float("nan"),
+        **common,
+    )
+    labels = group.create_array("y", shape=y.shape, chunks=y.shape, dtype="int64", fill_value=LOST_LABEL, **common)
+    labels[:] = y
+    group.create_array("sample_ids", data=np.array(sample_ids, dtype=np.dtypes.StringDType()), **common)
+    group.create_array("committed", shape=(n_blocks(header),), chunks=(1,), dtype="uint8", fill_value=0, **common)
+
+
+def write_header(group: zarr.Group, header: ExtractionHeader) -> None:
+    """Write the attributes; an extraction exists from this moment on."""
+    group.update_attributes(header.to_attrs() | {"complete": False})
+
+
+def read_header(group: zarr.Group, where: str) -> ExtractionHeader:
+    """Read and check the attributes of an extraction."""
+    return ExtractionHeader.from_attrs(group.attrs.asdict(), where)

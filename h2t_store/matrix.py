@@ -1,0 +1,388 @@
+"""One extraction as a lazy matrix: rows are images, columns are features, and nothing is read until it is needed.
+
+A `FeatureMatrix` is an address and a selection of rows and columns, so indexing and pickling cost next to nothing.
+Reads go by whole chunks, each checked against its checksum, and a chunk that is absent is an error.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from h2t_store.errors import IncompleteError, StoreError, did_you_mean
+from h2t_store.layout import ExtractionHeader, Layer, feature_path, n_blocks
+from h2t_store.store import Extraction, FeatureStore
+
+__all__ = ["FeatureMatrix", "open_features"]
+
+Index = slice | Sequence[int] | Sequence[bool] | NDArray[Any]
+_READ_BYTES = 64 << 20
+
+
+def open_features(store: str | os.PathLike[str], name: str) -> "FeatureMatrix":
+    """Open a finished extraction.
+
+    Parameters
+    ----------
+    store : path-like
+        The store.
+    name : str
+        The extraction in it, such as ``pets/train``.
+
+    Returns
+    -------
+    FeatureMatrix
+        All its rows and columns.
+
+    Raises
+    ------
+    StoreError
+        Where there is no such store or extraction.
+    IncompleteError
+        Where the extraction was begun and not finished.
+    """
+    extraction = FeatureStore(store).open(name)
+    _require_complete(extraction)
+    return FeatureMatrix(os.path.abspath(store), name, extraction.header.digest, None, None, extraction)
+
+
+def _require_complete(extraction: Extraction) -> None:
+    if not extraction.complete:
+        done, total = int(extraction.committed().sum()), n_blocks(extraction.header)
+        raise IncompleteError(
+            f"{extraction.where} is unfinished ({done} of {total} row blocks): run the same extraction again to finish"
+        )
+
+
+class FeatureMatrix:
+    """Rows and columns of one extraction, read on demand as float32.
+
+    Made by `open_features` and `h2t_store.extract`; indexing gives another one. It is immutable, pickles as its address
+    and selection, and obeys enough of the array protocol for scikit-learn's splitters, searches and pipelines.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (n_rows, n_columns) of this selection.
+    dtype : numpy.dtype
+        float32, whatever is stored.
+    """
+
+    ndim = 2
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self,
+        store: str,
+        name: str,
+        digest: str,
+        rows: NDArray[np.int64] | None,
+        columns: NDArray[np.int64] | None,
+        extraction: Extraction | None = None,
+    ) -> None:
+        self._address = (store, name, digest)
+        self._rows = rows
+        self._columns = columns
+        self._opened = extraction
+
+    @property
+    def _extraction(self) -> Extraction:
+        if self._opened is None:
+            store, name, digest = self._address
+            extraction = FeatureStore(store).open(name)
+            if extraction.header.digest != digest:
+                raise StoreError(f"{extraction.where} was replaced by another extraction since this matrix was opened")
+            _require_complete(extraction)
+            self._opened = extraction
+        return self._opened
+
+    @property
+    def _header(self) -> ExtractionHeader:
+        return self._extraction.header
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n_rows = self._header.n_samples if self._rows is None else len(self._rows)
+        n_columns = self._header.n_features if self._columns is None else len(self._columns)
+        return n_rows, n_columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this selection once read."""
+        n_rows, n_columns = self.shape
+        return n_rows * n_columns * self.dtype.itemsize
+
+    @property
+    def name(self) -> str:
+        """Name of the extraction."""
+        return self._address[1]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the extraction was made: ``inputs`` that determine it, and its ``environment``."""
+        return self._header.provenance
+
+    @property
+    def y(self) -> NDArray[np.int64]:
+        """Labels (n_rows,); -1 where unlabelled."""
+        y = self._extraction.labels()
+        return y if self._rows is None else y[self._rows]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """``classes[label]`` is the name of a label."""
+        return self._header.classes
+
+    @property
+    def sample_ids(self) -> NDArray[Any]:
+        """Identifiers (n_rows,) of strings: paths relative to the data, or ``SPLIT/index``."""
+        ids = self._extraction.sample_ids()
+        return ids if self._rows is None else ids[self._rows]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of this selection with their columns in it.
+
+        Where columns were taken out of order, every run of columns from one layer is listed by itself.
+        """
+        return tuple(layer for _, layer in self._runs())
+
+    def _runs(self) -> list[tuple[int, Layer]]:
+        """(index in the header, layer with columns of this selection) for each run of columns from one layer."""
+        layers = self._header.layers
+        if self._columns is None:
+            return list(enumerate(layers))
+        owner = self._owners(self._columns)
+        starts = np.flatnonzero(np.diff(owner, prepend=-1))
+        stops = np.append(starts[1:], len(owner))
+        return [
+            (int(owner[start]), layers[owner[start]]._replace(start=int(start), stop=int(stop)))
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+
+    def _owners(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Index of the layer that each stored column belongs to."""
+        starts = [layer.start for layer in self._header.layers]
+        return np.searchsorted(starts, columns, side="right") - 1
+
+    @property
+    def feature_names(self) -> NDArray[Any]:
+        """Names (n_columns,) of the columns, such as ``layer3.2.act2[17]``."""
+        layers = self._header.layers
+        names = np.array([f"{layer.name}[{i}]" for layer in layers for i in range(layer.width)], dtype=object)
+        return names if self._columns is None else names[self._columns]
+
+    def select_layers(self, patterns: str | Sequence[str]) -> "FeatureMatrix":
+        """The columns of the layers whose name matches any of the globs, in store order.
+
+        Raises
+        ------
+        StoreError
+            Where a pattern matches no layer of this selection.
+        """
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        names = [layer.name for layer in self.layers]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise StoreError(
+                    f"select_layers: no layer matches {pattern!r}{did_you_mean(pattern, names)}; "
+                    f"there are {len(names)}, from {names[0]!r} to {names[-1]!r}"
+                )
+        keep = [
+            np.arange(layer.start, layer.stop)
+            for layer in self.layers
+            if any(fnmatchcase(layer.name, pattern) for pattern in patterns)
+        ]
+        return self[:, np.concatenate(keep)]
+
+    def layer_norms(self) -> NDArray[np.float32]:
+        """Euclidean norms (n_rows, len(layers)) of each layer's stored vector, over all its columns."""
+        norms = self._extraction.read("layer_norms", slice(None))
+        if np.isnan(norms).any():
+            raise StoreError(f"{self._extraction.where}: a chunk of layer_norms is missing")
+        columns = np.array([index for index, _ in self._runs()])
+        return norms[:, columns] if self._rows is None else norms[np.ix_(self._rows, columns)]
+
+    def column_blocks(self, max_bytes: int) -> Iterator[tuple[slice | NDArray[np.int64], NDArray[np.float32]]]:
+        """Read all columns in store order, a block at a time.
+
+        Parameters
+        ----------
+        max_bytes : int
+            A block holds at most this many bytes, and at least one column. Blocks end at chunk borders where they can,
+            so that a chunk is read once.
+
+        Yields
+        ------
+        columns : slice or ndarray of int
+            Which columns of this matrix the block holds.
+        block : ndarray of shape (n_rows, width), float32
+        """
+        n_rows, n_columns = self.shape
+        width = max(1, max_bytes // max(1, n_rows * self.dtype.itemsize))
+        stored = np.arange(n_columns) if self._columns is None else self._columns
+        order = np.argsort(stored, kind="stable")
+        stored = stored[order]
+        owner = self._owners(stored)
+        starts, widths = np.array([(layer.start, layer.chunk_width) for layer in self._header.layers]).T
+        chunk = (stored - starts[owner]) // widths[owner]
+        borders = np.flatnonzero((np.diff(owner) != 0) | (np.diff(chunk) != 0)) + 1
+        begin = 0
+        while begin < n_columns:
+            end = min(begin + width, n_columns)
+            if end < n_columns:
+                last = np.searchsorted(borders, end, side="right") - 1
+                if last >= 0 and borders[last] > begin:
+                    end = int(borders[last])
+            at = order[begin:end]
+            yield _tight(at), self._read(stored[begin:end])
+            begin = end
+
+    def _read(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read stored columns (any order) for the selected rows."""
+        out = np.empty((self.shape[0], len(columns)), dtype=np.float32)
+        owner = self._owners(columns)
+        for index in np.unique(owner):
+            layer = self._header.layers[index]
+            at = np.flatnonzero(owner == index)
+            self._read_layer(layer, columns[at] - layer.start, out, at)
+        return out
+
+    def _read_layer(
+        self, layer: Layer, columns: NDArray[np.int64], out: NDArray[np.float32], at: NDArray[np.int64]
+    ) -> None:
+        """Read ``columns`` of one layer for the selected rows into ``out[:, at]``, by runs of whole chunks."""
+        header = self._header
+        rows = np.arange(header.n_samples) if self._rows is None else self._rows
+        order = np.argsort(rows, kind="stable")
+        for column_run in _chunk_runs(columns, layer.chunk_width, layer.width, layer.width):
+            inside = np.flatnonzero((columns >= column_run.start) & (columns < column_run.stop))
+            width = column_run.stop - column_run.start
+            limit = max(1, _READ_BYTES // (width * np.dtype(header.dtype).itemsize))
+            for row_run in _chunk_runs(rows, header.rows_per_block, header.n_samples, limit):
+                block = self._extraction.read(feature_path(layer), row_run, column_run)
+                first, last = np.searchsorted(rows, [row_run.start, row_run.stop], sorter=order)
+                wanted = order[first:last]
+                part = block[_cross(rows[wanted] - row_run.start, columns[inside] - column_run.start)]
+                part = part.astype(np.float32, copy=False)
+                if np.isnan(part).any():
+                    raise StoreError(
+                        f"{self._extraction.where}: a chunk of {feature_path(layer)} is missing in rows "
+                        f"{row_run.start}:{row_run.stop}"
+                    )
+                out[_cross(wanted, at[inside])] = part
+
+    def __getitem__(self, key: Any) -> "FeatureMatrix":
+        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, ...)
+        n_rows, n_columns = self.shape
+        store, name, digest = self._address
+        return FeatureMatrix(
+            store,
+            name,
+            digest,
+            _compose(self._rows, rows, n_rows, "rows"),
+            _compose(self._columns, columns, n_columns, "columns"),
+            self._extraction,
+        )
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("a FeatureMatrix is read from disk: np.asarray(X, copy=False) cannot be done")
+        columns = np.arange(self._header.n_features) if self._columns is None else self._columns
+        read = self._read(columns)
+        return read if dtype is None else read.astype(dtype, copy=False)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        n_rows, n_columns = self.shape
+        return f"FeatureMatrix({self.name!r}, {n_rows} x {n_columns}, {len(self._runs())} layers)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        header = self._header
+        return _unpickle, (*self._address, _pack(self._rows, header.n_samples), _pack(self._columns, header.n_features))
+
+
+def _chunk_runs(indices: NDArray[np.int64], chunk: int, size: int, limit: int) -> Iterator[slice]:
+    """Slices of whole chunks that cover ``indices``, neighbours joined up to about ``limit`` elements."""
+    touched = np.unique(indices // chunk)
+    per_run = max(1, limit // chunk)
+    begin = 0
+    for end in range(1, len(touched) + 1):
+        full = end - begin == per_run
+        if end == len(touched) or touched[end] != touched[end - 1] + 1 or full:
+            yield slice(int(touched[begin]) * chunk, min((int(touched[end - 1]) + 1) * chunk, size))
+            begin = end
+
+
+def _tight(indices: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Consecutive integers as a slice, others as they are."""
+    if len(indices) and (np.diff(indices) == 1).all():
+        return slice(int(indices[0]), int(indices[-1]) + 1)
+    return indices
+
+
+def _cross(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> tuple[Any, Any]:
+    """An index for all pairs of rows and columns: slices, which copy nothing, where the integers are consecutive."""
+    tight = _tight(rows), _tight(columns)
+    if any(isinstance(index, slice) for index in tight):
+        return tight
+    across, down = np.ix_(rows, columns)
+    return across, down
+
+
+def _compose(current: NDArray[np.int64] | None, index: Any, n: int, axis: str) -> NDArray[np.int64] | None:
+    """Apply ``index`` along an axis of length ``n`` to the selection made before."""
+    if index is Ellipsis or (isinstance(index, slice) and index == slice(None)):
+        return current
+    chosen = np.arange(n)[index] if isinstance(index, slice) else _as_integers(index, n, axis)
+    return chosen if current is None else current[chosen]
+
+
+def _as_integers(index: ArrayLike, n: int, axis: str) -> NDArray[np.int64]:
+    array = np.asarray(index)
+    if array.ndim != 1:
+        raise TypeError(
+            f"{axis} index must be a slice, a 1-d array of integers or a 1-d mask; got "
+            f"{type(index).__name__} with {array.ndim} dimensions (for one row use X[[i]])"
+        )
+    if array.dtype == bool:
+        if len(array) != n:
+            raise IndexError(f"{axis} mask has {len(array)} entries for {n} {axis}")
+        return np.flatnonzero(array)
+    if len(array) == 0:
+        return np.empty(0, dtype=np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{axis} index must hold integers or booleans, not {array.dtype}")
+    if array.min() < -n or array.max() >= n:
+        raise IndexError(
+            f"{axis} index {int(array.max() if array.max() >= n else array.min())} is out of range for {n} {axis}"
+        )
+    array = array.astype(np.int64)
+    return np.where(array < 0, array + n, array)
+
+
+def _pack(selection: NDArray[np.int64] | None, size: int) -> tuple[str, Any]:
+    """A selection in few bytes: a bit per element where it is in order, else the smallest integers."""
+    if selection is None:
+        return "all", None
+    if (np.diff(selection) > 0).all():
+        mask = np.zeros(size, dtype=bool)
+        mask[selection] = True
+        return "mask", np.packbits(mask)
+    return "indices", selection.astype(np.min_scalar_type(size))
+
+
+def _unpack(packed: tuple[str, Any]) -> NDArray[np.int64] | None:
+    kind, data = packed
+    if kind == "all":
+        return None
+    return np.flatnonzero(np.unpackbits(data)) if kind == "mask" else data.astype(np.int64)
+
+
+def _unpickle(store: str, name: str, digest: str, rows: tuple[str, Any], columns: tuple[str, Any]) -> FeatureMatrix:
+    return FeatureMatrix(store, name, digest, _unpack(rows), _unpack(columns))

@@ -1,0 +1,232 @@
+"""A store on disk: which extractions it holds, and the one way in which they are begun, filled, finished and removed.
+
+A row block counts from the moment its flag in ``committed`` is written, after every layer of it. An extraction counts
+from the moment its attributes are written, after every array was created. So a crash between any two writes leaves
+either nothing that counts or something that can be continued.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from h2t_store import layout
+from h2t_store.errors import StoreError, did_you_mean
+from h2t_store.layout import ExtractionHeader
+
+__all__ = ["Extraction", "FeatureStore"]
+
+
+class Extraction:
+    """One extraction in a store: its header and its arrays.
+
+    Attributes
+    ----------
+    where : str
+        ``STORE: NAME``, for messages.
+    header : ExtractionHeader
+        What its attributes say.
+    """
+
+    def __init__(self, group: zarr.Group, where: str) -> None:
+        self._group = group
+        self.where = where
+        self.header = layout.read_header(group, where)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def array(self, path: str) -> zarr.Array[Any]:
+        """The array at ``path``, opened once; raises `StoreError` where it is gone."""
+        if path not in self._arrays:
+            try:
+                array = self._group[path]
+            except KeyError:
+                raise StoreError(f"{self.where}: array {path!r} is missing") from None
+            if not isinstance(array, zarr.Array):
+                raise StoreError(f"{self.where}: {path!r} is not an array")
+            self._arrays[path] = array
+        return self._arrays[path]
+
+    def read(self, path: str, rows: slice, columns: slice | None = None) -> NDArray[Any]:
+        """Part of an array; damage that its checksum shows becomes a `StoreError` with the place."""
+        array = self.array(path)
+        try:
+            return np.asarray(array[rows] if columns is None else array[rows, columns])
+        except (ValueError, OSError, RuntimeError) as error:
+            raise StoreError(f"{self.where}: {path}, rows {rows.start}:{rows.stop} cannot be read: {error}") from error
+
+    def committed(self) -> NDArray[np.bool_]:
+        """Which row blocks are on disk, one flag per block."""
+        return self.read("committed", slice(None)).astype(bool)
+
+    def write_block(self, block: int, features: NDArray[Any], norms: NDArray[np.float32]) -> None:
+        """Write one row block of every layer, then commit it.
+
+        Parameters
+        ----------
+        block : int
+            Index of the row block.
+        features : ndarray of shape (rows, n_features)
+            All layers side by side, in the order of the header.
+        norms : ndarray of shape (rows, n_layers), float32
+            Euclidean norm of each layer's part of each row.
+        """
+        start = block * self.header.rows_per_block
+        rows = slice(start, start + len(features))
+        for layer in self.header.layers:
+            self.array(layout.feature_path(layer))[rows] = features[:, layer.start : layer.stop]
+        self.array("layer_norms")[rows] = norms
+        self.array("committed")[block] = 1
+
+    def finish(self) -> None:
+        """Mark the extraction complete; every block must be committed."""
+        missing = int((~self.committed()).sum())
+        if missing:
+            raise StoreError(f"{self.where}: {missing} row blocks are not committed")
+        self._group.update_attributes({"complete": True})
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row block was committed."""
+        return self._group.attrs.get("complete") is True
+
+    def stored_bytes(self) -> int:
+        """Bytes that the chunks on disk take."""
+        paths = [layout.feature_path(layer) for layer in self.header.layers]
+        return sum(self.array(path).nbytes_stored() for path in [*paths, "layer_norms", "y", "sample_ids", "committed"])
+
+    def labels(self) -> NDArray[np.int64]:
+        """Labels (n_samples,), -1 where unlabelled."""
+        y = self.read("y", slice(None))
+        if len(y) and y.min() == layout.LOST_LABEL:
+            raise StoreError(f"{self.where}: a chunk of y is missing")
+        return y
+
+    def sample_ids(self) -> NDArray[Any]:
+        """Identifiers (n_samples,) of strings."""
+        ids = self.read("sample_ids", slice(None))
+        if (ids == "").any():
+            raise StoreError(f"{self.where}: a chunk of sample_ids is missing")
+        return ids
+
+
+class FeatureStore:
+    """A Zarr group on a local disk that holds extractions by name.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder of the store.
+    create : bool
+        Make the store where there is none; otherwise that is an error.
+
+    Raises
+    ------
+    StoreError
+        Where ``path`` is not a store, or holds another format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+        self.path = Path(path)
+        if not (self.path / "zarr.json").exists():
+            if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+                raise StoreError(f"store {str(path)!r} exists and is not a feature store: choose another path")
+            if not create:
+                raise StoreError(f"store {str(path)!r} does not exist")
+            try:
+                zarr.create_group(str(self.path), zarr_format=3, attributes={"h2t_format": layout.FORMAT})
+            except OSError as error:
+                raise StoreError(f"store {str(path)!r} cannot be made: {error.strerror or error}") from error
+        try:
+            self._root = zarr.open_group(str(self.path), mode="r+", zarr_format=3)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise StoreError(f"store {str(path)!r} cannot be opened: {error}") from error
+        found = self._root.attrs.get("h2t_format")
+        if found != layout.FORMAT:
+            raise StoreError(f"store {str(path)!r}: h2t_format is {found!r}; this version reads {layout.FORMAT}")
+
+    def names(self) -> list[str]:
+        """Names of the extractions, finished or not, sorted."""
+        return sorted(name for name, _ in self._walk(self._root, ""))
+
+    def _walk(self, group: zarr.Group, prefix: str) -> Iterator[tuple[str, zarr.Group]]:
+        for name, child in group.groups():
+            if "digest" in child.attrs:
+                yield prefix + name, child
+            else:
+                yield from self._walk(child, f"{prefix}{name}/")
+
+    def _group(self, name: str) -> zarr.Group | None:
+        node = self._root.get(layout.check_name(name))
+        return node if isinstance(node, zarr.Group) else None
+
+    def open(self, name: str) -> Extraction:
+        """Open the extraction ``name``; raises `StoreError` where there is none."""
+        group = self._group(name)
+        if group is None or "digest" not in group.attrs:
+            known = self.names()
+            listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
+            raise StoreError(
+                f"store {str(self.path)!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}"
+            )
+        return Extraction(group, f"{self.path}: {name}")
+
+    def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Sequence[str]) -> Extraction:
+        """Create the extraction ``name``, or open the one begun before from the same things.
+
+        Raises
+        ------
+        StoreError
+            Where an extraction of that name, or of a part of it, was made from something else; the message names what
+            differs.
+        """
+        parts = layout.check_name(name).split("/")
+        for depth in range(1, len(parts)):
+            above = self._group("/".join(parts[:depth]))
+            if above is not None and "digest" in above.attrs:
+                raise StoreError(
+                    f"name {name!r}: {'/'.join(parts[:depth])!r} is an extraction already; choose another name"
+                )
+        group = self._group(name)
+        if group is not None and any(True for _ in self._walk(group, "")):
+            raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
+        if group is not None and "digest" in group.attrs:
+            begun = Extraction(group, f"{self.path}: {name}")
+            different = _differences(begun.header.provenance["inputs"], header.provenance["inputs"])
+            if different:
+                raise StoreError(
+                    f"{begun.where} was made from something else ({'; '.join(different)}): choose another name, or "
+                    f"remove it with: h2t rm {self.path} {name}"
+                )
+            return begun
+        if group is not None:
+            del self._root[name]
+        group = self._root.create_group(name)
+        layout.create_arrays(group, header, y, sample_ids)
+        layout.write_header(group, header)
+        return Extraction(group, f"{self.path}: {name}")
+
+    def remove(self, name: str) -> None:
+        """Remove the extraction ``name`` and what it wrote."""
+        self.open(name)
+        group = self._group(name)
+        assert group is not None
+        group.attrs.put({})
+        del self._root[name]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``key: old, now new`` for each key whose values differ, long values cut short."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+
+    return [
+        f"{key} was {short(old.get(key))}, now {short(new.get(key))}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
