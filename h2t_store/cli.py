@@ -20,6 +20,11 @@ __all__ = ["extract_main", "h2t_main"]
 
 _PLAIN_SECONDS = 10.0
 
+
+class _InterruptedError(Exception):
+    """A signal stopped the job; typer keeps KeyboardInterrupt to itself."""
+
+
 _extract_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _h2t_app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="Look into a feature store."
@@ -72,26 +77,29 @@ def _extract(
     from h2t_store.extraction import extract
 
     start = time.perf_counter()
-    with _progress() as meter:
-        matrix = extract(
-            data,
-            model=model,
-            store=store,
-            name=name,
-            split=split,
-            pretrained=pretrained,
-            checkpoint=checkpoint,
-            img_size=img_size,
-            taps=taps,
-            target_size=target_size,
-            dtype=dtype,  # type: ignore[arg-type]  # checked by extract, which knows what is accepted
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            amp=amp,
-            seed=seed,
-            progress=meter,
-        )
+    try:
+        with _progress() as meter:
+            matrix = extract(
+                data,
+                model=model,
+                store=store,
+                name=name,
+                split=split,
+                pretrained=pretrained,
+                checkpoint=checkpoint,
+                img_size=img_size,
+                taps=taps,
+                target_size=target_size,
+                dtype=dtype,  # type: ignore[arg-type]  # checked by extract, which knows what is accepted
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                amp=amp,
+                seed=seed,
+                progress=meter,
+            )
+    except KeyboardInterrupt:
+        raise _InterruptedError from None
     seconds = time.perf_counter() - start
     n_rows, n_columns = matrix.shape
     work = f"{meter.computed} computed in {seconds:.1f} s" if meter.computed else "nothing to compute"
@@ -184,7 +192,7 @@ def _run(app: typer.Typer) -> None:
         code = app(standalone_mode=False)
     except H2TError as error:
         code = _fail(str(error), 1)
-    except KeyboardInterrupt:
+    except _InterruptedError:
         code = _fail("interrupted: finished row blocks are stored, the same command continues", 130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from timm.data import create_transform
 from torch import nn
@@ -18,7 +17,7 @@ from h2t_store.engines.blocks import plan, rows_per_block
 from h2t_store.errors import H2TError, ModelError, TapError
 from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer, check_name
 from h2t_store.matrix import FeatureMatrix, open_features
-from h2t_store.store import FeatureStore
+from h2t_store.store import Extraction, FeatureStore
 
 __all__ = ["extract"]
 
@@ -116,43 +115,46 @@ def extract(
     )
     backbone.model.to(torch_device)
     found, left_out = _find(backbone, taps, torch_device)
-    layers = _layers(found, target_size)
-    header = ExtractionHeader(
-        n_samples=len(source.y),
-        rows_per_block=rows_per_block(len(source.y), layers[-1].stop * np.dtype(dtype).itemsize),
-        dtype=dtype,
-        classes=source.classes,
-        layers=layers,
-        provenance={
-            "inputs": {
-                "data": source.description,
-                "model": backbone.name,
-                "weights_sha256": backbone.weights_sha256,
-                "preprocessing": {key: _plain(value) for key, value in backbone.data_config.items()},
-                "taps": [tap.name for tap in found],
-                "target_size": target_size,
-                "dtype": dtype,
-                "amp": "bfloat16" if amp else None,
-            },
-            "environment": {
-                "data": "arrays" if isinstance(data, tuple) else os.fspath(data),
-                "pretrained": pretrained and checkpoint is None,
-                "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
-                "taps_asked": taps if isinstance(taps, str) else list(taps),
-                "taps_left_out": left_out,
-                "seed": seed,
-                "batch_size": batch_size,
-                "device": torch_device.type,
-                "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr")},
-            },
-        },
+    environment = {
+        "data": "arrays" if isinstance(data, tuple) else os.fspath(data),
+        "pretrained": pretrained and checkpoint is None,
+        "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
+        "taps_asked": taps if isinstance(taps, str) else list(taps),
+        "taps_left_out": left_out,
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": torch_device.type,
+        "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr")},
+    }
+    forward = local.Forward(
+        model=backbone.model,
+        taps=found,
+        transform=create_transform(**backbone.data_config, is_training=False),
+        target_size=target_size,
+        dtype=getattr(torch, dtype),
+        device=torch_device,
+        amp=amp,
     )
+    header = _header(source, backbone, forward, environment)
     extraction = FeatureStore(store, create=True).begin(name, header, source.y, source.sample_ids)
     if extraction.complete:
         _log.info("%s is complete: nothing to compute", extraction.where)
-        return open_features(store, name)
-    committed = extraction.committed()
-    todo = [block for block in plan(header.n_samples, extraction.header.rows_per_block) if not committed[block.number]]
+    else:
+        workers = _workers(source) if workers is None else workers
+        _compute_missing(extraction, forward, source, batch_size, workers, progress)
+    return open_features(store, name)
+
+
+def _compute_missing(
+    extraction: Extraction,
+    forward: local.Forward,
+    source: Source,
+    batch_size: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    header, committed = extraction.header, extraction.committed()
+    todo = [block for block in plan(header.n_samples, header.rows_per_block) if not committed[block.number]]
     if committed.any():
         _log.info(
             "%s: %d of %d row blocks are there, computing the rest", extraction.where, committed.sum(), len(committed)
@@ -166,27 +168,33 @@ def extract(
             progress(done, header.n_samples)
 
     advance(0)
-
-    forward = local.Forward(
-        model=backbone.model,
-        taps=found,
-        transform=create_transform(**backbone.data_config, is_training=False),
-        target_size=target_size,
-        dtype=getattr(torch, dtype),
-        device=torch_device,
-        amp=amp,
-    )
-    local.run(
-        forward,
-        source,
-        extraction,
-        todo,
-        batch_size=batch_size,
-        workers=_workers(source) if workers is None else workers,
-        progress=advance,
-    )
+    local.run(forward, source, extraction, todo, batch_size=batch_size, workers=workers, progress=advance)
     extraction.finish()
-    return open_features(store, name)
+
+
+def _header(
+    source: Source, backbone: Backbone, forward: local.Forward, environment: dict[str, Any]
+) -> ExtractionHeader:
+    """What is to be stored; extractions with equal ``inputs`` hold equal features."""
+    layers = _layers(forward.taps, forward.target_size)
+    inputs = {
+        "data": source.description,
+        "model": backbone.name,
+        "weights_sha256": backbone.weights_sha256,
+        "preprocessing": {key: _plain(value) for key, value in backbone.data_config.items()},
+        "taps": [tap.name for tap in forward.taps],
+        "target_size": forward.target_size,
+        "dtype": _name(forward.dtype),
+        "amp": "bfloat16" if forward.amp else None,
+    }
+    return ExtractionHeader(
+        n_samples=len(source.y),
+        rows_per_block=rows_per_block(len(source.y), layers[-1].stop * forward.dtype.itemsize),
+        dtype=_name(forward.dtype),
+        classes=source.classes,
+        layers=layers,
+        provenance={"inputs": inputs, "environment": environment},
+    )
 
 
 def _check_parameters(name: str, target_size: int, dtype: str, batch_size: int, workers: int | None) -> None:
@@ -241,6 +249,10 @@ def _layers(taps: Sequence[Tap], target_size: int) -> tuple[Layer, ...]:
 
 def _workers(source: Source) -> int:
     return 0 if isinstance(source, ArraySource) else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plain(value: Any) -> Any:

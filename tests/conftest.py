@@ -1,0 +1,32 @@
+"""What several test files need: images, labels, and a store with something in it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+MODELS = Path(__file__).with_name("tiny_models.py")
+
+
+@pytest.fixture
+def images() -> NDArray[np.uint8]:
+    """40 random images of 8 x 8 pixels."""
+    return np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def labels() -> NDArray[np.int64]:
+    return np.arange(40) % 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path, images: NDArray[np.uint8]) -> Path:
+    """The images as PNG files in the class folders ``a`` to ``d``."""
+    root = tmp_path / "pictures"
+    for i, image in enumerate(images):
+        path = root / "abcd"[i % 4] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return root

@@ -1,0 +1,48 @@
+"""The two halves meet in a protocol only, and imports run downward only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for package in ("h2t_store", "estimators") for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this project that the file imports, wherever the statement stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    known = {module_name(file) for file in FILES}
+    return {name for name in names if name in known} - {module_name(path)}
+
+
+@pytest.mark.parametrize(("package", "other"), [("h2t_store", "estimators"), ("estimators", "h2t_store")])
+def test_the_halves_do_not_import_each_other(package, other):
+    for path in FILES:
+        if path.is_relative_to(ROOT / package):
+            assert not any(name.split(".")[0] == other for name in imports(path)), path
+
+
+def test_there_is_no_import_circle():
+    graph = {module_name(path): imports(path) for path in FILES if path.name != "__init__.py"}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name in graph and name not in done:
+            for imported in graph[name]:
+                visit(imported, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    assert len(done) == len(graph)

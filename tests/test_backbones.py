@@ -1,0 +1,130 @@
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import timm
+import tiny_models
+import torch
+from conftest import MODELS
+from safetensors.torch import save_file
+
+from h2t_store.backbones import load_backbone
+from h2t_store.backbones.resnet_cifar import ResNetCifar
+from h2t_store.errors import ModelError
+
+
+def failing_with(message: str):
+    return pytest.raises(ModelError, match=message)
+
+
+def test_the_bundled_weights_are_small_and_load_in_float32_by_their_timm_name():
+    backbone = load_backbone("h2t_resnet20")
+    weights = Path(timm.models.get_pretrained_cfg("h2t_resnet20").file)
+    assert weights.stat().st_size <= 1_000_000
+    assert {p.dtype for p in backbone.model.parameters()} == {torch.float32}
+    assert backbone.data_config["input_size"] == (3, 32, 32)
+    assert backbone.weights_sha256 == load_backbone(timm.create_model("h2t_resnet20", pretrained=True)).weights_sha256
+    assert backbone.weights_sha256 != load_backbone("h2t_resnet20", pretrained=False).weights_sha256
+
+
+def test_the_bundled_network_has_timms_model_interface():
+    model = timm.create_model("h2t_resnet20", num_classes=7).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert model(x).shape == (2, 7)
+    assert model.forward_features(x).shape == (2, 64, 8, 8)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 64)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 64)
+    assert sum(p.numel() for p in ResNetCifar().parameters()) == 269_722
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    def digest(seed: int) -> str:
+        torch.rand(seed + 3)
+        return load_backbone("h2t_resnet20", pretrained=False, seed=seed).weights_sha256
+
+    assert digest(0) == digest(0) != digest(1)
+    state = torch.get_rng_state()
+    first, second = (load_backbone(f"{MODELS}:small_input") for _ in range(2))
+    assert torch.get_rng_state().equal(state)
+    assert first.weights_sha256 == second.weights_sha256
+
+
+def test_a_checkpoint_replaces_the_weights(tmp_path):
+    model = tiny_models.Functional()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    for file in ("w.safetensors", "w.pt"):
+        loaded = load_backbone(f"{MODELS}:functional", checkpoint=tmp_path / file, img_size=8)
+        assert all(loaded.model.state_dict()[key].equal(value) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_must_fit(tmp_path):
+    weights = tiny_models.Functional().state_dict()
+    short = {k: v for k, v in weights.items() if k != "head.bias"}
+    for name, tensors in {
+        "short": short,
+        "long": weights | {"extra": torch.zeros(1)},
+        "shape": weights | {"head.bias": torch.zeros(9)},
+    }.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name, message in {
+        "short": "lacks head.bias",
+        "long": "has besides extra",
+        "shape": "does not fit the model: .*head.bias",
+        "text": "neither safetensors nor",
+        "absent": "there is no such file",
+    }.items():
+        with failing_with(message):
+            load_backbone(f"{MODELS}:functional", checkpoint=tmp_path / f"{name}.safetensors", img_size=8)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    torch.save({"head.bias": Evil()}, tmp_path / "evil.pt")
+    with failing_with("plain tensors"):
+        load_backbone(f"{MODELS}:functional", checkpoint=tmp_path / "evil.pt", img_size=8)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet81", "model 'resnet81' is unknown to timm (did you mean 'resnet18'"),
+        ("nowhere.py:factory", "there is no file 'nowhere.py'"),
+        (f"{MODELS}:functionnal", "has no function 'functionnal' (did you mean 'functional'"),
+        (f"{MODELS}:not_a_module", "returned int, not a torch.nn.Module"),
+        (f"{MODELS}:failing", "failed: RuntimeError: no such luck"),
+        (f"{MODELS}:functional", "does not say its input size: pass --img-size"),
+    ],
+)
+def test_what_cannot_be_built_says_why(model, message):
+    with failing_with(re.escape(message)):
+        load_backbone(model)
+
+
+def test_without_a_connection_published_weights_fail_at_once(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    for model in ("resnet18", "hf-hub:timm/resnet18.a1_in1k"):
+        with failing_with("cannot be fetched .*unreachable.*--no-pretrained"):
+            load_backbone(model)
+
+
+def test_preprocessing_comes_from_the_model_and_img_size_overrides_it():
+    config = load_backbone(f"{MODELS}:small_input").data_config
+    assert (config["input_size"], config["mean"], config["crop_pct"]) == ((3, 8, 8), (0.0,) * 3, 1.0)
+    assert load_backbone(f"{MODELS}:small_input", img_size=12).data_config["input_size"] == (3, 12, 12)
+    vit = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=64)
+    assert vit.model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+    assert load_backbone(tiny_models.Functional(), fallback_size=(8, 10)).data_config["input_size"] == (3, 8, 10)

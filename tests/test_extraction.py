@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from conftest import MODELS
+from PIL import Image
+
+from h2t_store import extract, open_features
+from h2t_store.engines import blocks, local
+from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoreError, TapError
+from h2t_store.store import Extraction
+
+MODEL = f"{MODELS}:small_input"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several row blocks out of few images."""
+    monkeypatch.setattr(blocks, "_MAX_ROWS", 16)
+
+
+@torch.no_grad()
+def test_rows_are_the_pooled_activations_of_their_images(tmp_path, images, labels):
+    matrix = extract((images, labels), model=MODEL, store=tmp_path / "s", name="x", target_size=4, batch_size=7)
+    torch.manual_seed(0)
+    model = tiny_models.Functional().eval()
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    stem = torch.relu(model.stem(x))
+    read = np.asarray(matrix)
+    np.testing.assert_allclose(read[:, :4], stem.mean((2, 3)), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(read[:, -5:], model(x), rtol=2e-3, atol=1e-4)
+    assert matrix.layers[0].name == "layers.0.conv1:in"
+    assert matrix.layers[0].shape == (4, 8, 8)
+    np.testing.assert_array_equal(matrix.y, labels)
+    assert matrix.sample_ids[3] == "array/3"
+    norms = [np.linalg.norm(read[:, layer.start : layer.stop], axis=1) for layer in matrix.layers]
+    np.testing.assert_allclose(matrix.layer_norms(), np.stack(norms, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folders_and_arrays_of_the_same_images_give_the_same_features(tmp_path, folder, images, labels, workers):
+    common = dict(model=MODEL, store=tmp_path / "s", dtype="float32")
+    arrays = extract((images, labels), name="arrays", **common)
+    files = extract(folder, name="files", workers=workers, **common)
+    assert files.sample_ids[0] == "a/00.png"
+    order = [int(str(name)[2:4]) for name in files.sample_ids]
+    np.testing.assert_allclose(np.asarray(files), np.asarray(arrays)[order], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(files.y, arrays.y[order])
+
+
+def test_a_second_call_computes_nothing(tmp_path, folder, monkeypatch, caplog):
+    first = np.asarray(extract(folder, model=MODEL, store=tmp_path / "s", name="x"))
+    monkeypatch.setattr(local, "run", lambda *args, **kwargs: pytest.fail("computed again"))
+    with caplog.at_level("INFO", logger="h2t_store"):
+        again = extract(folder, model=MODEL, store=tmp_path / "s", name="x")
+    np.testing.assert_array_equal(np.asarray(again), first)
+    assert "x is complete: nothing to compute" in caplog.text
+
+
+@pytest.mark.parametrize("crash_at", [1, 2, 3])
+@pytest.mark.parametrize("when", ["before the block", "before the commit"])
+def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, labels, monkeypatch, crash_at, when):
+    common = dict(model=MODEL, store=tmp_path / "s", batch_size=5)
+    whole = np.asarray(extract((images, labels), name="whole", **common))
+    write, calls = Extraction.write_block, []
+
+    def crashing(self, block, features, norms):
+        calls.append(block)
+        if len(calls) < crash_at:
+            return write(self, block, features, norms)
+        if when == "before the commit":
+            layer = self.header.layers[0]
+            self.array(f"features/{layer.name}")[: len(features)] = 7
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Extraction, "write_block", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        extract((images, labels), name="x", **common)
+    with pytest.raises(IncompleteError, match=f"{crash_at - 1} of 3 row blocks"):
+        open_features(tmp_path / "s", "x")
+    counts = []
+    monkeypatch.setattr(
+        Extraction, "write_block", lambda self, block, *rest: (counts.append(block), write(self, block, *rest))
+    )
+    resumed = extract((images, labels), name="x", progress=lambda done, total: counts.append((done, total)), **common)
+    assert [block for block in counts if isinstance(block, int)] == list(range(crash_at - 1, 3))
+    assert counts[0] == ((crash_at - 1) * 16, 40)
+    assert counts[-2] == (40, 40)
+    if when == "before the block" or crash_at == 1:
+        np.testing.assert_array_equal(np.asarray(resumed), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (dict(target_size=9), "target_size was 512, now 9"),
+        (dict(dtype="float32"), "dtype was float16, now float32"),
+        (dict(taps="blocks"), "taps was"),
+        (dict(seed=1), "weights_sha256 was"),
+        (dict(img_size=16), "preprocessing was"),
+        (dict(amp=True), "amp was None, now bfloat16"),
+    ],
+)
+def test_the_same_name_for_something_else_is_refused(tmp_path, images, labels, change, key):
+    extract((images, labels), model=MODEL, store=tmp_path / "s", name="x")
+    with pytest.raises(StoreError, match=key):
+        extract((images, labels), model=MODEL, store=tmp_path / "s", name="x", **change)
+    with pytest.raises(StoreError, match="data was"):
+        extract((images[::-1], labels), model=MODEL, store=tmp_path / "s", name="x")
+
+
+def test_an_unreadable_image_stops_the_job_and_what_was_done_stays(tmp_path, folder):
+    (folder / "d" / "39.png").write_text("not an image")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"d/39\.png: not an image"):
+            extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=workers)
+    with pytest.raises(IncompleteError, match="2 of 3"):
+        open_features(tmp_path / "s", "x")
+    Image.new("RGB", (8, 8)).save(folder / "d" / "39.png")
+    with pytest.raises(StoreError, match="data was"):
+        extract(folder, model=MODEL, store=tmp_path / "s", name="x")
+
+
+def test_values_beyond_float16_stop_the_job_and_fit_float32(tmp_path, images):
+    model = f"{MODELS}:exploding"
+    with pytest.raises(TapError, match=r"tap 'scale:in'|tap 'conv': .* beyond float16 \(65504\): .*--dtype float32"):
+        extract((images, None), model=model, store=tmp_path / "s", name="x")
+    matrix = extract((images, None), model=model, store=tmp_path / "s", name="y", dtype="float32")
+    assert np.isfinite(np.asarray(matrix)).all()
+    assert np.asarray(matrix).max() > 65504
+
+
+def test_a_network_that_gives_nan_is_named(tmp_path, images):
+    model = tiny_models.Functional()
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    with pytest.raises(
+        ModelError, match="tap 'head': the network gives values that are not finite for image 'array/0'"
+    ):
+        extract((images, None), model=model, store=tmp_path / "s", name="x")
+
+
+def test_modules_are_taken_as_they_are_and_sized_by_the_arrays(tmp_path, images):
+    torch.manual_seed(3)
+    matrix = extract((images[:, :, :6], None), model=tiny_models.Functional(), store=tmp_path / "s", name="x")
+    assert matrix.layers[0].shape == (4, 8, 6)
+    assert (matrix.y == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(target_size=0), "target_size 0: accepted are whole numbers from 1"),
+        (dict(batch_size=-1), "batch_size -1"),
+        (dict(workers=-1), "workers -1"),
+        (dict(dtype="int8"), "dtype 'int8': accepted are float16 and float32"),
+        (dict(device="abacus"), "device 'abacus' cannot be used here"),
+        (dict(taps="nope"), "taps: 'nope' matches no module"),
+        (dict(taps=" , "), "taps: nothing given"),
+        (dict(img_size=-4), "img_size -4"),
+        (dict(name="../x"), "name '../x'"),
+        (dict(model="vit_tiny_patch16_224", img_size=9, pretrained=False), "cannot run on images of|cannot be built"),
+    ],
+)
+def test_wrong_arguments_are_named_and_leave_no_extraction(tmp_path, images, wrong, message):
+    with pytest.raises(H2TError, match=message):
+        extract((images, None), **(dict(model=MODEL, store=tmp_path / "s", name="x") | wrong))
+    assert not (tmp_path / "s").exists()
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    assert blocks.rows_per_block(10**9, 2 * 20_000) == blocks.rows_per_block(10**4, 2 * 20_000)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 40, 513, 1062, 10_000])
+@pytest.mark.parametrize("row_bytes", [20, 40_000, 10**7, 10**9])
+def test_blocks_cover_every_row_once_with_little_padding(monkeypatch, n, row_bytes):
+    monkeypatch.setattr(blocks, "_MAX_ROWS", 512)
+    rows = blocks.rows_per_block(n, row_bytes)
+    assert rows % 16 == 0
+    assert rows <= 512
+    assert rows == 16 or rows * row_bytes <= 128 << 20
+    plan = list(blocks.plan(n, rows))
+    assert [row for block in plan for row in range(block.start, block.stop)] == list(range(n))
+    assert len(plan) * rows - n < 16 * len(plan)
+    for batch_size in (1, 7, 1000):
+        batches = list(blocks.batches(plan, batch_size))
+        assert [row for batch in batches for row in batch] == list(range(n))
+        assert all(batch[0] // rows == batch[-1] // rows and len(batch) <= batch_size for batch in batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_features_of_the_cpu(tmp_path, images):
+    common = dict(model=MODEL, store=tmp_path / "s", dtype="float32")
+    cpu = extract((images, None), name="cpu", device="cpu", **common)
+    cuda = extract((images, None), name="cuda", device="cuda", **common)
+    np.testing.assert_allclose(np.asarray(cuda), np.asarray(cpu), rtol=2e-2, atol=2e-3)

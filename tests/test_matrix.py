@@ -1,0 +1,189 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.feature_selection import SelectKBest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.pipeline import make_pipeline
+
+from h2t_store.errors import StoreError
+from h2t_store.layout import ExtractionHeader, Layer
+from h2t_store.matrix import FeatureMatrix, open_features
+from h2t_store.store import FeatureStore
+
+LAYERS = (
+    Layer("stem", 0, 7, (7, 1, 1)),
+    Layer("layer1.0.conv1:in", 7, 2307, (23, 10, 10)),
+    Layer("layer1.0", 2307, 2310, (3, 2, 2)),
+    Layer("head", 2310, 2320, (10,)),
+)
+N, D, ROWS = 50, 2320, 16
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> tuple[FeatureMatrix, np.ndarray]:
+    values = np.random.default_rng(0).normal(size=(N, D)).astype(np.float16)
+    path = tmp_path_factory.mktemp("store") / "s.zarr"
+    header = ExtractionHeader(N, ROWS, "float16", ("a", "b", "c"), LAYERS, {"inputs": {}, "environment": {}})
+    extraction = FeatureStore(path, create=True).begin("x", header, np.arange(N) % 3, [f"i{i}" for i in range(N)])
+    for block, start in enumerate(range(0, N, ROWS)):
+        part = values[start : start + ROWS]
+        norms = [np.linalg.norm(part[:, a:b].astype(np.float32), axis=1) for _, a, b, _ in LAYERS]
+        extraction.write_block(block, part, np.stack(norms, axis=1))
+    extraction.finish()
+    return open_features(path, "x"), values.astype(np.float32)
+
+
+def test_shape_type_and_content(stored):
+    matrix, values = stored
+    assert (matrix.shape, matrix.ndim, len(matrix), matrix.dtype) == ((N, D), 2, N, np.float32)
+    assert matrix.nbytes == values.nbytes
+    assert np.asarray(matrix).dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(matrix), values)
+    assert np.asarray(matrix, dtype=np.float64).dtype == np.float64
+    assert matrix.layers == LAYERS
+    assert matrix.classes == ("a", "b", "c")
+    assert repr(matrix) == "FeatureMatrix('x', 50 x 2320, 4 layers)"
+
+
+def indices(n: int):
+    integers = st.lists(st.integers(-n, n - 1), min_size=1, max_size=30)
+    return st.one_of(
+        st.slices(n),
+        integers,
+        integers.map(np.array),
+        st.lists(st.booleans(), min_size=n, max_size=n).map(np.array),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=indices(N), columns=indices(D), again=indices(3))
+def test_indexing_is_numpys(stored, rows, columns, again):
+    matrix, values = stored
+    view, expected, y = matrix[rows, columns], values[rows][:, columns], (np.arange(N) % 3)[rows]
+    if len(expected) >= 3:
+        view, expected, y = view[:3][again], expected[:3][again], y[:3][again]
+    assert view.shape == expected.shape
+    np.testing.assert_array_equal(np.asarray(view), expected)
+    np.testing.assert_array_equal(view.y, y)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=indices(N), columns=indices(D), max_bytes=st.integers(1, 400_000))
+def test_column_blocks_hold_every_column_once_within_the_limit(stored, rows, columns, max_bytes):
+    matrix, values = stored
+    view, expected = matrix[rows, columns], values[rows][:, columns]
+    got = np.full(expected.shape, np.nan, dtype=np.float32)
+    for at, block in view.column_blocks(max_bytes):
+        assert np.isnan(got[:, at]).all()
+        assert block.dtype == np.float32
+        assert block.nbytes <= max_bytes or block.shape[1] == 1
+        got[:, at] = block
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_column_blocks_end_at_chunk_borders_where_they_can(stored):
+    matrix, _ = stored
+    width = LAYERS[1].chunk_width
+    starts = [at.start for at, _ in matrix.column_blocks(N * 4 * (width + 10))]
+    assert starts == [0, 7 + width, 7 + 2 * width, 2310]
+
+
+def test_labels_identifiers_and_names_follow_the_selection(stored):
+    matrix, _ = stored
+    view = matrix[[5, -1, 5], [2308, 0, 8]]
+    assert view.y.tolist() == [2, 1, 2]
+    assert view.sample_ids.tolist() == ["i5", "i49", "i5"]
+    assert view.feature_names.tolist() == ["layer1.0[1]", "stem[0]", "layer1.0.conv1:in[1]"]
+    assert [(layer.name, layer.start, layer.stop) for layer in view.layers] == [
+        ("layer1.0", 0, 1),
+        ("stem", 1, 2),
+        ("layer1.0.conv1:in", 2, 3),
+    ]
+
+
+def test_layer_norms_are_those_of_the_whole_layer_and_follow_the_layers(stored):
+    matrix, values = stored
+    norms = np.stack([np.linalg.norm(values[:, a:b], axis=1) for _, a, b, _ in LAYERS], axis=1)
+    np.testing.assert_allclose(matrix.layer_norms(), norms, rtol=1e-6)
+    view = matrix[[3, 1], [2315, 0, 2308, 2309]]
+    assert [layer.name for layer in view.layers] == ["head", "stem", "layer1.0"]
+    np.testing.assert_allclose(view.layer_norms(), norms[[3, 1]][:, [3, 0, 2]], rtol=1e-6)
+
+
+def test_layers_are_selected_by_globs(stored):
+    matrix, values = stored
+    view = matrix.select_layers(["layer1.*", "head"])
+    np.testing.assert_array_equal(np.asarray(view), values[:, 7:])
+    assert [layer.name for layer in view.layers] == ["layer1.0.conv1:in", "layer1.0", "head"]
+    assert view.select_layers("head").shape == (N, 10)
+    with pytest.raises(StoreError, match="no layer matches 'heat' \\(did you mean 'head'\\?\\)"):
+        matrix.select_layers("heat")
+
+
+@pytest.mark.parametrize(
+    ("index", "error"),
+    [
+        (3, TypeError),
+        ([[1, 2]], TypeError),
+        ([0.5], TypeError),
+        ([N], IndexError),
+        ([-N - 1], IndexError),
+        ([True], IndexError),
+        (("a",), TypeError),
+    ],
+)
+def test_other_indices_are_refused(stored, index, error):
+    with pytest.raises(error, match=r"rows (index|mask)"):
+        stored[0][index, :]
+
+
+def test_pickles_are_small_and_open_the_store_again(stored):
+    matrix, values = stored
+    rng = np.random.default_rng(0)
+    for view, expected in (
+        (matrix, values),
+        (matrix[10:40, ::3], values[10:40, ::3]),
+        (matrix[rng.permutation(N)], None),
+        (matrix[:, rng.permutation(D)[:500]], None),
+    ):
+        data = pickle.dumps(view)
+        assert len(data) < 4000
+        copy = pickle.loads(data)
+        np.testing.assert_array_equal(np.asarray(copy), np.asarray(view) if expected is None else expected)
+        np.testing.assert_array_equal(copy.y, view.y)
+
+
+def test_a_pickle_notices_that_its_extraction_was_replaced(tmp_path: Path):
+    def write(model: str) -> None:
+        header = ExtractionHeader(2, ROWS, "float32", (), LAYERS[:1], {"inputs": {"model": model}, "environment": {}})
+        extraction = FeatureStore(tmp_path / "s", create=True).begin("x", header, np.zeros(2, np.int64), ["a", "b"])
+        extraction.write_block(0, np.ones((2, 7), np.float32), np.ones((2, 1), np.float32))
+        extraction.finish()
+
+    write("one")
+    data = pickle.dumps(open_features(tmp_path / "s", "x"))
+    FeatureStore(tmp_path / "s").remove("x")
+    with pytest.raises(StoreError, match="no extraction 'x'"):
+        pickle.loads(data).shape  # noqa: B018
+    write("two")
+    with pytest.raises(StoreError, match="was replaced"):
+        np.asarray(pickle.loads(data))
+
+
+def test_scikit_learn_takes_it_for_an_array(stored):
+    matrix, values = stored
+    y = matrix.y
+    search = GridSearchCV(
+        make_pipeline(SelectKBest(k=20), LogisticRegression()), {"logisticregression__C": [0.01, 1]}, cv=3, n_jobs=1
+    )
+    lazy, dense = search.fit(matrix, y).cv_results_, search.fit(values, y).cv_results_
+    np.testing.assert_allclose(lazy["mean_test_score"], dense["mean_test_score"])
+    train, test, y_train, _ = train_test_split(matrix, y, random_state=0)
+    assert isinstance(train, FeatureMatrix)
+    np.testing.assert_array_equal(train.y, y_train)
+    np.testing.assert_array_equal(np.asarray(test), train_test_split(values, random_state=0)[1])

@@ -1,0 +1,177 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from h2t_store.errors import IncompleteError, StoreError
+from h2t_store.layout import ExtractionHeader, Layer
+from h2t_store.matrix import open_features
+from h2t_store.store import FeatureStore
+
+LAYERS = (Layer("stem", 0, 5, (5, 2, 2)), Layer("layer1.0.conv2:in", 5, 2505, (2500,)))
+N, ROWS = 40, 16
+
+
+def header(**changes) -> ExtractionHeader:
+    inputs = {"model": "m", "dtype": "float16"} | changes
+    return ExtractionHeader(N, ROWS, "float16", ("a", "b"), LAYERS, {"inputs": inputs, "environment": {}})
+
+
+def features() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(N, 2505)).astype(np.float16)
+
+
+def norms(values: np.ndarray) -> np.ndarray:
+    wide = values.astype(np.float32)
+    return np.stack([np.linalg.norm(wide[:, layer.start : layer.stop], axis=1) for layer in LAYERS], axis=1)
+
+
+def fill(path: Path, name: str = "pets/train", blocks=(0, 1, 2)) -> np.ndarray:
+    y, ids = np.arange(N) % 2, [f"image {i}.jpg" for i in range(N)]
+    extraction = FeatureStore(path, create=True).begin(name, header(), y, ids)
+    values = features()
+    for block in blocks:
+        rows = slice(block * ROWS, (block + 1) * ROWS)
+        extraction.write_block(block, values[rows], norms(values[rows]))
+    if len(blocks) == 3:
+        extraction.finish()
+    return values
+
+
+def failing_with(message: str):
+    return pytest.raises(StoreError, match=message)
+
+
+def test_the_layout_is_format_1(tmp_path):
+    values = fill(tmp_path / "s.zarr")
+    root = zarr.open_group(tmp_path / "s.zarr", mode="r")
+    assert root.attrs["h2t_format"] == 1
+    group = root["pets/train"]
+    assert set(group.array_keys()) == {"layer_norms", "y", "sample_ids", "committed"}
+    wide = group["features/layer1.0.conv2:in"]
+    assert (wide.shape, wide.chunks, wide.dtype) == ((N, 2500), (ROWS, 834), np.float16)
+    assert np.isnan(wide.fill_value)
+    assert group["committed"].chunks == (1,)
+    assert group["committed"][:].tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(wide[:], values[:, 5:])
+    for array in [wide, *(group[name] for name in group.array_keys())]:
+        assert "crc32c" in json.dumps(array.metadata.to_dict(), default=str), array
+    assert group.attrs["complete"] is True
+    assert {"provenance", "layers"} <= set(group.attrs)
+
+
+def test_chunks_of_zeros_are_stored(tmp_path):
+    extraction = FeatureStore(tmp_path / "s", create=True).begin("x", header(), np.zeros(N, np.int64), ["i"] * N)
+    extraction.write_block(0, np.zeros((ROWS, 2505), np.float16), np.zeros((ROWS, 2), np.float32))
+    assert (tmp_path / "s/x/features/stem/c/0/0").exists()
+
+
+def test_every_flipped_bit_is_found_on_whole_and_partial_reads(tmp_path):
+    fill(tmp_path / "s")
+    matrix = open_features(tmp_path / "s", "pets/train")
+    chunks = sorted((tmp_path / "s/pets/train/features").rglob("c/*/*"))
+    assert len(chunks) == 3 * (1 + 3)
+    rng = np.random.default_rng(0)
+    for chunk in chunks:
+        sound = chunk.read_bytes()
+        broken = bytearray(sound)
+        broken[rng.integers(len(sound))] ^= 1 << rng.integers(8)
+        chunk.write_bytes(broken)
+        row = int(chunk.parts[-2]) * ROWS
+        column = int(chunk.parts[-1]) * 834 + (5 if "layer1" in str(chunk) else 0)
+        with failing_with(rf"pets/train: features/.*rows {row}:"):
+            np.asarray(matrix[[row], [column]])
+        with failing_with("cannot be read"):
+            np.asarray(matrix)
+        chunk.write_bytes(sound)
+    np.testing.assert_array_equal(np.asarray(matrix), features())
+
+
+@pytest.mark.parametrize("what", ["features/stem", "layer_norms", "y", "sample_ids"])
+def test_a_lost_chunk_never_reads_as_data(tmp_path, what):
+    fill(tmp_path / "s")
+    matrix = open_features(tmp_path / "s", "pets/train")
+    next(path for path in sorted((tmp_path / "s/pets/train" / what / "c").rglob("*")) if path.is_file()).unlink()
+    with failing_with("missing"):
+        _ = {"layer_norms": matrix.layer_norms, "y": lambda: matrix.y, "sample_ids": lambda: matrix.sample_ids}.get(
+            what, lambda: np.asarray(matrix[:3, :2])
+        )()
+
+
+def test_a_lost_layer_is_named(tmp_path):
+    fill(tmp_path / "s")
+    (tmp_path / "s/pets/train/features/stem/zarr.json").unlink()
+    with failing_with("array 'features/stem' is missing"):
+        np.asarray(open_features(tmp_path / "s", "pets/train"))
+
+
+def test_changed_attributes_are_noticed(tmp_path):
+    fill(tmp_path / "s")
+    path = tmp_path / "s/pets/train/zarr.json"
+    path.write_text(path.read_text().replace('"model": "m"', '"model": "n"'))
+    with failing_with("changed or damaged"):
+        open_features(tmp_path / "s", "pets/train")
+
+
+def test_an_unfinished_extraction_does_not_open_and_says_how_far_it_is(tmp_path):
+    fill(tmp_path / "s", blocks=(0, 2))
+    with pytest.raises(IncompleteError, match="2 of 3 row blocks"):
+        open_features(tmp_path / "s", "pets/train")
+    with failing_with("1 row blocks are not committed"):
+        FeatureStore(tmp_path / "s").open("pets/train").finish()
+
+
+def test_the_same_extraction_is_resumed_and_another_one_refused(tmp_path):
+    fill(tmp_path / "s", blocks=(1,))
+    store = FeatureStore(tmp_path / "s")
+    again = store.begin("pets/train", header(), np.zeros(N, np.int64), ["x"] * N)
+    assert again.committed().tolist() == [False, True, False]
+    with failing_with(r"made from something else \(model was m, now other\): .* h2t rm"):
+        store.begin("pets/train", header(model="other"), np.zeros(N, np.int64), ["x"] * N)
+
+
+def test_what_a_crash_during_creation_leaves_is_replaced(tmp_path):
+    store = FeatureStore(tmp_path / "s", create=True)
+    store._root.create_group("pets/train").create_array("y", shape=(3,), dtype="int64")
+    assert store.names() == []
+    fill(tmp_path / "s")
+    assert store.names() == ["pets/train"]
+    assert open_features(tmp_path / "s", "pets/train").shape == (N, 2505)
+
+
+def test_names_removal_and_nesting(tmp_path):
+    fill(tmp_path / "s", "pets/train")
+    fill(tmp_path / "s", "pets/test")
+    fill(tmp_path / "s", "alone")
+    store = FeatureStore(tmp_path / "s")
+    assert store.names() == ["alone", "pets/test", "pets/train"]
+    for nested in ("pets", "alone/more"):
+        with failing_with(f"name '{nested}'"):
+            store.begin(nested, header(), np.zeros(N, np.int64), ["x"] * N)
+    store.remove("pets/test")
+    assert store.names() == ["alone", "pets/train"]
+    with failing_with(r"no extraction 'pets/tran' \(did you mean 'pets/train'\?\)"):
+        store.open("pets/tran")
+
+
+@pytest.mark.parametrize("name", ["", "a//b", "../x", "a/..", "/a", "a/", "__x", "a\nb"])
+def test_names_that_could_leave_the_store_are_refused(tmp_path, name):
+    with failing_with("accepted are words joined by '/'"):
+        FeatureStore(tmp_path / "s", create=True).begin(name, header(), np.zeros(N, np.int64), ["x"] * N)
+
+
+def test_what_is_not_a_store_is_left_alone(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_text("x")
+    for path in ("file", "folder"):
+        with failing_with("exists and is not a feature store"):
+            FeatureStore(tmp_path / path, create=True)
+    with failing_with("does not exist"):
+        FeatureStore(tmp_path / "nowhere")
+    zarr.create_group(tmp_path / "other")
+    with failing_with(re.escape("h2t_format is None; this version reads 1")):
+        FeatureStore(tmp_path / "other")

@@ -1,0 +1,111 @@
+"""Small networks that do what real ones do in awkward ways; also loaded as ``tiny_models.py:factory``."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FunctionalBlock(nn.Module):
+    """A residual block whose activations are functions, not modules."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + x)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.layers = nn.Sequential(FunctionalBlock(4), FunctionalBlock(4))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(F.relu(self.stem(x))).mean((2, 3)))
+
+
+class SharedInplace(nn.Module):
+    """One in-place activation module that is called twice, after convolutions whose outputs it overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.conv2(self.act(self.conv1(x)))).mean((2, 3)))
+
+
+class Windows(nn.Module):
+    """Channels last, linear layers that see windows as if they were images, and one that sees no image at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 2, stride=2)
+        self.norm = nn.LayerNorm(6)
+        self.window = nn.Linear(6, 6)
+        self.table = nn.Linear(2, 6)
+        self.head = nn.Linear(6, 5)
+        self.register_buffer("positions", torch.randn(1, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).permute(0, 2, 3, 1))
+        n, h, w, c = x.shape
+        x = x.view(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        x = self.window(x) + self.table(self.positions)
+        return self.head(x.reshape(n, -1, c).mean(1))
+
+
+class BatchMixer(nn.Module):
+    """A layer whose rows depend on the other images of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        return self.head(self.fc(x - x.mean(0)))
+
+
+class Exploding(nn.Module):
+    """Activations beyond float16 for bright images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1, bias=False)
+        self.scale = nn.Conv2d(2, 2, 1, bias=False)
+        nn.init.constant_(self.conv.weight, 1e5)
+        nn.init.constant_(self.scale.weight, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.conv(x)).mean((2, 3))
+
+
+def functional() -> nn.Module:
+    return Functional()
+
+
+def exploding() -> nn.Module:
+    return Exploding()
+
+
+def not_a_module() -> int:
+    return 3
+
+
+def failing() -> nn.Module:
+    raise RuntimeError("no such luck")
+
+
+def small_input() -> nn.Module:
+    model = Functional()
+    model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
+    return model
