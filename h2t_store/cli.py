@@ -41,7 +41,7 @@ def _extract(
     ],
     store: Annotated[Path, typer.Option(help="The store; made where there is none.", show_default=False)],
     name: Annotated[str, typer.Option(help="What to call the extraction, such as pets/train.", show_default=False)],
-    split: Annotated[str, typer.Option(help="Part of 'digits': train or test.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Part of 'digits': train or test.  [default: train]")] = None,
     pretrained: Annotated[bool, typer.Option(help="Load timm's published weights.")] = True,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to load instead: .safetensors or a torch file of tensors.")

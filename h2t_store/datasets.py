@@ -98,7 +98,7 @@ class ArraySource:
         return Image.fromarray(self.images[index])
 
 
-def open_source(data: str | os.PathLike[str] | tuple[Any, Any], split: str = "train") -> Source:
+def open_source(data: str | os.PathLike[str] | tuple[Any, Any], split: str | None = None) -> Source:
     """Find out what ``data`` is.
 
     Parameters
@@ -106,20 +106,22 @@ def open_source(data: str | os.PathLike[str] | tuple[Any, Any], split: str = "tr
     data : path-like, ``"digits"`` or (images, labels)
         A folder with one folder of images per class (a folder of images alone is unlabelled); scikit-learn's digits; or
         uint8 images ``(n, h, w, 3)`` with ``n`` labels, integers from 0 (-1 where unlabelled) or strings, or None.
-    split : {"train", "test"}
-        Part of ``digits``: the first 1000 images of a fixed shuffle, or the other 797.
+    split : {"train", "test"}, optional
+        Part of ``digits``: the first 1000 images of a fixed shuffle, or the other 797; ``train`` by default.
 
     Raises
     ------
     DataError
         Where nothing can be read from it.
     """
+    if data == "digits":
+        return _digits(split or "train")
+    if split is not None:
+        raise DataError(f"split {split!r}: only 'digits' has splits; name the folder of the split instead")
     if isinstance(data, tuple):
         if len(data) != 2:
             raise DataError(f"data: a tuple of {len(data)}; accepted is (images, labels)")
         return _from_arrays(*data)
-    if data == "digits":
-        return _digits(split)
     return _from_folder(Path(data))
 
 

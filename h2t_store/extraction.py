@@ -31,7 +31,7 @@ def extract(
     model: str | nn.Module,
     store: str | os.PathLike[str],
     name: str,
-    split: str = "train",
+    split: str | None = None,
     pretrained: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     img_size: int | None = None,
@@ -62,8 +62,8 @@ def extract(
         Folder of the store; made where there is none.
     name : str
         What to call the extraction, such as ``pets/train``.
-    split : {"train", "test"}
-        Part of ``digits``.
+    split : {"train", "test"}, optional
+        Part of ``digits``; ``train`` by default.
     pretrained : bool
         Load timm's published weights.
     checkpoint : path-like, optional

@@ -27,10 +27,11 @@ from h2t_store.errors import StoreError
 __all__ = [
     "FORMAT",
     "LOST_LABEL",
-    "MAX_CHUNK_COLUMNS",
     "STORAGE_DTYPES",
     "ExtractionHeader",
     "Layer",
+    "array_specs",
+    "check_array",
     "check_name",
     "create_arrays",
     "feature_path",
@@ -167,31 +168,60 @@ def check_name(name: str) -> str:
     return name
 
 
+class ArraySpec(NamedTuple):
+    """What the metadata of one array must say; ``chunks=None`` leaves the chunks to zarr."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...] | None
+    dtype: str
+    fill_value: Any
+
+
+def array_specs(header: ExtractionHeader) -> dict[str, ArraySpec]:
+    """Every array of an extraction by its path."""
+    n, rows, n_layers = header.n_samples, header.rows_per_block, len(header.layers)
+    specs = {
+        feature_path(layer): ArraySpec((n, layer.width), (rows, layer.chunk_width), header.dtype, float("nan"))
+        for layer in header.layers
+    }
+    specs["layer_norms"] = ArraySpec((n, n_layers), (rows, n_layers), "float32", float("nan"))
+    specs["y"] = ArraySpec((n,), (n,), "int64", LOST_LABEL)
+    specs["sample_ids"] = ArraySpec((n,), None, "string", "")
+    specs["committed"] = ArraySpec((n_blocks(header),), (1,), "uint8", 0)
+    return specs
+
+
 def create_arrays(group: zarr.Group, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Sequence[str]) -> None:
     """Create every array of an extraction; labels and identifiers are filled, features are left absent."""
-    rows = header.rows_per_block
-    common: dict[str, Any] = {"compressors": [Crc32cCodec()], "config": {"write_empty_chunks": True}}
-    for layer in header.layers:
+    for path, spec in array_specs(header).items():
         group.create_array(
-            feature_path(layer),
-            shape=(header.n_samples, layer.width),
-            chunks=(rows, layer.chunk_width),
-            dtype=header.dtype,
-            fill_value=float("nan"),
-            **common,
+            path,
+            shape=spec.shape,
+            chunks=spec.chunks or "auto",
+            dtype=spec.dtype,
+            fill_value=spec.fill_value,
+            compressors=[Crc32cCodec()],
+            config={"write_empty_chunks": True},
         )
-    group.create_array(
-        "layer_norms",
-        shape=(header.n_samples, len(header.layers)),
-        chunks=(rows, len(header.layers)),
-        dtype="float32",
-        fill_value=float("nan"),
-        **common,
+    for path, values in (("y", y), ("sample_ids", np.array(sample_ids, dtype=np.dtypes.StringDType()))):
+        array = group[path]
+        assert isinstance(array, zarr.Array)
+        array[:] = values
+
+
+def check_array(array: zarr.Array[Any], spec: ArraySpec, where: str) -> None:
+    """Raise `StoreError` unless the array's metadata, which carries no checksum, is as it was created."""
+    metadata: Any = array.metadata
+    dtype = np.dtypes.StringDType() if spec.dtype == "string" else np.dtype(spec.dtype)
+    same = (
+        array.shape == spec.shape
+        and spec.chunks in (None, array.chunks)
+        and metadata.data_type.to_native_dtype() == dtype
+        and np.array_equal(metadata.fill_value, spec.fill_value, equal_nan=spec.dtype.startswith("float"))
+        and any(isinstance(codec, Crc32cCodec) for codec in metadata.codecs)
     )
-    labels = group.create_array("y", shape=y.shape, chunks=y.shape, dtype="int64", fill_value=LOST_LABEL, **common)
-    labels[:] = y
-    group.create_array("sample_ids", data=np.array(sample_ids, dtype=np.dtypes.StringDType()), **common)
-    group.create_array("committed", shape=(n_blocks(header),), chunks=(1,), dtype="uint8", fill_value=0, **common)
+    if not same:
+        raise StoreError(f"{where}: its zarr.json was changed or damaged")
 
 
 def write_header(group: zarr.Group, header: ExtractionHeader) -> None:

@@ -36,17 +36,16 @@ class Extraction:
         self._group = group
         self.where = where
         self.header = layout.read_header(group, where)
+        self._specs = layout.array_specs(self.header)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def array(self, path: str) -> zarr.Array[Any]:
-        """The array at ``path``, opened once; raises `StoreError` where it is gone."""
+        """The array at ``path``, opened once; raises `StoreError` where it is gone or changed."""
         if path not in self._arrays:
-            try:
-                array = self._group[path]
-            except KeyError:
-                raise StoreError(f"{self.where}: array {path!r} is missing") from None
+            array = _node(self._group, path, self.where)
             if not isinstance(array, zarr.Array):
-                raise StoreError(f"{self.where}: {path!r} is not an array")
+                raise StoreError(f"{self.where}: array {path!r} is missing")
+            layout.check_array(array, self._specs[path], f"{self.where}: {path}")
             self._arrays[path] = array
         return self._arrays[path]
 
@@ -95,8 +94,7 @@ class Extraction:
 
     def stored_bytes(self) -> int:
         """Bytes that the chunks on disk take."""
-        paths = [layout.feature_path(layer) for layer in self.header.layers]
-        return sum(self.array(path).nbytes_stored() for path in [*paths, "layer_norms", "y", "sample_ids", "committed"])
+        return sum(self.array(path).nbytes_stored() for path in self._specs)
 
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,), -1 where unlabelled."""
@@ -153,14 +151,20 @@ class FeatureStore:
         return sorted(name for name, _ in self._walk(self._root, ""))
 
     def _walk(self, group: zarr.Group, prefix: str) -> Iterator[tuple[str, zarr.Group]]:
-        for name, child in group.groups():
+        try:
+            children = list(group.groups())
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{self.path}: a zarr.json below {prefix or '/'} was changed or damaged: {error}"
+            ) from error
+        for name, child in children:
             if "digest" in child.attrs:
                 yield prefix + name, child
             else:
                 yield from self._walk(child, f"{prefix}{name}/")
 
     def _group(self, name: str) -> zarr.Group | None:
-        node = self._root.get(layout.check_name(name))
+        node = _node(self._root, layout.check_name(name), str(self.path))
         return node if isinstance(node, zarr.Group) else None
 
     def open(self, name: str) -> Extraction:
@@ -216,6 +220,16 @@ class FeatureStore:
         assert group is not None
         group.attrs.put({})
         del self._root[name]
+
+
+def _node(group: zarr.Group, path: str, where: str) -> "zarr.Array[Any] | zarr.Group | None":
+    """The array or group at ``path``, None where there is none."""
+    try:
+        return group[path]
+    except KeyError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{where}: the zarr.json of {path!r} was changed or damaged: {error}") from error
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

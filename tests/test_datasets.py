@@ -120,6 +120,11 @@ def test_digits_are_split_once_and_for_all():
         open_source("digits", "validation")
 
 
+def test_a_split_of_what_has_none_is_refused(folder):
+    with failing_with("split 'test': only 'digits' has splits"):
+        open_source(folder, "test")
+
+
 def test_labels_of_arrays(images):
     assert open_source((images, None)).y.tolist() == [-1] * 40
     numbers = open_source((images, np.arange(40) % 3 + 4))

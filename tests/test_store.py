@@ -116,6 +116,38 @@ def test_changed_attributes_are_noticed(tmp_path):
         open_features(tmp_path / "s", "pets/train")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"float16"', '"bfloat16"'),
+        ('"float16"', '"int16"'),
+        ('"NaN"', "0.0"),
+        ('"name": "crc32c"', '"name": "gzip", "configuration": {"level": 5}'),
+        ("834", "835"),
+        ("2500", "2501"),
+        ("{", "["),
+    ],
+)
+def test_changed_metadata_of_an_array_is_noticed(tmp_path, old, new):
+    fill(tmp_path / "s")
+    path = tmp_path / "s/pets/train/features/layer1.0.conv2:in/zarr.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with failing_with("layer1.0.conv2:in.* was changed or damaged"):
+        np.asarray(open_features(tmp_path / "s", "pets/train"))
+
+
+@pytest.mark.parametrize("which", ["zarr.json", "pets/zarr.json", "pets/train/zarr.json"])
+def test_damaged_group_metadata_is_one_clear_error(tmp_path, which):
+    fill(tmp_path / "s")
+    (tmp_path / "s" / which).write_text("{ no json")
+    with pytest.raises(StoreError):
+        FeatureStore(tmp_path / "s").names()
+    if which != "pets/zarr.json":
+        with pytest.raises(StoreError):
+            open_features(tmp_path / "s", "pets/train")
+
+
 def test_an_unfinished_extraction_does_not_open_and_says_how_far_it_is(tmp_path):
     fill(tmp_path / "s", blocks=(0, 2))
     with pytest.raises(IncompleteError, match="2 of 3 row blocks"):
