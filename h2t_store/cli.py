@@ -34,38 +34,54 @@ _h2t_app = typer.Typer(
 @_extract_app.command()
 def _extract(
     data: Annotated[
-        str, typer.Argument(help="Folder with one folder of images per class, or 'digits' (scikit-learn's).")
+        str,
+        typer.Argument(
+            metavar="DATA", help="Folder with one folder of images per class, or 'digits' (scikit-learn's)."
+        ),
     ],
     model: Annotated[
-        str, typer.Option(help="Any timm architecture, h2t_resnet20, or path/to/file.py:factory.", show_default=False)
+        str,
+        typer.Option(
+            metavar="NAME", help="Any timm architecture, h2t_resnet20 (comes along), or path/to/file.py:factory."
+        ),
     ],
-    store: Annotated[Path, typer.Option(help="The store; made where there is none.", show_default=False)],
-    name: Annotated[str, typer.Option(help="What to call the extraction, such as pets/train.", show_default=False)],
-    split: Annotated[str | None, typer.Option(help="Part of 'digits': train or test.  [default: train]")] = None,
+    store: Annotated[Path, typer.Option(metavar="STORE", help="The store; made where there is none.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="What to call the extraction, such as pets/train.")],
+    split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="Part of 'digits': train or test.", show_default="train")
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load timm's published weights.")] = True,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to load instead: .safetensors or a torch file of tensors.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights to load instead: .safetensors or a torch file of tensors."),
     ] = None,
     img_size: Annotated[
-        int | None, typer.Option(help="Side of the square input in pixels.  [default: the network's own]")
+        int | None,
+        typer.Option(metavar="PIXELS", help="Side of the square input.", show_default="the network's own"),
     ] = None,
     taps: Annotated[
         str,
         typer.Option(
+            metavar="TAPS",
             help="Which activations: 'activations' (what enters every convolution and linear layer, block outputs, "
-            "logits), 'blocks' (block outputs, penultimate, logits), or globs over module names, joined by commas; "
-            "'layer3.*.conv2:in' is an input."
+            "logits), 'blocks' (block outputs, penultimate, logits), or globs over module names, joined by commas: "
+            "'layer3.*' is outputs, 'layer3.*:in' inputs.",
         ),
     ] = "activations",
-    target_size: Annotated[int, typer.Option(help="Length that each activation is pooled to, about.")] = 512,
-    dtype: Annotated[str, typer.Option(help="As stored: float16 or float32.")] = "float16",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per forward pass.")] = 64,
+    target_size: Annotated[
+        int, typer.Option(metavar="N", help="Length that each activation is pooled to, about.")
+    ] = 512,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="As stored: float16 or float32.")] = "float16",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", help="Images per forward pass.")] = 64,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-j", help="Processes that decode images.  [default: up to 4]")
+        int | None,
+        typer.Option("--workers", "-j", metavar="N", help="Processes that decode images.", show_default="up to 4"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto takes CUDA where it is present.")
+    ] = "auto",
     amp: Annotated[bool, typer.Option(help="Run the network in bfloat16 where that is safe.")] = False,
-    seed: Annotated[int, typer.Option(help="For weights that are not loaded (--no-pretrained).")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="For weights that are not loaded (--no-pretrained).")] = 0,
 ) -> None:
     """Run a frozen network once over DATA and store the pooled activations of all its layers.
 

@@ -90,6 +90,18 @@ def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, 
         np.testing.assert_array_equal(np.asarray(resumed), whole)
 
 
+def test_a_crash_after_the_last_block_leaves_only_the_finish(tmp_path, images, monkeypatch):
+    finish = Extraction.finish
+    monkeypatch.setattr(Extraction, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        extract((images, None), model=MODEL, store=tmp_path / "s", name="x")
+    with pytest.raises(IncompleteError, match="3 of 3"):
+        open_features(tmp_path / "s", "x")
+    monkeypatch.setattr(Extraction, "finish", finish)
+    monkeypatch.setattr(Extraction, "write_block", lambda *args: pytest.fail("computed again"))
+    assert extract((images, None), model=MODEL, store=tmp_path / "s", name="x").shape[0] == 40
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

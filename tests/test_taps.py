@@ -91,6 +91,12 @@ def test_the_same_tensor_gives_one_tap():
     assert names(model, "layers.0,layers.1.conv1:in,layers.1:in") == ["layers.0"]
 
 
+def test_globs_mean_outputs_unless_they_end_in_the_side():
+    model = tiny_models.Functional()
+    assert names(model, "layers.0.*") == ["layers.0.conv1", "layers.0.conv2"]
+    assert names(model, "layers.0.*:in") == ["layers.0.conv1:in", "layers.0.conv2:in"]
+
+
 @pytest.mark.parametrize("taps", ["layer.0.conv1", "conv9:in", "activations,nothing"])
 def test_a_glob_that_matches_nothing_is_an_error_that_names_it(taps):
     with pytest.raises(TapError, match=rf"taps: '{taps.split(',')[-1]}' matches no module of the network"):

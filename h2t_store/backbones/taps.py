@@ -121,8 +121,8 @@ def find_taps(model: nn.Module, example: Tensor, taps: str | Sequence[str]) -> t
     taps : str or sequence of str
         Presets and globs, or one string of them joined by commas. ``activations``: what enters every convolution and
         linear layer, except the images themselves, the output of every block, and the output of the network.
-        ``blocks``: the output of every block, what enters the classifier, and the output of the network. A glob is
-        matched against the names of all modules (their outputs), and against ``NAME:in`` for their inputs.
+        ``blocks``: the output of every block, what enters the classifier, and the output of the network. A glob over
+        module names means their outputs, one that ends in ``:in`` their inputs.
 
     Returns
     -------
@@ -188,7 +188,12 @@ def _resolve(model: nn.Module, image: Tensor, parts: Sequence[str]) -> tuple[lis
     seen = _watch(model, image)
     names: dict[Content, str] = {}
     for part in parts:
-        matches = [event for event in seen if part not in PRESETS and fnmatchcase(event.place.name, part)]
+        side = "in" if part.endswith(":in") else "out"
+        matches = [
+            event
+            for event in seen
+            if part not in PRESETS and event.place.side == side and fnmatchcase(event.place.name, part)
+        ]
         for event in matches:
             names.setdefault(event.content, event.place.name)
         if part not in PRESETS and not matches:
