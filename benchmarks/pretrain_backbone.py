@@ -2,10 +2,10 @@
 
     python benchmarks/pretrain_backbone.py TRAIN_TAR TEST_TAR [--epochs 80] [--seed 0] [--out weights.safetensors]
 
-The tars hold JPEG images as ``class/name.jpg``. 500 training images per class are held out and choose the checkpoint;
-the test images are read once, after that choice, through the rounded weights. Every epoch draws its shuffling and
-augmentation from (seed, epoch) alone, so an interrupted run continues from its state file exactly where it stopped,
-and one seed, thread count and torch version gives one result.
+The tars hold JPEG images as ``class/name.jpg``. Some training images of each class are held out and choose the
+checkpoint, an exponential moving average of the weights; the test images are read once, after that choice, through the
+rounded weights. Every epoch draws its shuffling and augmentation from (seed, epoch) alone, so an interrupted run
+continues from its state file exactly where it stopped, and one seed, thread count and torch version gives one result.
 """
 
 import argparse
@@ -22,16 +22,17 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from h2t_store.backbones.resnet_cifar import ResNetCifar, default_cfgs
 
-HELD_OUT_PER_CLASS = 500
 WARMUP_EPOCHS = 2
 PADDING = 4
+EMA_DECAY = 0.995
 
 
 def read_tar(path: Path) -> tuple[Tensor, Tensor]:
-    """Decode ``class/name.jpg`` members, sorted by name, to uint8 (n, 3, 32, 32) and int64 (n,)."""
+    """Decode ``class/name.jpg`` members, sorted by name, to uint8 (n, 32, 32, 3) and int64 (n,)."""
     images: dict[str, np.ndarray] = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -42,15 +43,15 @@ def read_tar(path: Path) -> tuple[Tensor, Tensor]:
     names = sorted(images)
     classes = sorted({name.split("/")[-2] for name in names})
     labels = torch.tensor([classes.index(name.split("/")[-2]) for name in names])
-    return torch.from_numpy(np.stack([images[name] for name in names])).permute(0, 3, 1, 2).contiguous(), labels
+    return torch.from_numpy(np.stack([images[name] for name in names])), labels
 
 
-def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(labels: Tensor, per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices to train on and indices that choose the checkpoint, the same number from every class."""
     rng = torch.Generator().manual_seed(seed)
     held = torch.cat(
         [
-            members[torch.randperm(len(members), generator=rng)[:HELD_OUT_PER_CLASS]]
+            members[torch.randperm(len(members), generator=rng)[:per_class]]
             for members in ((labels == label).nonzero().flatten() for label in labels.unique())
         ]
     )
@@ -59,21 +60,28 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return mask.nonzero().flatten(), held
 
 
-def augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Random horizontal flips and random 32x32 crops of the reflected-padded images."""
-    n, _, height, width = images.shape
-    padded = F.pad(images.float(), (PADDING,) * 4, mode="reflect")
+def pad(images: Tensor) -> Tensor:
+    """Reflect images (n, h, w, 3) at their borders, for `augment` to crop from."""
+    return torch.from_numpy(np.pad(images.numpy(), ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)), "reflect"))
+
+
+def augment(padded: Tensor, config: dict, cutout: int, rng: torch.Generator) -> Tensor:
+    """Random crops and horizontal flips of padded images, normalised, with a random square of each set to zero."""
+    n, size = len(padded), padded.shape[1] - 2 * PADDING
     top, left = torch.randint(0, 2 * PADDING + 1, (2, n), generator=rng)
-    rows = top[:, None] + torch.arange(height)
-    columns = left[:, None] + torch.arange(width)
+    rows, columns = top[:, None] + torch.arange(size), left[:, None] + torch.arange(size)
     flip = torch.rand(n, generator=rng) < 0.5
     columns[flip] = columns[flip].flip(1)
-    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    images = normalise(padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]], config)
+    centre = torch.randint(0, size, (2, n, 1), generator=rng)
+    near = (torch.arange(size) - centre + 0.5).abs() <= cutout / 2
+    return images.masked_fill_((near[0][:, :, None] & near[1][:, None, :])[:, None], 0.0)
 
 
 def normalise(images: Tensor, config: dict) -> Tensor:
-    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    """From uint8 (n, h, w, 3) to the network's input (n, 3, h, w), in channels-last memory."""
+    mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 @torch.inference_mode()
@@ -94,8 +102,15 @@ def learning_rate(progress: float, args: argparse.Namespace) -> float:
 
 
 def train_epoch(
-    model: ResNetCifar, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor, epoch: int, args: argparse.Namespace
+    model: ResNetCifar,
+    average: AveragedModel,
+    optimizer: torch.optim.SGD,
+    padded: Tensor,
+    labels: Tensor,
+    epoch: int,
+    args: argparse.Namespace,
 ) -> float:
+    """One pass over the training images; returns the mean loss."""
     config = default_cfgs["h2t_resnet20"].default.to_dict()
     rng = torch.Generator().manual_seed(args.seed * 10_000 + epoch)
     batches = torch.randperm(len(labels), generator=rng).split(args.batch_size)[: len(labels) // args.batch_size]
@@ -104,12 +119,13 @@ def train_epoch(
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch + step / len(batches), args)
-        x = normalise(augment(images[batch], rng), config)
+        x = augment(padded[batch], config, args.cutout, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
             loss = F.cross_entropy(model(x).float(), labels[batch])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        average.update_parameters(model)
         total += loss.item()
     return total / len(batches)
 
@@ -123,17 +139,26 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("-b", "--batch-size", type=int, default=128)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--cutout", type=int, default=12, help="side of the square that is blanked, in pixels")
+    parser.add_argument(
+        "--held-out", type=int, default=100, help="training images per class that choose the checkpoint"
+    )
+    parser.add_argument("--init", type=Path, help="weights to start from, to continue another run's schedule")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--out", type=Path, default=Path("h2t_resnet20.safetensors"))
     parser.add_argument("--state", type=Path, help="where the run is kept between epochs (default: OUT.state)")
     args = parser.parse_args()
     state_path = args.state or args.out.with_suffix(".state")
-    recipe = {k: v for k, v in vars(args).items() if isinstance(v, int | float)}
+    recipe = {k: v for k, v in vars(args).items() if isinstance(v, int | float)} | {"init": str(args.init)}
 
     torch.manual_seed(args.seed)
     images, labels = read_tar(args.train_tar)
-    kept, held = hold_out(labels, args.seed)
+    kept, held = hold_out(labels, args.held_out, args.seed)
+    padded = pad(images[kept])
     model = ResNetCifar().to(memory_format=torch.channels_last)
+    if args.init:
+        model.load_state_dict(load_file(args.init))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.SGD(
@@ -149,20 +174,28 @@ def main() -> None:
         if state["recipe"] != recipe:
             raise SystemExit(f"{state_path} was made with {state['recipe']}, not {recipe}: choose another --state")
         model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first, best = state["epoch"] + 1, state["best"]
         print(f"resuming at epoch {first}", flush=True)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
-        loss = train_epoch(model, optimizer, images[kept], labels[kept], epoch, args)
-        held_accuracy = accuracy(model, images[held], labels[held], config)
+        loss = train_epoch(model, average, optimizer, padded, labels[kept], epoch, args)
+        held_accuracy = accuracy(average.module, images[held], labels[held], config)
         if held_accuracy >= best["accuracy"]:
             best = dict(accuracy=held_accuracy, epoch=epoch)
-            half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            half = {k: v.half() if v.is_floating_point() else v for k, v in average.module.state_dict().items()}
             save_file({k: v.contiguous() for k, v in half.items()}, args.out)
         partial = state_path.with_name(state_path.name + ".partial")
         torch.save(
-            dict(recipe=recipe, model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, best=best),
+            dict(
+                recipe=recipe,
+                model=model.state_dict(),
+                average=average.state_dict(),
+                optimizer=optimizer.state_dict(),
+                epoch=epoch,
+                best=best,
+            ),
             partial,
         )
         partial.replace(state_path)

@@ -22,8 +22,7 @@ from estimators.normalization import (
     NORMALIZATIONS,
     LayerScaled,
     inverse_layer_norms,
-    layer_of,
-    layer_starts,
+    layer_index,
     normalize_kept,
     scales_layers,
     standardizes,
@@ -165,9 +164,9 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._validate_params()
         features, labels, weight = self._check_training(X, y, sample_weight)
-        starts = layer_starts(features)
+        layers = layer_index(features)
         path = group_lasso_path(
-            LayerScaled(features, starts) if scales_layers(self.normalization) else features,
+            LayerScaled(features, layers) if scales_layers(self.normalization) else features,
             labels,
             n_alphas=1 + math.ceil(math.log(self.alpha) / math.log(_ALPHA_STEP)),
             alpha_min_ratio=self.alpha,
@@ -184,7 +183,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = int(path.n_iter.max())
         self.feature_scores_ = path.row_norms(-1)
         self.selected_features_ = select_features(path, -1, self.keep_fraction)
-        self._layer_starts = starts
+        self._layers = layers
         self._layer_scaling = ""
         if scales_layers(self.normalization):
             self._layer_scaling = "kept" if self.head == "ridge" else "whole"
@@ -239,11 +238,11 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         kept = np.asarray(features[:, selected], dtype=np.float64)
         if not np.isfinite(kept).all():
             raise ValueError("X holds NaN or infinity in the selected features; they must be finite.")
-        layers = layer_of(selected, self._layer_starts)
+        layers = self._layers[selected]
         if self._layer_scaling == "kept":
             return normalize_kept(kept, layers)
         if self._layer_scaling == "whole":
-            return kept * inverse_layer_norms(features, self._layer_starts)[:, layers]
+            return kept * inverse_layer_norms(features, self._layers)[:, layers]
         return kept
 
     def _fit_head(

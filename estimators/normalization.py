@@ -34,13 +34,15 @@ def standardizes(normalization: str | None) -> bool:
     return normalization in ("standard", "layer+standard")
 
 
-def layer_starts(X: FeatureMatrix | NDArray[Any]) -> NDArray[np.int64]:
-    """First column of every layer of X; a plain array is one layer.
+def layer_index(X: FeatureMatrix | NDArray[Any]) -> NDArray[np.int64]:
+    """Which layer each column of X belongs to; a plain array is one layer.
+
+    Runs of columns that carry one layer's name are one layer, in whatever order the columns were taken.
 
     Returns
     -------
-    ndarray of shape (n_layers,), int64
-        Increasing, starting at 0.
+    ndarray of shape (n_features,), int64
+        Numbered by first appearance.
 
     Raises
     ------
@@ -48,37 +50,39 @@ def layer_starts(X: FeatureMatrix | NDArray[Any]) -> NDArray[np.int64]:
         If the layers of a FeatureMatrix do not cover its columns in order.
     """
     if not is_feature_matrix(X):
-        return np.zeros(1, dtype=np.int64)
+        return np.zeros(X.shape[1], dtype=np.int64)
     starts = [layer.start for layer in X.layers]
     stops = [layer.stop for layer in X.layers]
     if [*starts, X.shape[1]] != [0, *stops]:
         raise ValueError("X.layers must cover the columns of X one after the other, without gaps or overlaps.")
-    return np.array(starts, dtype=np.int64)
+    names = [layer.name for layer in X.layers]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.repeat([numbers[name] for name in names], np.subtract(stops, starts))
 
 
-def layer_of(columns: Columns, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Index of the layer that each of the given columns belongs to."""
-    index = np.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
-    return np.searchsorted(starts, index, side="right") - 1
-
-
-def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], starts: NDArray[np.int64]) -> NDArray[np.float64]:
+def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int64]) -> NDArray[np.float64]:
     """1 / ||x_layer||_2 per row and layer, 0 where the layer is zero.
 
-    A FeatureMatrix has its norms stored; an array is cut at ``starts``.
+    A FeatureMatrix has its norms stored; an array is cut by ``layers``.
+
+    Parameters
+    ----------
+    X : ndarray or FeatureMatrix of shape (n_rows, n_features)
+    layers : ndarray of shape (n_features,), int64
+        From `layer_index`.
 
     Returns
     -------
     ndarray of shape (n_rows, n_layers), float64
     """
+    norms = np.zeros((X.shape[0], int(layers.max()) + 1))
     if is_feature_matrix(X):
-        norms = np.asarray(X.layer_norms(), dtype=np.float64)
+        norms[:, layers[[layer.start for layer in X.layers]]] = X.layer_norms()
     else:
-        squares = np.zeros((X.shape[0], len(starts)))
         for columns, block in iterate_blocks(X):
             values = np.asarray(block, dtype=np.float64)
-            squares += values**2 @ _membership(layer_of(columns, starts), len(starts))
-        norms = np.sqrt(squares)
+            norms += values**2 @ _membership(layers[columns], norms.shape[1])
+        norms = np.sqrt(norms)
     return _inverse(norms)
 
 
@@ -127,21 +131,21 @@ class LayerScaled:
     Parameters
     ----------
     X : ndarray or FeatureMatrix of shape (n_rows, n_features)
-    starts : ndarray of shape (n_layers,), int64
-        From `layer_starts`.
+    layers : ndarray of shape (n_features,), int64
+        From `layer_index`.
     """
 
-    def __init__(self, X: FeatureMatrix | NDArray[Any], starts: NDArray[np.int64]) -> None:
+    def __init__(self, X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int64]) -> None:
         self._source = X
-        self._starts = starts
-        self._inverse = inverse_layer_norms(X, starts)
+        self._layers = layers
+        self._inverse = inverse_layer_norms(X, layers)
         self.shape: tuple[int, int] = (X.shape[0], X.shape[1])
         self.dtype: np.dtype[Any] = np.dtype(X.dtype)
 
     def column_blocks(self, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[Columns, NDArray[Any]]]:
         """Blocks of whole columns, scaled, in the dtype of X."""
         for columns, block in iterate_blocks(self._source, max_bytes):
-            scale = self._inverse[:, layer_of(columns, self._starts)]
+            scale = self._inverse[:, self._layers[columns]]
             yield columns, np.multiply(block, scale).astype(self.dtype, copy=False)
 
 

@@ -7,14 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from h2t_store.errors import H2TError
+from h2t_store.errors import H2TError, StoreError
+
+if TYPE_CHECKING:
+    from h2t_store.store import Extraction
 
 __all__ = ["extract_main", "h2t_main"]
 
@@ -130,18 +134,11 @@ def ls(store: Annotated[Path, typer.Argument(help="The store.")]) -> None:
     table = Table("name", "images", "features", "layers", "stored", "model", "state", box=None, pad_edge=False)
     opened = FeatureStore(store)
     for name in opened.names():
-        extraction = opened.open(name)
-        header = extraction.header
-        committed = extraction.committed()
-        table.add_row(
-            name,
-            str(header.n_samples),
-            str(header.n_features),
-            str(len(header.layers)),
-            _size(extraction.stored_bytes()),
-            header.provenance["inputs"]["model"],
-            "complete" if extraction.complete else f"{int(committed.sum())} of {len(committed)} row blocks",
-        )
+        try:
+            extraction = opened.open(name)
+            table.add_row(*map(escape, _summary(name, extraction)))
+        except StoreError as error:
+            table.add_row(escape(name), "", "", "", "", "", escape(f"damaged: {error}"))
     _console().print(table)
 
 
@@ -155,13 +152,12 @@ def info(
 
     extraction = FeatureStore(store).open(name)
     header = extraction.header
-    committed = extraction.committed()
     facts = {
         "name": name,
         "images": f"{header.n_samples}, of {len(header.classes)} classes",
         "features": f"{header.n_features} from {len(header.layers)} layers, {header.dtype}",
         "stored": _size(extraction.stored_bytes()),
-        "state": "complete" if extraction.complete else f"{int(committed.sum())} of {len(committed)} row blocks",
+        "state": _state(extraction),
     }
     for group in ("inputs", "environment"):
         facts |= {key: _short(value) for key, value in header.provenance[group].items() if key not in facts}
@@ -171,7 +167,7 @@ def info(
     table = Table("layer", "activation", "columns", "width", box=None, pad_edge=False)
     for layer in header.layers:
         columns = f"{layer.start}:{layer.stop}"
-        table.add_row(layer.name, " x ".join(map(str, layer.shape)), columns, str(layer.width))
+        table.add_row(escape(layer.name), " x ".join(map(str, layer.shape)), columns, str(layer.width))
     print()
     _console().print(table)
 
@@ -186,6 +182,24 @@ def rm(
 
     FeatureStore(store).remove(name)
     print(f"{store}: {name} removed")
+
+
+def _summary(name: str, extraction: "Extraction") -> tuple[str, ...]:
+    header = extraction.header
+    return (
+        name,
+        str(header.n_samples),
+        str(header.n_features),
+        str(len(header.layers)),
+        _size(extraction.stored_bytes()),
+        header.provenance["inputs"]["model"],
+        _state(extraction),
+    )
+
+
+def _state(extraction: "Extraction") -> str:
+    committed = extraction.committed()
+    return "complete" if extraction.complete else f"{int(committed.sum())} of {len(committed)} row blocks"
 
 
 def extract_main() -> None:
@@ -217,7 +231,8 @@ def _run(app: typer.Typer) -> None:
         # A usage error; typer has its own class for it or click's, depending on its version.
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(f"{error.format_message()} (see --help)", 2)
+        # Called without anything, h2t has printed its help already.
+        code = _fail(f"{error.format_message()} (see --help)", 2) if error.format_message() else 2
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ _EXTENSIONS = "jpg jpeg jpe jfif png bmp dib gif webp tif tiff ppm pgm pbm pnm j
 IMAGE_EXTENSIONS = frozenset("." + extension for extension in _EXTENSIONS.split(" "))
 UNLABELLED = -1
 _MAX_CLASSES = 1_000_000
+_MAX_DIGESTED_BYTES = 1 << 30
 
 
 class Source(Protocol):
@@ -75,7 +76,7 @@ class FolderSource:
                 return _as_rgb(image)
         except UnidentifiedImageError:
             raise DataError(f"{path}: not an image") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise almost anything on damaged files
             raise DataError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
@@ -114,6 +115,8 @@ def open_source(data: str | os.PathLike[str] | tuple[Any, Any], split: str | Non
     DataError
         Where nothing can be read from it.
     """
+    if not isinstance(data, str | os.PathLike | tuple):
+        raise DataError(f"data: {type(data).__name__}; accepted are a folder, 'digits' and a tuple (images, labels)")
     if data == "digits":
         return _digits(split or "train")
     if split is not None:
@@ -130,24 +133,23 @@ def _from_folder(root: Path) -> FolderSource:
         raise DataError(f"data {str(root)!r} does not exist; accepted are an image folder and 'digits'")
     if not root.is_dir():
         raise DataError(f"data {str(root)!r} is not a folder; accepted are an image folder and 'digits'")
-    found: list[tuple[str, str, int]] = []
+    found: list[tuple[str, str]] = []
     other: list[str] = []
     empty: list[str] = []
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_cannot_list):
-        folders.sort()
-        label = Path(folder).relative_to(root).as_posix()
+    hidden: list[str] = []
+    for label, files in _walk(root, hidden):
         images = [file for file in files if Path(file).suffix.lower() in IMAGE_EXTENSIONS]
         other += [(Path(label) / file).as_posix() for file in files if file not in set(images)]
-        if not folders and not images:
+        if not files:
             empty.append(label)
-        found += [((Path(label) / file).as_posix(), label, _size(Path(folder) / file)) for file in images]
+        found += [((Path(label) / file).as_posix(), label) for file in images]
     if not found:
         held = f"; it holds {len(other)} other files, such as {sorted(other)[0]!r}" if other else ""
         raise DataError(f"data {str(root)!r} holds no images{held}")
     found.sort()
-    labels = {label for _, label, _ in found}
+    labels = {label for _, label in found}
     if "." in labels and len(labels) > 1:
-        loose = [path for path, label, _ in found if label == "."]
+        loose = [path for path, label in found if label == "."]
         raise DataError(
             f"data {str(root)!r} holds class folders and {len(loose)} images beside them, such as {loose[0]!r}: "
             "move them into a class folder"
@@ -159,28 +161,64 @@ def _from_folder(root: Path) -> FolderSource:
         notes.append(f"{len(other)} files are not images and were left out: {_some(sorted(other))}")
     if empty:
         notes.append(f"{len(empty)} folders hold no images: {_some(sorted(empty))}")
+    if hidden:
+        notes.append(f"{len(hidden)} hidden files and folders were left out: {_some(sorted(hidden))}")
     if not classes:
         notes.append(f"{len(found)} images without class folders: unlabelled")
-    sha = hashlib.sha256("".join(f"{path}\0{size}\n" for path, _, size in found).encode())
+    paths = [path for path, _ in found]
     return FolderSource(
         root=root,
-        sample_ids=[path for path, _, _ in found],
-        y=np.array([index.get(label, UNLABELLED) for _, label, _ in found], dtype=np.int64),
+        sample_ids=paths,
+        y=np.array([index.get(label, UNLABELLED) for _, label in found], dtype=np.int64),
         classes=classes,
-        description={"kind": "folder", "n": len(found), "paths_and_sizes_sha256": sha.hexdigest()},
+        description={"kind": "folder", "n": len(found)} | _fingerprint(root, paths),
         notes=notes,
     )
+
+
+def _walk(root: Path, hidden: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder relative to ``root``, its files) for every folder with files or without anything, each real one once."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_cannot_list):
+        label = Path(folder).relative_to(root).as_posix()
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        hidden += [(Path(label) / name).as_posix() for name in [*folders, *files] if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = [name for name in files if not name.startswith(".")]
+        for name in (label, *visible):
+            if not _is_utf8(name):
+                raise DataError(f"data: the name {name!r} in {str(root)!r} is not UTF-8: rename it")
+        if visible or not folders:
+            yield label, visible
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _cannot_list(error: OSError) -> None:
     raise DataError(f"data: {error.filename}: {error.strerror}") from error
 
 
-def _size(path: Path) -> int:
+def _fingerprint(root: Path, paths: Sequence[str]) -> dict[str, str]:
+    """Digest of all contents up to 1 GiB in total; beyond that, where reading twice costs, of paths and sizes."""
     try:
-        return path.stat().st_size
+        sizes = [(root / path).stat().st_size for path in paths]
+        sha = hashlib.sha256("".join(f"{path}\0{size}\n" for path, size in zip(paths, sizes, strict=True)).encode())
+        if sum(sizes) > _MAX_DIGESTED_BYTES:
+            return {"paths_and_sizes_sha256": sha.hexdigest()}
+        for path in paths:
+            sha.update((root / path).read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise DataError(f"{error.filename}: {error.strerror}") from error
+    return {"contents_sha256": sha.hexdigest()}
 
 
 def _some(names: Sequence[str]) -> str:
@@ -194,7 +232,8 @@ def _from_arrays(images: Any, labels: Any) -> ArraySource:
             f"data: images of shape {images.shape} and dtype {images.dtype}; accepted is uint8 (n, h, w, 3), not empty"
         )
     y, classes = _encode(labels, len(images))
-    sha = hashlib.sha256(np.ascontiguousarray(images).data)
+    sha = hashlib.sha256(f"{images.shape} {classes}".encode())
+    sha.update(np.ascontiguousarray(images).data)
     sha.update(y.tobytes())
     return ArraySource(
         images=images,

@@ -14,7 +14,7 @@ from h2t_store.backbones import Backbone, Tap, find_taps, load_backbone
 from h2t_store.datasets import ArraySource, Source, open_source
 from h2t_store.engines import local
 from h2t_store.engines.blocks import plan, rows_per_block
-from h2t_store.errors import H2TError, ModelError, TapError
+from h2t_store.errors import H2TError, ModelError, StoreError, TapError
 from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer, check_name
 from h2t_store.matrix import FeatureMatrix, open_features
 from h2t_store.store import Extraction, FeatureStore
@@ -140,9 +140,22 @@ def extract(
     if extraction.complete:
         _log.info("%s is complete: nothing to compute", extraction.where)
     else:
+        _require_same_environment(extraction, environment)
         workers = _workers(source) if workers is None else workers
         _compute_missing(extraction, forward, source, batch_size, workers, progress)
     return open_features(store, name)
+
+
+def _require_same_environment(extraction: Extraction, environment: dict[str, Any]) -> None:
+    """An extraction is finished where it was begun: other versions and devices round differently."""
+    begun = extraction.header.provenance["environment"]
+    old, new = ({"device": env["device"]} | env["versions"] for env in (begun, environment))
+    different = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    if different:
+        raise StoreError(
+            f"{extraction.where} is unfinished and was begun elsewhere ({'; '.join(different)}): finish it there, or "
+            f"remove it with: h2t rm {extraction.where.replace(': ', ' ')}"
+        )
 
 
 def _compute_missing(
@@ -181,6 +194,7 @@ def _header(
         "data": source.description,
         "model": backbone.name,
         "weights_sha256": backbone.weights_sha256,
+        "code_sha256": backbone.code_sha256,
         "preprocessing": {key: _plain(value) for key, value in backbone.data_config.items()},
         "taps": [tap.name for tap in forward.taps],
         "target_size": forward.target_size,
@@ -228,9 +242,10 @@ def _find(backbone: Backbone, taps: str | Sequence[str], device: torch.device) -
         found, left_out = find_taps(backbone.model, example.to(device), taps)
     except TapError:
         raise
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(
-            f"model {backbone.name!r} cannot run on images of {tuple(example.shape[1:])}: {str(error).splitlines()[0]}"
+            f"model {backbone.name!r} cannot run on images of {tuple(example.shape[1:])}: {reason}"
         ) from error
     for tap, reason in left_out.items():
         _log.info("tap %s is left out: %s", tap, reason)

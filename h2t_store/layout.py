@@ -163,8 +163,9 @@ def feature_path(layer: Layer) -> str:
 def check_name(name: str) -> str:
     """Return ``name`` if it can name an extraction (``a`` or ``a/b/…``), else raise `StoreError`."""
     parts = name.split("/")
-    if any(not part or part in (".", "..") or part.startswith("__") or not part.isprintable() for part in parts):
-        raise StoreError(f"name {name!r}: accepted are words joined by '/', such as 'pets/train', none of them '..'")
+    reserved = (".", "..", "zarr.json")
+    if any(not p or p in reserved or p.startswith("__") or "\\" in p or not p.isprintable() for p in parts):
+        raise StoreError(f"name {name!r}: accepted are words joined by '/', such as 'pets/train'")
     return name
 
 

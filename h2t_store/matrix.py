@@ -127,7 +127,11 @@ class FeatureMatrix:
 
     @property
     def y(self) -> NDArray[np.int64]:
-        """Labels (n_rows,); -1 where unlabelled."""
+        """Labels (n_rows,), indices into ``classes``; -1 where unlabelled.
+
+        They count within one extraction: where two were made from folders with different classes, compare names,
+        ``np.array(X.classes)[X.y]``.
+        """
         y = self._extraction.labels()
         return y if self._rows is None else y[self._rows]
 
@@ -155,6 +159,8 @@ class FeatureMatrix:
         layers = self._header.layers
         if self._columns is None:
             return list(enumerate(layers))
+        if not len(self._columns):
+            return []
         owner = self._owners(self._columns)
         starts = np.flatnonzero(np.diff(owner, prepend=-1))
         stops = np.append(starts[1:], len(owner))
@@ -184,12 +190,14 @@ class FeatureMatrix:
             Where a pattern matches no layer of this selection.
         """
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        if not patterns:
+            raise StoreError("select_layers: no pattern given; accepted are globs over the names of the layers")
         names = [layer.name for layer in self.layers]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise StoreError(
                     f"select_layers: no layer matches {pattern!r}{did_you_mean(pattern, names)}; "
-                    f"there are {len(names)}, from {names[0]!r} to {names[-1]!r}"
+                    f"there are {len(names)}{f', from {names[0]!r} to {names[-1]!r}' if names else ''}"
                 )
         keep = [
             np.arange(layer.start, layer.stop)
@@ -203,7 +211,7 @@ class FeatureMatrix:
         norms = self._extraction.read("layer_norms", slice(None))
         if np.isnan(norms).any():
             raise StoreError(f"{self._extraction.where}: a chunk of layer_norms is missing")
-        columns = np.array([index for index, _ in self._runs()])
+        columns = np.array([index for index, _ in self._runs()], dtype=np.int64)
         return norms[:, columns] if self._rows is None else norms[np.ix_(self._rows, columns)]
 
     def column_blocks(self, max_bytes: int) -> Iterator[tuple[slice | NDArray[np.int64], NDArray[np.float32]]]:
@@ -276,7 +284,9 @@ class FeatureMatrix:
                 out[_cross(wanted, at[inside])] = part
 
     def __getitem__(self, key: Any) -> "FeatureMatrix":
-        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (key, ...)
+        if isinstance(key, tuple) and len(key) != 2:
+            raise IndexError(f"a FeatureMatrix is indexed by rows, or by rows and columns, not by {len(key)} indices")
+        rows, columns = key if isinstance(key, tuple) else (key, ...)
         n_rows, n_columns = self.shape
         store, name, digest = self._address
         return FeatureMatrix(

@@ -169,6 +169,9 @@ class FeatureStore:
 
     def open(self, name: str) -> Extraction:
         """Open the extraction ``name``; raises `StoreError` where there is none."""
+        return Extraction(self._require(name), f"{self.path}: {name}")
+
+    def _require(self, name: str) -> zarr.Group:
         group = self._group(name)
         if group is None or "digest" not in group.attrs:
             known = self.names()
@@ -176,7 +179,7 @@ class FeatureStore:
             raise StoreError(
                 f"store {str(self.path)!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}"
             )
-        return Extraction(group, f"{self.path}: {name}")
+        return group
 
     def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Sequence[str]) -> Extraction:
         """Create the extraction ``name``, or open the one begun before from the same things.
@@ -214,10 +217,8 @@ class FeatureStore:
         return Extraction(group, f"{self.path}: {name}")
 
     def remove(self, name: str) -> None:
-        """Remove the extraction ``name`` and what it wrote."""
-        self.open(name)
-        group = self._group(name)
-        assert group is not None
+        """Remove the extraction ``name`` and what it wrote, damaged or not."""
+        group = self._require(name)
         group.attrs.put({})
         del self._root[name]
 

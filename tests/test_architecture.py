@@ -33,7 +33,8 @@ def test_the_halves_do_not_import_each_other(package, other):
 
 
 def test_there_is_no_import_circle():
-    graph = {module_name(path): imports(path) for path in FILES if path.name != "__init__.py"}
+    graph = {module_name(path): imports(path) for path in FILES}
+    graph["h2t_store"] = set()  # its exports are imported on first use
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:

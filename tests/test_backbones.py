@@ -1,5 +1,6 @@
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,9 +93,28 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+def test_a_model_file_may_import_its_neighbours_and_use_dataclasses(tmp_path):
+    (tmp_path / "helper.py").write_text("import torch\nclass Net(torch.nn.Conv2d): pass\n")
+    (tmp_path / "net.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom helper import Net\n"
+        "import numpy as np\n"
+        "@dataclass\nclass Size:\n    out: int = 4\n"
+        "def build():\n"
+        "    net = Net(3, Size().out, 1)\n"
+        "    net.pretrained_cfg = {'input_size': np.array([3, 8, 8]), 'mean': np.zeros(3), 'std': np.ones(3)}\n"
+        "    return net\n"
+    )
+    before = list(sys.path)
+    backbone = load_backbone(f"{tmp_path}/net.py:build")
+    assert backbone.model.out_channels == 4
+    assert backbone.data_config["mean"] == [0.0] * 3
+    assert sys.path == before
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        ("resnet18.nope", "model 'resnet18.nope' cannot be built: Invalid pretrained tag"),
         ("resnet81", "model 'resnet81' is unknown to timm (did you mean 'resnet18'"),
         ("nowhere.py:factory", "there is no file 'nowhere.py'"),
         (f"{MODELS}:functionnal", "has no function 'functionnal' (did you mean 'functional'"),

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,18 @@ def test_ls_info_and_rm(run, folder, tmp_path):
         assert part in out
     assert run("h2t", "rm", store, "x/y")[0] == 0
     assert "x/y" not in run("h2t", "ls", store)[1]
+
+
+def test_ls_shows_odd_names_and_damage_and_goes_on(run, folder, tmp_path):
+    store = tmp_path / "s"
+    for name in ("x[b]y", "z"):
+        run("extract", folder, "--model", MODEL, "--store", store, "--name", name)
+    path = store / "z" / "zarr.json"
+    path.write_text(path.read_text().replace("small_input", "other"))
+    code, out, _ = run("h2t", "ls", store)
+    assert code == 0
+    assert re.search(r"^x\[b\]y .*complete", out, re.MULTILINE)
+    assert re.search(r"^z .*damaged: .*changed or damaged", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

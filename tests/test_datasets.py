@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -38,6 +39,23 @@ def test_what_is_left_out_is_counted_and_named(folder):
         "1 files are not images and were left out: a/notes.txt",
         "1 folders hold no images: z empty",
     ]
+
+
+def test_hidden_files_and_loops_of_links_are_not_read(folder):
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "x.png").write_text("x")
+    (folder / "a" / "._00.png").write_text("x")
+    (folder / "b" / "up").symlink_to(folder)
+    source = open_source(folder)
+    assert len(source.y) == 40
+    assert source.classes == ("a", "b", "c", "d")
+    assert source.notes == ["2 hidden files and folders were left out: .ipynb_checkpoints, a/._00.png"]
+
+
+def test_a_name_that_is_not_utf8_is_one_clear_error(folder):
+    os.rename(folder / "a" / "00.png", os.fsencode(folder / "a") + b"/gr\xf6.png")
+    with failing_with("is not UTF-8: rename it"):
+        open_source(folder)
 
 
 def test_images_without_class_folders_are_unlabelled(tmp_path, images):
@@ -146,5 +164,8 @@ def test_arrays_that_are_not_images_are_refused(images):
     ):
         with failing_with(message):
             open_source((images, labels))
+    for wrong in (images, [images, None], 3):
+        with failing_with("accepted are a folder, 'digits' and a tuple (images, labels)"):
+            open_source(wrong)
     with failing_with("a tuple of 3"):
         open_source((images, None, None))

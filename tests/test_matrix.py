@@ -125,6 +125,18 @@ def test_layers_are_selected_by_globs(stored):
         matrix.select_layers("heat")
 
 
+def test_empty_selections(stored):
+    for view in (stored[0][:, []], stored[0][[]]):
+        assert np.asarray(view).shape == view.shape
+        assert 0 in view.shape
+        assert view.layer_norms().shape == (view.shape[0], len(view.layers))
+    assert repr(stored[0][:, []]) == "FeatureMatrix('x', 50 x 0, 0 layers)"
+    with pytest.raises(StoreError, match="no pattern given"):
+        stored[0].select_layers([])
+    with pytest.raises(IndexError, match="not by 3 indices"):
+        stored[0][(0, 1, 2)]
+
+
 @pytest.mark.parametrize(
     ("index", "error"),
     [

@@ -7,8 +7,7 @@ from _estimator_data import FakeFeatures, make_problem
 from estimators.normalization import (
     LayerScaled,
     inverse_layer_norms,
-    layer_of,
-    layer_starts,
+    layer_index,
     normalize_kept,
     weighted_moments,
 )
@@ -26,7 +25,7 @@ def test_layers_are_scaled_to_unit_length_and_zero_stays_zero(scattered):
     X, _, _ = make_problem(0)
     X[3, 4:6] = 0
     features = FakeFeatures(X, (4, 2, 4), scattered=scattered)
-    scaled = LayerScaled(features, layer_starts(features))
+    scaled = LayerScaled(features, layer_index(features))
     filled = np.full(X.shape, np.nan, dtype=np.float32)
     for columns, block in scaled.column_blocks(10**6):
         assert block.dtype == np.float32
@@ -37,7 +36,7 @@ def test_layers_are_scaled_to_unit_length_and_zero_stays_zero(scattered):
 
 def test_a_plain_array_is_one_layer_and_keeps_its_precision():
     X, _, _ = make_problem(1)
-    scaled = LayerScaled(X, layer_starts(X))
+    scaled = LayerScaled(X, layer_index(X))
     filled = np.hstack([block for _, block in scaled.column_blocks(320 * 3)])
     assert filled.dtype == np.float64
     np.testing.assert_allclose(filled, X / np.linalg.norm(X, axis=1, keepdims=True), rtol=1e-12)
@@ -47,22 +46,21 @@ def test_norms_of_an_array_cut_like_a_feature_matrix_are_its_norms():
     X, _, _ = make_problem(2)
     X = X.astype(np.float32)
     features = FakeFeatures(X, (4, 2, 4))
-    starts = layer_starts(features)
-    assert starts.tolist() == [0, 4, 6]
-    np.testing.assert_allclose(inverse_layer_norms(X, starts), inverse_layer_norms(features, starts), rtol=1e-6)
+    layers = layer_index(features)
+    assert layers.tolist() == [0] * 4 + [1] * 2 + [2] * 4
+    np.testing.assert_allclose(inverse_layer_norms(X, layers), inverse_layer_norms(features, layers), rtol=1e-6)
 
 
 def test_stored_norms_are_used_without_reading_features():
     features = FakeFeatures(make_problem(3)[0], (4, 6))
-    inverse_layer_norms(features, layer_starts(features))
+    inverse_layer_norms(features, layer_index(features))
     assert features.columns_read == set()
 
 
 def test_kept_parts_are_scaled_by_themselves():
     X, _, _ = make_problem(4)
     kept = np.array([0, 3, 5, 8, 9])
-    layers = layer_of(kept, np.array([0, 4, 6]))
-    assert layers.tolist() == [0, 0, 1, 2, 2]
+    layers = np.array([0, 0, 1, 2, 2])
     np.testing.assert_allclose(normalize_kept(X[:, kept], layers), scale_layers(X[:, kept], (2, 1, 2)), rtol=1e-12)
 
 
@@ -81,4 +79,4 @@ def test_layers_with_gaps_are_refused():
     features = FakeFeatures(make_problem(6)[0], (4, 6))
     features.layers = features.layers[1:]
     with pytest.raises(ValueError, match="without gaps"):
-        layer_starts(features)
+        layer_index(features)

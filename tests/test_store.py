@@ -148,6 +148,14 @@ def test_damaged_group_metadata_is_one_clear_error(tmp_path, which):
             open_features(tmp_path / "s", "pets/train")
 
 
+def test_a_damaged_extraction_can_be_removed(tmp_path):
+    fill(tmp_path / "s")
+    path = tmp_path / "s/pets/train/zarr.json"
+    path.write_text(path.read_text().replace('"model": "m"', '"model": "n"'))
+    FeatureStore(tmp_path / "s").remove("pets/train")
+    assert FeatureStore(tmp_path / "s").names() == []
+
+
 def test_an_unfinished_extraction_does_not_open_and_says_how_far_it_is(tmp_path):
     fill(tmp_path / "s", blocks=(0, 2))
     with pytest.raises(IncompleteError, match="2 of 3 row blocks"):
@@ -189,7 +197,7 @@ def test_names_removal_and_nesting(tmp_path):
         store.open("pets/tran")
 
 
-@pytest.mark.parametrize("name", ["", "a//b", "../x", "a/..", "/a", "a/", "__x", "a\nb"])
+@pytest.mark.parametrize("name", ["", "a//b", "../x", "a/..", "/a", "a/", "__x", "a\nb", "a\\b", "zarr.json"])
 def test_names_that_could_leave_the_store_are_refused(tmp_path, name):
     with failing_with("accepted are words joined by '/'"):
         FeatureStore(tmp_path / "s", create=True).begin(name, header(), np.zeros(N, np.int64), ["x"] * N)

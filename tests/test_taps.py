@@ -72,7 +72,7 @@ def test_windows_are_put_back_to_their_image_and_channels_last_is_seen():
     by_name = {tap.name: tap for tap in found}
     assert by_name["norm"].shape == (6, 4, 4)
     assert by_name["window:in"].shape == (6, 16)
-    assert left_out == {"table:in": "its size does not grow with the number of images"}
+    assert left_out == {"table:in": "its first axis does not grow with the number of images"}
     got = pooled(model, "norm,window:in", x, target=6)
     maps = model.norm(model.stem(x).permute(0, 2, 3, 1))
     torch.testing.assert_close(got["norm"], maps.mean((1, 2)))
@@ -140,6 +140,25 @@ def test_swin_blocks_are_maps_with_the_channels_last_axis_found():
     model = timm.create_model("swin_tiny_patch4_window7_224").eval()
     found, _ = find_taps(model, example(224), "layers.0.blocks.0,layers.3.blocks.1")
     assert [tap.shape for tap in found] == [(96, 56, 56), (768, 7, 7)]
+
+
+def test_weights_used_by_functions_dict_outputs_and_overwritten_inputs():
+    model, x = tiny_models.FunctionalLinear().eval(), example()
+    before = x.clone()
+    assert names(model, "activations") == ["attn:in", "head:in", "head"]
+    assert x.equal(before)
+
+
+def test_slices_from_one_address_are_two_tensors():
+    found, _ = find_taps(tiny_models.Slices().eval(), torch.randn(2, 3, 8, 6), "activations")
+    assert [tap.name for tap in found] == ["a:in", "b:in", "output"]
+    assert found[-1].shape == (2, 7, 5)
+
+
+def test_the_penultimate_of_blocks_enters_the_layer_that_makes_the_output():
+    assert "head:in" in names(tiny_models.Functional(), "blocks")
+    headless = timm.create_model("resnet18", num_classes=0)
+    assert not [name for name in names(headless, "blocks", 64) if name.endswith((":in", ".act1"))]
 
 
 def test_hooks_are_gone_afterwards():

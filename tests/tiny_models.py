@@ -109,3 +109,73 @@ def small_input() -> nn.Module:
     model = Functional()
     model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}
     return model
+
+
+class CifarBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.extra = stride, channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.extra:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra // 2))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """The published CIFAR ResNets, activations as functions, keys as published."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        width = 16
+        for stage, channels in enumerate((16, 32, 64)):
+            blocks = [
+                CifarBlock(width if i == 0 else channels, channels, 2 if stage and i == 0 else 1) for i in range(depth)
+            ]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            width = channels
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(F.avg_pool2d(x, x.shape[3]).flatten(1))
+
+
+def resnet56() -> nn.Module:
+    return CifarResNet(9)
+
+
+class FunctionalLinear(nn.Module):
+    """Attention and a dict as the output: weights of linear layers that are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.mul_(2).sub_(1)
+        tokens = F.relu(self.stem(x).flatten(2).transpose(1, 2))
+        tokens = tokens + self.attn(tokens, tokens, tokens)[0]
+        return {"logits": self.head(tokens.mean(1))}
+
+
+class Slices(nn.Module):
+    """Two layers that enter on equally large slices from one address; a channels-last map no layer speaks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 2, 1)
+        self.b = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x[:, :1]], 1) + 1
+        return F.max_pool2d(self.a(x[:, :2]) + self.b(x[:, ::2]), 2, stride=1)

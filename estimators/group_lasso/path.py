@@ -61,6 +61,7 @@ class _Solution:
     active: Tensor
     coef: Tensor
     evaluation: Evaluation
+    gradient: Tensor
     gradient_norms: Tensor
     objective: float = math.nan
     gap: float = math.inf
@@ -218,6 +219,7 @@ def _zero_solution(problem: Problem, operator: DenseOperator) -> _Solution:
         active=torch.zeros(0, dtype=torch.int64, device=start.device),
         coef=start.new_zeros((0, n_classes)),
         evaluation=evaluation,
+        gradient=start.new_zeros((0, n_classes)),
         gradient_norms=operator.correlate(evaluation.residual).norm(dim=1),
     )
 
@@ -280,7 +282,11 @@ def _at_alpha(problem: Problem, solution: _Solution, alpha: float) -> _Solution:
     objective, gap = objective_and_gap(
         problem, solution.evaluation, solution.coef.norm(dim=1), solution.gradient_norms, alpha
     )
-    return replace(solution, objective=objective, gap=gap)
+    resting = torch.ones_like(solution.gradient_norms, dtype=torch.bool)
+    resting[solution.active] = False
+    rest_norms = solution.gradient_norms[resting]
+    violation = kkt_violation(problem, solution.coef, solution.gradient, rest_norms, alpha)
+    return replace(solution, objective=objective, gap=gap, kkt=violation)
 
 
 def _working_set(current: _Solution, operator: DenseOperator, threshold: float) -> Tensor:
@@ -310,10 +316,7 @@ def _full_pass(
     norms = gradient.norm(dim=1)
     nonzero = coef.norm(dim=1) > 0
     active, kept = working[nonzero], coef[nonzero]
-    resting = torch.ones_like(norms, dtype=torch.bool)
-    resting[active] = False
-    violation = kkt_violation(problem, kept, gradient[active], norms[resting], alpha)
-    return _at_alpha(problem, _Solution(active, kept, evaluation, norms, kkt=violation), alpha)
+    return _at_alpha(problem, _Solution(active, kept, evaluation, gradient[active], norms), alpha)
 
 
 def _collect(

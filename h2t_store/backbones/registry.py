@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import socket
+import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
-from h2t_store.backbones import resnet_cifar  # noqa: F401  registers h2t_resnet20
+import h2t_store.backbones.resnet_cifar  # noqa: F401  registers h2t_resnet20
 from h2t_store.errors import ModelError, did_you_mean
 
 __all__ = ["Backbone", "load_backbone"]
@@ -46,12 +47,15 @@ class Backbone:
         ``crop_mode``.
     weights_sha256 : str
         Digest over names and values of all parameters and buffers.
+    code_sha256 : str
+        Digest over the modules the network consists of, as they print, and the file it was built by.
     """
 
     name: str
     model: nn.Module
     data_config: dict[str, Any]
     weights_sha256: str
+    code_sha256: str
 
 
 def load_backbone(
@@ -88,17 +92,19 @@ def load_backbone(
     """
     if img_size is not None and img_size < 1:
         raise ModelError(f"img_size {img_size}: accepted are positive numbers of pixels")
+    code = b""
     if isinstance(model, nn.Module):
         name, network = type(model).__name__, model
     elif ".py:" in model:
-        name, network = _from_file(model, seed)
+        name, network, code = _from_file(model, seed)
     else:
         name, network = model, _from_timm(model, pretrained and checkpoint is None, img_size, seed)
     if checkpoint is not None:
         _load_checkpoint(network, Path(checkpoint))
     network.eval()
     config = _data_config(name, network, img_size, fallback_size)
-    return Backbone(name, network, config, _digest(network))
+    code_sha256 = hashlib.sha256(repr(network).encode() + code).hexdigest()
+    return Backbone(name, network, config, _weights_digest(network), code_sha256)
 
 
 def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
@@ -108,14 +114,14 @@ def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> 
             raise ModelError(
                 f"model {name!r} is unknown to timm{suggestion}; a file is given as path/to/file.py:factory"
             )
-        if pretrained:
-            _require_weights(name)
     elif pretrained and not name.startswith("local-dir:"):
         _require_connection(name, huggingface_hub.constants.ENDPOINT)
     build: Callable[..., nn.Module] = timm.create_model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
+            if pretrained and not name.startswith(_HUB_PREFIXES):
+                _require_weights(name)
             if img_size is not None:
                 try:
                     return build(name, pretrained=pretrained, img_size=img_size)
@@ -124,7 +130,9 @@ def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> 
                         raise
                     torch.manual_seed(seed)
             return build(name, pretrained=pretrained)
-        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
+        except ModelError:
+            raise
+        except Exception as error:
             raise ModelError(f"model {name!r} cannot be built: {_first_line(error)}") from error
 
 
@@ -159,7 +167,8 @@ def _require_connection(name: str, address: str) -> None:
         ) from error
 
 
-def _from_file(spec: str, seed: int) -> tuple[str, nn.Module]:
+def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
+    """Name, network and source; the file may import its neighbours, as a script may."""
     path_text, _, factory_name = spec.rpartition(":")
     path = Path(path_text)
     if not path.is_file():
@@ -168,6 +177,8 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module]:
     if module_spec is None or module_spec.loader is None:
         raise ModelError(f"model {spec!r}: {path_text!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    sys.path.insert(0, str(path.resolve().parent))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -184,9 +195,11 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module]:
             raise ModelError(
                 f"model {spec!r}: the file or its factory failed: {type(error).__name__}: {_first_line(error)}"
             ) from error
+        finally:
+            sys.path.remove(str(path.resolve().parent))
     if not isinstance(network, nn.Module):
         raise ModelError(f"model {spec!r}: the factory returned {type(network).__name__}, not a torch.nn.Module")
-    return f"{path.name}:{factory_name}", network
+    return f"{path.name}:{factory_name}", network, path.read_bytes()
 
 
 def _load_checkpoint(network: nn.Module, path: Path) -> None:
@@ -214,6 +227,7 @@ def _data_config(
 ) -> dict[str, Any]:
     described = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
     described = dict(described) if isinstance(described, dict) else described.to_dict()
+    described = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in described.items()}
     if img_size is None and not described.get("input_size"):
         if fallback_size is None:
             raise ModelError(f"model {name!r} does not say its input size: pass --img-size PIXELS")
@@ -225,7 +239,7 @@ def _data_config(
     return config
 
 
-def _digest(network: nn.Module) -> str:
+def _weights_digest(network: nn.Module) -> str:
     sha = hashlib.sha256()
     for key, tensor in sorted(network.state_dict().items()):
         sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

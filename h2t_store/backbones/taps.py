@@ -7,7 +7,7 @@ called several times in one forward pass has a tap for each call: ``act``, ``act
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,7 +25,7 @@ __all__ = ["PRESETS", "Tap", "find_taps", "tapped"]
 PRESETS = ("activations", "blocks")
 
 Side = Literal["in", "out"]
-Content = tuple[int, int, int]
+Content = tuple[int, int, int, int]  # address, number of values, memory they span, version: views share all four
 _FINE = 4096  # target size for comparing images: large enough to keep positions apart
 
 
@@ -140,7 +140,7 @@ def find_taps(model: nn.Module, example: Tensor, taps: str | Sequence[str]) -> t
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
         raise TapError(f"taps: nothing given; accepted are {', '.join(PRESETS)} and globs over module names")
-    found, asked = _resolve(model, example[:1], parts)
+    found, asked = _resolve(model, example[:1].clone(), parts)
     wrong = _not_by_image(model, example, found)
     for tap in found:
         if tap.name in wrong and tap.name in asked:
@@ -233,7 +233,7 @@ def _not_by_image(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> dic
         try:
             second = tap.pool(tensor, 2, _FINE)[1:]
         except TapError:
-            wrong[tap.name] = "its size does not grow with the number of images"
+            wrong[tap.name] = "its first axis does not grow with the number of images"
             return
         scale = float(alone[place].nan_to_num().abs().max())
         if not torch.allclose(second, alone[place], rtol=0, atol=1e-2 * scale, equal_nan=True):
@@ -242,9 +242,9 @@ def _not_by_image(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> dic
     modules = sorted({tap.place.module for tap in taps})
     with torch.no_grad():
         with _hooks(model, modules, receive_alone):
-            model(example[1:])
+            model(example[1:].clone())
         with _hooks(model, modules, receive_both):
-            model(example)
+            model(example.clone())
     return wrong
 
 
@@ -255,7 +255,8 @@ def _watch(model: nn.Module, x: Tensor) -> list[_Seen]:
 
     def note(place: Place, tensor: Tensor) -> None:
         keep_alive.append(tensor)
-        content = (tensor.data_ptr(), tensor.numel(), tensor._version)
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        content = (tensor.data_ptr(), tensor.numel(), span, tensor._version)
         seen.append(_Seen(place, tensor, content, (*content, tuple(tensor.shape), tensor.stride())))
 
     with torch.no_grad(), _hooks(model, [name for name, _ in model.named_modules()], note):
@@ -298,7 +299,9 @@ def _hooks(model: nn.Module, modules: Sequence[str], receive: Callable[[Place, T
 
 
 def _first_tensor(value: Any) -> Tensor | None:
-    """The tensor, or the first one of a tuple or list, if it can hold activations."""
+    """The tensor, or the first one of a tuple, list or mapping, if it can hold activations."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
     if isinstance(value, tuple | list) and value:
         value = value[0]
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel():
@@ -323,15 +326,13 @@ def _blocks(model: nn.Module) -> set[str]:
 
 def _preset(preset: str, model: nn.Module, seen: Sequence[_Seen], image: Tensor) -> list[Content]:
     """Contents of the tensors that a preset asks for."""
-    modules = dict(model.named_modules())
     blocks = _blocks(model)
-    classifier = _last_linear_map(model, seen)
+    entered = _linear_entrances(model, seen) if preset == "activations" else _classifier(model, seen)
     chosen = []
     for event in seen:
         name, side, _ = event.place
         if side == "in":
-            wanted = _is_linear_map(modules[name]) and (preset == "activations" or name == classifier)
-            wanted = wanted and event.content[:2] != (image.data_ptr(), image[:1].numel())
+            wanted = name in entered and event.content[:2] != (image.data_ptr(), image.numel())
         else:
             wanted = name in blocks or not name
         if wanted:
@@ -339,20 +340,29 @@ def _preset(preset: str, model: nn.Module, seen: Sequence[_Seen], image: Tensor)
     return chosen
 
 
-def _last_linear_map(model: nn.Module, seen: Sequence[_Seen]) -> str | None:
-    """The layer that computes the logits: the last convolution or linear layer that ran."""
+def _linear_entrances(model: nn.Module, seen: Sequence[_Seen]) -> set[str]:
+    """Convolutions and linear layers that ran, and modules that ran and use the weights of one that did not."""
+    ran = {event.place.module for event in seen}
+    linear = [name for name, module in model.named_modules() if _is_linear_map(module)]
+    return {name if name in ran else name.rpartition(".")[0] for name in linear} & ran
+
+
+def _classifier(model: nn.Module, seen: Sequence[_Seen]) -> set[str]:
+    """The layer whose output is the output of the network, if it is a convolution or linear layer."""
     modules = dict(model.named_modules())
-    names = [event.place.module for event in seen if _is_linear_map(modules[event.place.module])]
-    return names[-1] if names else None
+    logits = {event.content for event in seen if event.place[:2] == ("", "out")}
+    return {
+        event.place.module for event in seen if event.content in logits and _is_linear_map(modules[event.place.module])
+    }
 
 
 def _canonical_name(content: Content, model: nn.Module, seen: Sequence[_Seen]) -> str:
     """First module that returns the tensor without having been given it; else the layer it enters."""
-    modules = dict(model.named_modules())
     places = [event.place for event in seen if event.content == content]
     given = {(place.module, place.call) for place in places if place.side == "in"}
     makers = [place for place in places if place.side == "out" and (place.module, place.call) not in given]
-    takers = [place for place in places if place.side == "in" and _is_linear_map(modules[place.module])]
+    entrances = _linear_entrances(model, seen)
+    takers = [place for place in places if place.side == "in" and place.module in entrances]
     named = [place for place in makers if place.module] or takers or makers or places
     return named[0].name
 
@@ -362,18 +372,21 @@ def _channel_axes(model: nn.Module, seen: Sequence[_Seen]) -> Callable[[_Seen], 
     modules = dict(model.named_modules())
     by_tensor: dict[tuple[Any, ...], Counter[int]] = defaultdict(Counter)
     by_shape: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    by_rank: dict[int, Counter[int]] = defaultdict(Counter)
     for event in seen:
         axis = _declared_axis(modules[event.place.module], event.tensor)
         if axis is not None:
             by_tensor[event.layout][axis] += 1
             by_shape[tuple(event.tensor.shape)][axis] += 1
+            by_rank[event.tensor.ndim][axis] += 1
 
     def axis_of(event: _Seen) -> int:
         shape = tuple(event.tensor.shape)
         votes = by_tensor.get(event.layout) or by_shape.get(shape)
-        if votes:
-            return votes.most_common(1)[0][0]
-        return 1 if len(shape) == 4 and shape[2] == shape[3] else len(shape) - 1
+        if not votes and len(shape) == 4 and (shape[1] == shape[2]) != (shape[2] == shape[3]):
+            return 3 if shape[1] == shape[2] else 1
+        votes = votes or by_rank.get(len(shape))
+        return votes.most_common(1)[0][0] if votes else (1 if len(shape) == 4 else len(shape) - 1)
 
     return axis_of
 

@@ -148,8 +148,14 @@ def _features(
         for rows, images in zip(batches(blocks, batch_size), loader, strict=True):
             if isinstance(images, str):
                 raise DataError(images)
-            with autocast:
-                layers = pooled(images.to(forward.device, non_blocking=True))
+            try:
+                with autocast:
+                    layers = pooled(images.to(forward.device, non_blocking=True))
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if isinstance(error, ModelError):
+                    raise
+                where = f"a batch of {tuple(images.shape)} from image {source.sample_ids[rows[0]]!r}"
+                raise ModelError(f"the network failed on {where}: {' '.join(str(error).split())[:200]}") from error
             stored = torch.cat(layers, dim=1).to(forward.dtype)
             if not torch.isfinite(stored).all():
                 _explain_overflow(forward, layers, [source.sample_ids[row] for row in rows])
@@ -169,7 +175,7 @@ def _explain_overflow(forward: Forward, layers: Sequence[Tensor], sample_ids: Se
         if too_large.any():
             sample = sample_ids[int(too_large.nonzero()[0])]
             raise TapError(
-                f"tap {tap.name!r}: {float(values.abs().max()):.4g} for image {sample!r} is beyond "
+                f"tap {tap.name!r}: {float(values[too_large].abs().amax(1)[0]):.4g} for image {sample!r} is beyond "
                 f"{str(forward.dtype).removeprefix('torch.')} ({torch.finfo(forward.dtype).max:g}): "
                 "extract with --dtype float32"
             )
