@@ -10,6 +10,7 @@ layers Head2Toe selected from to ``demo/layers.png``.
 
 import argparse
 import platform
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from estimators import Head2ToeClassifier
 from h2t_store import FeatureMatrix, extract
 
-C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
 
 
 def features(split: str, store: Path) -> FeatureMatrix:
@@ -34,8 +35,9 @@ def features(split: str, store: Path) -> FeatureMatrix:
 
     def progress(done: int, total: int) -> None:
         seconds = time.perf_counter() - start
-        end = "\n" if done == total else "\r"
-        print(f"  digits/{split}: {done}/{total} images, {done / seconds:.0f}/s", end=end, flush=True)
+        if done == total or sys.stdout.isatty():
+            end = "\n" if done == total else "\r"
+            print(f"  digits/{split}: {done}/{total} images, {done / seconds:.0f}/s", end=end, flush=True)
 
     return extract("digits", split=split, model="h2t_resnet20", store=store, name=f"digits/{split}", progress=progress)
 
@@ -69,9 +71,10 @@ def all_features(X: FeatureMatrix, X_test: FeatureMatrix) -> tuple[float, int]:
 
     The features are rotated into the span of the samples first, which changes nothing but the time.
     """
-    model = make_pipeline(StandardScaler(), PCA(svd_solver="full"), LogisticRegression(max_iter=1000, tol=1e-3))
-    search = GridSearchCV(model, {"logisticregression__C": C_GRID}, cv=5).fit(np.asarray(X), X.y)
-    return search.score(np.asarray(X_test), X_test.y), X.shape[1]
+    rotation = make_pipeline(StandardScaler(), PCA(svd_solver="full")).fit(np.asarray(X))
+    search = GridSearchCV(LogisticRegression(max_iter=1000, tol=1e-3), {"C": C_GRID}, cv=5)
+    search.fit(rotation.transform(np.asarray(X)), X.y)
+    return search.score(rotation.transform(np.asarray(X_test)), X_test.y), X.shape[1]
 
 
 def main() -> None:

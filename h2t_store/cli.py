@@ -154,7 +154,8 @@ def info(
     header = extraction.header
     facts = {
         "name": name,
-        "images": f"{header.n_samples}, of {len(header.classes)} classes",
+        "images": str(header.n_samples),
+        "classes": _short(list(header.classes)) if header.classes else "unlabelled",
         "features": f"{header.n_features} from {len(header.layers)} layers, {header.dtype}",
         "stored": _size(extraction.stored_bytes()),
         "state": _state(extraction),
