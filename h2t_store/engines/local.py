@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from h2t_store.backbones.taps import Tap, tapped
+from h2t_store.backbones.taps import Tap, exact_convolutions, tapped
 from h2t_store.datasets import Source
 from h2t_store.engines.blocks import RowBlock, batches
 from h2t_store.errors import DataError, ModelError, TapError
@@ -142,9 +142,7 @@ def _features(
 ) -> Generator[tuple[NDArray[Any], NDArray[np.float32]]]:
     """For each batch the features as stored (n, n_features) and the norms of their layers (n, n_layers)."""
     autocast = torch.autocast(forward.device.type, torch.bfloat16, enabled=forward.amp)
-    # Convolutions in TF32, the default on CUDA, are off by more than float16 storage is; --amp is the way to speed.
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with exact, tapped(forward.model, forward.taps, forward.target_size) as pooled:
+    with exact_convolutions(), tapped(forward.model, forward.taps, forward.target_size) as pooled:
         for rows, images in zip(batches(blocks, batch_size), loader, strict=True):
             if isinstance(images, str):
                 raise DataError(images)
