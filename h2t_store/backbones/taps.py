@@ -258,12 +258,13 @@ def _not_by_image(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> dic
 
 
 def _watch(model: nn.Module, x: Tensor) -> list[_Seen]:
-    """Run the network and note every tensor that enters or leaves a module, in order."""
+    """Run the network and note every tensor that enters or leaves a module, in order.
+
+    The tensors are kept, so that no address is used twice meanwhile.
+    """
     seen: list[_Seen] = []
-    keep_alive: list[Tensor] = []  # so that no address is used twice
 
     def note(place: Place, tensor: Tensor) -> None:
-        keep_alive.append(tensor)
         span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         content = (tensor.data_ptr(), tensor.numel(), span, tensor._version)
         seen.append(_Seen(place, tensor, content, (*content, tuple(tensor.shape), tensor.stride())))
