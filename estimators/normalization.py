@@ -57,7 +57,7 @@ def layer_index(X: FeatureMatrix | NDArray[Any]) -> NDArray[np.int64]:
         raise ValueError("X.layers must cover the columns of X one after the other, without gaps or overlaps.")
     names = [layer.name for layer in X.layers]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return np.repeat([numbers[name] for name in names], np.subtract(stops, starts))
+    return np.repeat(np.array([numbers[name] for name in names], dtype=np.int64), np.subtract(stops, starts))
 
 
 def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int64]) -> NDArray[np.float64]:

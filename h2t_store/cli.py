@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +219,7 @@ def _run(app: typer.Typer) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("timm", "huggingface_hub", "httpx", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # what a user must know is an error or a logged line
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)

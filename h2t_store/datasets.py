@@ -117,6 +117,8 @@ def open_source(data: str | os.PathLike[str] | tuple[Any, Any], split: str | Non
     """
     if not isinstance(data, str | os.PathLike | tuple):
         raise DataError(f"data: {type(data).__name__}; accepted are a folder, 'digits' and a tuple (images, labels)")
+    if data == "":
+        raise DataError("data: an empty name; accepted are a folder, 'digits' and a tuple (images, labels)")
     if data == "digits":
         return _digits(split or "train")
     if split is not None:
@@ -138,7 +140,11 @@ def _from_folder(root: Path) -> FolderSource:
     empty: list[str] = []
     hidden: list[str] = []
     for label, files in _walk(root, hidden):
-        images = [file for file in files if Path(file).suffix.lower() in IMAGE_EXTENSIONS]
+        images = [
+            file
+            for file in files
+            if Path(file).suffix.lower() in IMAGE_EXTENSIONS and not _is_special(root / label / file)
+        ]
         other += [(Path(label) / file).as_posix() for file in files if file not in set(images)]
         if not files:
             empty.append(label)
@@ -177,14 +183,12 @@ def _from_folder(root: Path) -> FolderSource:
 
 
 def _walk(root: Path, hidden: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder relative to ``root``, its files) for every folder with files or without anything, each real one once."""
-    seen: set[str] = set()
+    """(folder relative to ``root``, its files) for every folder with files or without anything; links are followed."""
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_cannot_list):
         label = Path(folder).relative_to(root).as_posix()
-        if os.path.realpath(folder) in seen:
-            folders.clear()
+        if label != "." and Path(folder).resolve() in (above := Path(folder).parent.resolve(), *above.parents):
+            folders.clear()  # a link to a folder above
             continue
-        seen.add(os.path.realpath(folder))
         hidden += [(Path(label) / name).as_posix() for name in [*folders, *files] if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = [name for name in files if not name.startswith(".")]
@@ -193,6 +197,11 @@ def _walk(root: Path, hidden: list[str]) -> Iterator[tuple[str, list[str]]]:
                 raise DataError(f"data: the name {name!r} in {str(root)!r} is not UTF-8: rename it")
         if visible or not folders:
             yield label, visible
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe, socket or device, which reading would wait for."""
+    return path.exists() and not path.is_file()
 
 
 def _is_utf8(name: str) -> bool:
@@ -283,9 +292,14 @@ def _digits(split: str) -> ArraySource:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits per channel; 16-bit greyscale is scaled, transparency is dropped."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    """Eight bits per channel; 16-bit greyscale is scaled, transparency dropped, orientation tags ignored as in timm."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"integers from {values.min()} to {values.max()}; accepted are 8 and 16 bits per channel")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; accepted are 8 and 16 bits per channel")
     if image.mode in ("P", "LA", "PA"):
         image = image.convert("RGBA")
     return image.convert("RGB")

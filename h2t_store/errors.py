@@ -3,7 +3,16 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["DataError", "H2TError", "IncompleteError", "ModelError", "StoreError", "TapError", "did_you_mean"]
+__all__ = [
+    "DamagedError",
+    "DataError",
+    "H2TError",
+    "IncompleteError",
+    "ModelError",
+    "StoreError",
+    "TapError",
+    "did_you_mean",
+]
 
 
 class H2TError(ValueError):
@@ -24,6 +33,10 @@ class TapError(ModelError):
 
 class StoreError(H2TError):
     """The store does not hold what was asked for, or holds it damaged."""
+
+
+class DamagedError(StoreError):
+    """Metadata that cannot be read."""
 
 
 class IncompleteError(StoreError):

@@ -4,11 +4,13 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from timm.data import create_transform
-from torch import nn
+from torch import Tensor, nn
 
 from h2t_store.backbones import Backbone, Tap, find_taps, load_backbone
 from h2t_store.datasets import ArraySource, Source, open_source
@@ -23,6 +25,7 @@ __all__ = ["extract"]
 
 _log = logging.getLogger("h2t_store")
 _MAX_DEFAULT_WORKERS = 4
+_MAX_IMG_SIZE = 8192
 
 
 def extract(
@@ -100,7 +103,16 @@ def extract(
         Each with one line that names the argument, what was given and what is accepted. What was committed before
         stays.
     """
-    _check_parameters(name, target_size, dtype, batch_size, workers)
+    check_name(name)
+    if dtype not in STORAGE_DTYPES:
+        raise H2TError(f"dtype {dtype!r}: accepted are {' and '.join(STORAGE_DTYPES)}")
+    _check_integer("target_size", target_size, 1)
+    _check_integer("batch_size", batch_size, 1)
+    _check_integer("seed", seed, 0)
+    if workers is not None:
+        _check_integer("workers", workers, 0)
+    if img_size is not None:
+        _check_integer("img_size", img_size, 1, _MAX_IMG_SIZE)
     torch_device = _device(device)
     source = open_source(data, split)
     for note in source.notes:
@@ -129,7 +141,7 @@ def extract(
     forward = local.Forward(
         model=backbone.model,
         taps=found,
-        transform=create_transform(**backbone.data_config, is_training=False),
+        transform=_transform(backbone),
         target_size=target_size,
         dtype=getattr(torch, dtype),
         device=torch_device,
@@ -147,9 +159,10 @@ def extract(
 
 
 def _require_same_environment(extraction: Extraction, environment: dict[str, Any]) -> None:
-    """An extraction is finished where it was begun: other versions and devices round differently."""
+    """An extraction is finished as it was begun: other versions, devices and batches round differently."""
     begun = extraction.header.provenance["environment"]
-    old, new = ({"device": env["device"]} | env["versions"] for env in (begun, environment))
+    keys = ("device", "batch_size")
+    old, new = ({key: env[key] for key in keys} | env["versions"] for env in (begun, environment))
     different = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
     if different:
         raise StoreError(
@@ -211,17 +224,21 @@ def _header(
     )
 
 
-def _check_parameters(name: str, target_size: int, dtype: str, batch_size: int, workers: int | None) -> None:
-    check_name(name)
-    if dtype not in STORAGE_DTYPES:
-        raise H2TError(f"dtype {dtype!r}: accepted are {' and '.join(STORAGE_DTYPES)}")
-    for argument, value, least in (
-        ("target_size", target_size, 1),
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
-    ):
-        if value is not None and value < least:
-            raise H2TError(f"{argument} {value}: accepted are whole numbers from {least}")
+def _check_integer(argument: str, value: object, least: int, most: int = 2**63 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise H2TError(f"{argument} {value!r}: accepted are whole numbers from {least} to {most}")
+
+
+def _transform(backbone: Backbone) -> Callable[[Image.Image], Tensor]:
+    """timm's preprocessing for evaluation, tried out once."""
+    try:
+        transform: Callable[[Image.Image], Tensor] = create_transform(**backbone.data_config, is_training=False)
+        transform(Image.new("RGB", (8, 8)))
+    except Exception as error:
+        raise ModelError(
+            f"model {backbone.name!r}: its preprocessing {backbone.data_config} cannot be used: {error}"
+        ) from error
+    return transform
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -230,23 +247,22 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return chosen
 
 
 def _find(backbone: Backbone, taps: str | Sequence[str], device: torch.device) -> tuple[list[Tap], dict[str, str]]:
     """Resolve the taps on two random images of the network's input size."""
-    example = torch.randn((2, *backbone.data_config["input_size"]), generator=torch.Generator().manual_seed(0))
+    size = tuple(backbone.data_config["input_size"])
     try:
+        example = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
         found, left_out = find_taps(backbone.model, example.to(device), taps)
     except TapError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(
-            f"model {backbone.name!r} cannot run on images of {tuple(example.shape[1:])}: {reason}"
-        ) from error
+        raise ModelError(f"model {backbone.name!r} cannot run on images of {size}: {reason}") from error
     for tap, reason in left_out.items():
         _log.info("tap %s is left out: %s", tap, reason)
     if not found:

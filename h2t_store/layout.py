@@ -136,14 +136,19 @@ class ExtractionHeader:
         content = {key: value for key, value in attrs.items() if key not in ("digest", "complete")}
         if _digest(content) != attrs.get("digest"):
             raise StoreError(f"{where}: the attributes in its zarr.json were changed or damaged: their digest differs")
-        return cls(
-            n_samples=attrs["n_samples"],
-            rows_per_block=attrs["rows_per_block"],
-            dtype=attrs["dtype"],
-            classes=tuple(attrs["classes"]),
-            layers=tuple(Layer(name, start, stop, tuple(shape)) for name, start, stop, shape in attrs["layers"]),
-            provenance=attrs["provenance"],
-        )
+        try:
+            header = cls(
+                n_samples=int(attrs["n_samples"]),
+                rows_per_block=int(attrs["rows_per_block"]),
+                dtype=str(np.dtype(attrs["dtype"])),
+                classes=tuple(attrs["classes"]),
+                layers=tuple(Layer(name, start, stop, tuple(shape)) for name, start, stop, shape in attrs["layers"]),
+                provenance={part: dict(attrs["provenance"][part]) for part in ("inputs", "environment")},
+            )
+            array_specs(header)
+        except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise StoreError(f"{where}: the attributes in its zarr.json are not those of an extraction") from error
+        return header
 
 
 def _digest(attrs: Mapping[str, Any]) -> str:
@@ -156,15 +161,15 @@ def n_blocks(header: ExtractionHeader) -> int:
 
 
 def feature_path(layer: Layer) -> str:
-    """Path of a layer's array below its extraction."""
-    return f"features/{layer.name}"
+    """Path of a layer's array below its extraction, the tap's name with ``%`` and ``/`` escaped."""
+    name = layer.name.replace("%", "%25").replace("/", "%2F")
+    return "features/zarr%2Ejson" if name == "zarr.json" else f"features/{name}"
 
 
 def check_name(name: str) -> str:
     """Return ``name`` if it can name an extraction (``a`` or ``a/b/…``), else raise `StoreError`."""
-    parts = name.split("/")
-    reserved = (".", "..", "zarr.json")
-    if any(not p or p in reserved or p.startswith("__") or "\\" in p or not p.isprintable() for p in parts):
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(not p or p == "zarr.json" or p.startswith((".", "__")) or "\\" in p or not p.isprintable() for p in parts):
         raise StoreError(f"name {name!r}: accepted are words joined by '/', such as 'pets/train'")
     return name
 
@@ -194,34 +199,29 @@ def array_specs(header: ExtractionHeader) -> dict[str, ArraySpec]:
 
 def create_arrays(group: zarr.Group, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Sequence[str]) -> None:
     """Create every array of an extraction; labels and identifiers are filled, features are left absent."""
-    for path, spec in array_specs(header).items():
-        group.create_array(
-            path,
-            shape=spec.shape,
-            chunks=spec.chunks or "auto",
-            dtype=spec.dtype,
-            fill_value=spec.fill_value,
-            compressors=[Crc32cCodec()],
-            config={"write_empty_chunks": True},
-        )
-    for path, values in (("y", y), ("sample_ids", np.array(sample_ids, dtype=np.dtypes.StringDType()))):
-        array = group[path]
-        assert isinstance(array, zarr.Array)
-        array[:] = values
+    arrays = {
+        path: group.create_array(path, **_creation(spec), config={"write_empty_chunks": True})
+        for path, spec in array_specs(header).items()
+    }
+    arrays["y"][:] = y
+    arrays["sample_ids"][:] = np.array(sample_ids, dtype=np.dtypes.StringDType())
+
+
+def _creation(spec: ArraySpec) -> dict[str, Any]:
+    return {
+        "shape": spec.shape,
+        "chunks": spec.chunks or "auto",
+        "dtype": spec.dtype,
+        "fill_value": spec.fill_value,
+        "compressors": [Crc32cCodec()],
+    }
 
 
 def check_array(array: zarr.Array[Any], spec: ArraySpec, where: str) -> None:
     """Raise `StoreError` unless the array's metadata, which carries no checksum, is as it was created."""
-    metadata: Any = array.metadata
-    dtype = np.dtypes.StringDType() if spec.dtype == "string" else np.dtype(spec.dtype)
-    same = (
-        array.shape == spec.shape
-        and spec.chunks in (None, array.chunks)
-        and metadata.data_type.to_native_dtype() == dtype
-        and np.array_equal(metadata.fill_value, spec.fill_value, equal_nan=spec.dtype.startswith("float"))
-        and any(isinstance(codec, Crc32cCodec) for codec in metadata.codecs)
-    )
-    if not same:
+    expected = zarr.create_array({}, **_creation(spec))
+    found, wanted = (json.dumps(a.metadata.to_dict(), default=str, sort_keys=True) for a in (array, expected))
+    if found != wanted:
         raise StoreError(f"{where}: its zarr.json was changed or damaged")
 
 

@@ -62,6 +62,7 @@ class FeatureMatrix:
 
     Made by `open_features` and `h2t_store.extract`; indexing gives another one. It is immutable, pickles as its address
     and selection, and obeys enough of the array protocol for scikit-learn's splitters, searches and pipelines.
+    ``X[rows, columns]`` takes every pair of the rows and the columns, like ``np.ix_``.
 
     Attributes
     ----------

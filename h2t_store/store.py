@@ -5,7 +5,11 @@ from the moment its attributes are written, after every array was created. So a 
 either nothing that counts or something that can be continued.
 """
 
+import contextlib
+import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,15 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.errors import ContainsGroupError
 
 from h2t_store import layout
-from h2t_store.errors import StoreError, did_you_mean
+from h2t_store.errors import DamagedError, StoreError, did_you_mean
 from h2t_store.layout import ExtractionHeader
 
 __all__ = ["Extraction", "FeatureStore"]
+
+_TRASH = ".trash-"
 
 
 class Extraction:
@@ -128,40 +135,32 @@ class FeatureStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+        if not os.fspath(path) or "://" in os.fspath(path):
+            raise StoreError(f"store {str(path)!r}: accepted is the path of a local folder")
         self.path = Path(path)
         if not (self.path / "zarr.json").exists():
-            if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            held = [file for file in self.path.iterdir() if file.suffix != ".partial"] if self.path.is_dir() else []
+            if self.path.is_file() or held:
                 raise StoreError(f"store {str(path)!r} exists and is not a feature store: choose another path")
             if not create:
                 raise StoreError(f"store {str(path)!r} does not exist")
             try:
                 zarr.create_group(str(self.path), zarr_format=3, attributes={"h2t_format": layout.FORMAT})
+            except ContainsGroupError:
+                pass  # another process was faster
             except OSError as error:
                 raise StoreError(f"store {str(path)!r} cannot be made: {error.strerror or error}") from error
         try:
             self._root = zarr.open_group(str(self.path), mode="r+", zarr_format=3)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise StoreError(f"store {str(path)!r} cannot be opened: {error}") from error
-        found = self._root.attrs.get("h2t_format")
+            found = self._root.attrs.get("h2t_format")
+        except Exception as error:  # zarr raises almost anything on damaged metadata
+            raise StoreError(f"store {str(path)!r}: its zarr.json was changed or damaged: {error}") from error
         if found != layout.FORMAT:
             raise StoreError(f"store {str(path)!r}: h2t_format is {found!r}; this version reads {layout.FORMAT}")
 
     def names(self) -> list[str]:
-        """Names of the extractions, finished or not, sorted."""
-        return sorted(name for name, _ in self._walk(self._root, ""))
-
-    def _walk(self, group: zarr.Group, prefix: str) -> Iterator[tuple[str, zarr.Group]]:
-        try:
-            children = list(group.groups())
-        except (ValueError, TypeError) as error:
-            raise StoreError(
-                f"{self.path}: a zarr.json below {prefix or '/'} was changed or damaged: {error}"
-            ) from error
-        for name, child in children:
-            if "digest" in child.attrs:
-                yield prefix + name, child
-            else:
-                yield from self._walk(child, f"{prefix}{name}/")
+        """Names of the extractions, finished or not, damaged or not, sorted."""
+        return sorted(_names_below(self.path, ""))
 
     def _group(self, name: str) -> zarr.Group | None:
         node = _node(self._root, layout.check_name(name), str(self.path))
@@ -197,8 +196,8 @@ class FeatureStore:
                 raise StoreError(
                     f"name {name!r}: {'/'.join(parts[:depth])!r} is an extraction already; choose another name"
                 )
-        group = self._group(name)
-        if group is not None and any(True for _ in self._walk(group, "")):
+        group, folder = self._group(name), self.path / name
+        if any(True for _ in _names_below(folder, "")):
             raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
         if group is not None and "digest" in group.attrs:
             begun = Extraction(group, f"{self.path}: {name}")
@@ -209,8 +208,8 @@ class FeatureStore:
                     f"remove it with: h2t rm {self.path} {name}"
                 )
             return begun
-        if group is not None:
-            del self._root[name]
+        if folder.exists():
+            self._discard(folder)  # what a crash left
         group = self._root.create_group(name)
         layout.create_arrays(group, header, y, sample_ids)
         layout.write_header(group, header)
@@ -218,9 +217,33 @@ class FeatureStore:
 
     def remove(self, name: str) -> None:
         """Remove the extraction ``name`` and what it wrote, damaged or not."""
-        group = self._require(name)
-        group.attrs.put({})
-        del self._root[name]
+        with contextlib.suppress(DamagedError):
+            self._require(name)
+        self._discard(self.path / name)
+
+    def _discard(self, folder: Path) -> None:
+        """Take a folder away at once, then delete it, with what an interrupted removal left."""
+        folder.rename(self.path / f"{_TRASH}{uuid.uuid4().hex}")
+        for trash in self.path.glob(f"{_TRASH}*"):
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def _names_below(folder: Path, prefix: str) -> Iterator[str]:
+    """Names of extractions, and of what can no longer be read, at any depth below a folder."""
+    for child in folder.iterdir() if folder.is_dir() else ():
+        metadata = child / "zarr.json"
+        if child.name.startswith(".") or not metadata.is_file():
+            continue
+        try:
+            content = json.loads(metadata.read_text())
+            is_array, attributes = content["node_type"] == "array", content.get("attributes", {})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            yield prefix + child.name
+            continue
+        if "digest" in attributes:
+            yield prefix + child.name
+        elif not is_array:
+            yield from _names_below(child, f"{prefix}{child.name}/")
 
 
 def _node(group: zarr.Group, path: str, where: str) -> "zarr.Array[Any] | zarr.Group | None":
@@ -229,8 +252,8 @@ def _node(group: zarr.Group, path: str, where: str) -> "zarr.Array[Any] | zarr.G
         return group[path]
     except KeyError:
         return None
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"{where}: the zarr.json of {path!r} was changed or damaged: {error}") from error
+    except Exception as error:  # zarr raises almost anything on damaged metadata
+        raise DamagedError(f"{where}: the zarr.json of {path!r} was changed or damaged: {error}") from error
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from conftest import MODELS
 from safetensors.torch import save_file
 
-from h2t_store.backbones import load_backbone
+from h2t_store.backbones import Backbone, load_backbone
 from h2t_store.backbones.resnet_cifar import ResNetCifar
 from h2t_store.errors import ModelError
 
@@ -93,6 +93,27 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+def test_neighbours_of_a_model_file_are_its_own_and_part_of_its_identity(tmp_path):
+    def build(folder: str, function: str) -> Backbone:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "near.py").write_text(f"import torch\nact = torch.{function}\n")
+        (tmp_path / folder / "net.py").write_text(
+            "import torch, near\n"
+            "class Net(torch.nn.Conv2d):\n"
+            "    def forward(self, x): return near.act(super().forward(x))\n"
+            "def build(): return Net(3, 4, 1)\n"
+        )
+        return load_backbone(f"{tmp_path / folder / 'net.py'}:build", img_size=8)
+
+    relu, tanh = build("one", "relu"), build("two", "tanh")
+    x = torch.randn(1, 3, 2, 2)
+    assert (relu.model(x) >= 0).all()
+    assert (tanh.model(x) < 0).any()
+    assert relu.weights_sha256 == tanh.weights_sha256
+    assert relu.code_sha256 != tanh.code_sha256
+    assert build("one", "tanh").code_sha256 != relu.code_sha256
+
+
 def test_a_model_file_may_import_its_neighbours_and_use_dataclasses(tmp_path):
     (tmp_path / "helper.py").write_text("import torch\nclass Net(torch.nn.Conv2d): pass\n")
     (tmp_path / "net.py").write_text(
@@ -120,6 +141,8 @@ def test_a_model_file_may_import_its_neighbours_and_use_dataclasses(tmp_path):
         (f"{MODELS}:functionnal", "has no function 'functionnal' (did you mean 'functional'"),
         (f"{MODELS}:not_a_module", "returned int, not a torch.nn.Module"),
         (f"{MODELS}:failing", "failed: RuntimeError: no such luck"),
+        (f"{MODELS}:leaving", "failed: SystemExit: 0"),
+        (3, "model: int; accepted are a name and a torch.nn.Module"),
         (f"{MODELS}:functional", "does not say its input size: pass --img-size"),
     ],
 )

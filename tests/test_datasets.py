@@ -52,6 +52,22 @@ def test_hidden_files_and_loops_of_links_are_not_read(folder):
     assert source.notes == ["2 hidden files and folders were left out: .ipynb_checkpoints, a/._00.png"]
 
 
+def test_a_link_to_a_class_is_a_class_and_a_pipe_is_no_image(folder):
+    (folder / "AA").symlink_to(folder / "b")
+    os.mkfifo(folder / "a" / "p.png")
+    source = open_source(folder)
+    assert source.classes == ("AA", "a", "b", "c", "d")
+    assert len(source.y) == 50
+    assert source.notes == ["1 files are not images and were left out: a/p.png"]
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
+def test_pixels_that_do_not_fit_16_bits_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    with failing_with("accepted are 8 and 16 bits per channel"):
+        open_source(tmp_path).image(0)
+
+
 def test_a_name_that_is_not_utf8_is_one_clear_error(folder):
     os.rename(folder / "a" / "00.png", os.fsencode(folder / "a") + b"/gr\xf6.png")
     with failing_with("is not UTF-8: rename it"):

@@ -124,6 +124,7 @@ def test_changed_attributes_are_noticed(tmp_path):
         ('"NaN"', "0.0"),
         ('"name": "crc32c"', '"name": "gzip", "configuration": {"level": 5}'),
         ("834", "835"),
+        ('"little"', '"big"'),
         ("2500", "2501"),
         ("{", "["),
     ],
@@ -140,12 +141,17 @@ def test_changed_metadata_of_an_array_is_noticed(tmp_path, old, new):
 @pytest.mark.parametrize("which", ["zarr.json", "pets/zarr.json", "pets/train/zarr.json"])
 def test_damaged_group_metadata_is_one_clear_error(tmp_path, which):
     fill(tmp_path / "s")
-    (tmp_path / "s" / which).write_text("{ no json")
-    with pytest.raises(StoreError):
-        FeatureStore(tmp_path / "s").names()
-    if which != "pets/zarr.json":
-        with pytest.raises(StoreError):
-            open_features(tmp_path / "s", "pets/train")
+    for content in ("{ no json", "", "[]", "null", "{}"):
+        (tmp_path / "s" / which).write_text(content)
+        if which != "pets/zarr.json":
+            with pytest.raises(StoreError):
+                open_features(tmp_path / "s", "pets/train")
+    if which == "pets/train/zarr.json":
+        fill(tmp_path / "s", "other")
+        store = FeatureStore(tmp_path / "s")
+        assert store.names() == ["other", "pets/train"]
+        store.remove("pets/train")
+        assert store.names() == ["other"]
 
 
 def test_a_damaged_extraction_can_be_removed(tmp_path):
@@ -171,6 +177,42 @@ def test_the_same_extraction_is_resumed_and_another_one_refused(tmp_path):
     assert again.committed().tolist() == [False, True, False]
     with failing_with(r"made from something else \(model was m, now other\): .* h2t rm"):
         store.begin("pets/train", header(model="other"), np.zeros(N, np.int64), ["x"] * N)
+
+
+@pytest.mark.parametrize("lost", ["x/zarr.json", "x/y/zarr.json", "x/features/zarr.json"])
+def test_what_a_crash_during_removal_leaves_is_replaced(tmp_path, lost):
+    fill(tmp_path / "s", "x")
+    (tmp_path / "s" / lost).unlink()
+    if lost != "x/zarr.json":
+        (tmp_path / "s/x/zarr.json").unlink()
+    assert FeatureStore(tmp_path / "s").names() == []
+    values = fill(tmp_path / "s", "x")
+    np.testing.assert_array_equal(np.asarray(open_features(tmp_path / "s", "x")), values)
+
+
+def test_removal_takes_the_name_away_at_once_and_cleans_up_later(tmp_path, monkeypatch):
+    fill(tmp_path / "s", "x")
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+    FeatureStore(tmp_path / "s").remove("x")
+    monkeypatch.undo()
+    assert FeatureStore(tmp_path / "s").names() == []
+    assert list((tmp_path / "s").glob(".trash-*"))
+    fill(tmp_path / "s", "x")
+    FeatureStore(tmp_path / "s").remove("x")
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["zarr.json"]
+
+
+def test_a_store_whose_making_was_interrupted_is_made(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "zarr.0123.partial").write_text("")
+    fill(tmp_path / "s")
+    assert FeatureStore(tmp_path / "s").names() == ["pets/train"]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/s", "memory://s", "file:///s", ""])
+def test_addresses_that_are_no_local_folder_are_refused(address):
+    with failing_with("accepted is the path of a local folder"):
+        FeatureStore(address, create=True)
 
 
 def test_what_a_crash_during_creation_leaves_is_replaced(tmp_path):

@@ -105,6 +105,10 @@ def failing() -> nn.Module:
     raise RuntimeError("no such luck")
 
 
+def leaving() -> nn.Module:
+    raise SystemExit(0)
+
+
 def small_input() -> nn.Module:
     model = Functional()
     model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 1.0}

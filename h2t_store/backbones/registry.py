@@ -4,8 +4,10 @@ Whatever the way in, the weights are known by a digest over their values, becaus
 extractions can be compared.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import inspect
 import os
 import socket
 import sys
@@ -90,8 +92,8 @@ def load_backbone(
     ModelError
         Where the network cannot be built; the message says why.
     """
-    if img_size is not None and img_size < 1:
-        raise ModelError(f"img_size {img_size}: accepted are positive numbers of pixels")
+    if not isinstance(model, str | nn.Module):
+        raise ModelError(f"model: {type(model).__name__}; accepted are a name and a torch.nn.Module")
     code = b""
     if isinstance(model, nn.Module):
         name, network = type(model).__name__, model
@@ -101,10 +103,14 @@ def load_backbone(
         name, network = model, _from_timm(model, pretrained and checkpoint is None, img_size, seed)
     if checkpoint is not None:
         _load_checkpoint(network, Path(checkpoint))
-    network.eval()
-    config = _data_config(name, network, img_size, fallback_size)
-    code_sha256 = hashlib.sha256(repr(network).encode() + code).hexdigest()
-    return Backbone(name, network, config, _weights_digest(network), code_sha256)
+    try:
+        network.eval()
+        config = _data_config(name, network, img_size, fallback_size)
+        return Backbone(name, network, config, _weights_digest(network), _code_digest(network, code))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model {name!r} cannot be used: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
@@ -168,7 +174,7 @@ def _require_connection(name: str, address: str) -> None:
 
 
 def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
-    """Name, network and source; the file may import its neighbours, as a script may."""
+    """Name, network and source; the file may import its neighbours, as a script may, and they count as its source."""
     path_text, _, factory_name = spec.rpartition(":")
     path = Path(path_text)
     if not path.is_file():
@@ -177,6 +183,7 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
     if module_spec is None or module_spec.loader is None:
         raise ModelError(f"model {spec!r}: {path_text!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    before = set(sys.modules)
     sys.modules[module_spec.name] = module
     sys.path.insert(0, str(path.resolve().parent))
     with torch.random.fork_rng(devices=[]):
@@ -191,7 +198,7 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
             network = factory()
         except ModelError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(
                 f"model {spec!r}: the file or its factory failed: {type(error).__name__}: {_first_line(error)}"
             ) from error
@@ -199,12 +206,24 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
             sys.path.remove(str(path.resolve().parent))
     if not isinstance(network, nn.Module):
         raise ModelError(f"model {spec!r}: the factory returned {type(network).__name__}, not a torch.nn.Module")
-    return f"{path.name}:{factory_name}", network, path.read_bytes()
+    return f"{path.name}:{factory_name}", network, path.read_bytes() + _take_neighbours(path, before)
+
+
+def _take_neighbours(path: Path, before: set[str]) -> bytes:
+    """Source of the modules that were imported from the file's folder; another file's neighbours may share names."""
+    source, folder = b"", path.resolve().parent
+    for name in sorted(set(sys.modules) - before):
+        file = Path(getattr(sys.modules[name], "__file__", None) or os.devnull).resolve()
+        installed = "site-packages" in file.parts or name.partition(".")[0] == __name__.partition(".")[0]
+        if file.is_relative_to(folder) and file != path.resolve() and not installed:
+            source += file.read_bytes()
+            del sys.modules[name]
+    return source
 
 
 def _load_checkpoint(network: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise ModelError(f"checkpoint {str(path)!r}: there is no such file")
+        raise ModelError(f"checkpoint {str(path)!r}: {'a folder' if path.is_dir() else 'there is no such file'}")
     try:
         weights = load_state_dict(str(path), weights_only=True)
     except Exception as error:
@@ -237,6 +256,16 @@ def _data_config(
     if config["input_size"][0] != 3:
         raise ModelError(f"model {name!r} takes {config['input_size'][0]} channels; accepted are models of RGB images")
     return config
+
+
+def _code_digest(network: nn.Module, source: bytes) -> str:
+    """Digest over how the network prints and over the source of its classes, but for those of torch and timm."""
+    sha = hashlib.sha256(repr(network).encode() + source)
+    for kind in sorted({type(module) for module in network.modules()}, key=lambda kind: kind.__qualname__):
+        if kind.__module__.partition(".")[0] not in ("torch", "timm", "torchvision"):
+            with contextlib.suppress(OSError, TypeError):  # classes typed into a prompt have no source
+                sha.update(inspect.getsource(kind).encode())
+    return sha.hexdigest()
 
 
 def _weights_digest(network: nn.Module) -> str:

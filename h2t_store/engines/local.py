@@ -149,9 +149,9 @@ def _features(
             try:
                 with autocast:
                     layers = pooled(images.to(forward.device, non_blocking=True))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                if isinstance(error, ModelError):
-                    raise
+            except ModelError:
+                raise
+            except Exception as error:
                 where = f"a batch of {tuple(images.shape)} from image {source.sample_ids[rows[0]]!r}"
                 raise ModelError(f"the network failed on {where}: {' '.join(str(error).split())[:200]}") from error
             stored = torch.cat(layers, dim=1).to(forward.dtype)
