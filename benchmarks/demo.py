@@ -54,6 +54,7 @@ def picture(matrix: FeatureMatrix, selected: np.ndarray, path: Path) -> list[tup
     axes.bar_label(bars, fontsize=8)
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axes.set_ylabel("features selected")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer, from the first to the logits")
     axes.set_title(f"Where Head2Toe's {len(selected)} of {matrix.shape[1]} features come from (digits)")
     axes.spines[["top", "right"]].set_visible(False)
