@@ -15,7 +15,7 @@ from h2t_store.backbones.resnet_cifar import ResNetCifar
 from h2t_store.errors import ModelError
 
 
-def failing_with(message: str):
+def raises_with(message: str):
     return pytest.raises(ModelError, match=message)
 
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_must_fit(tmp_path):
         "text": "neither safetensors nor",
         "absent": "there is no such file",
     }.items():
-        with failing_with(message):
+        with raises_with(message):
             load_backbone(f"{MODELS}:functional", checkpoint=tmp_path / f"{name}.safetensors", img_size=8)
 
 
@@ -88,7 +88,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return (Path.touch, (tmp_path / "touched",))
 
     torch.save({"head.bias": Evil()}, tmp_path / "evil.pt")
-    with failing_with("plain tensors"):
+    with raises_with("plain tensors"):
         load_backbone(f"{MODELS}:functional", checkpoint=tmp_path / "evil.pt", img_size=8)
     assert not (tmp_path / "touched").exists()
 
@@ -147,7 +147,7 @@ def test_a_model_file_may_import_its_neighbours_and_use_dataclasses(tmp_path):
     ],
 )
 def test_what_cannot_be_built_says_why(model, message):
-    with failing_with(re.escape(message)):
+    with raises_with(re.escape(message)):
         load_backbone(model)
 
 
@@ -160,7 +160,7 @@ def test_without_a_connection_published_weights_fail_at_once(monkeypatch, tmp_pa
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for model in ("resnet18", "hf-hub:timm/resnet18.a1_in1k"):
-        with failing_with("cannot be fetched .*unreachable.*--no-pretrained"):
+        with raises_with("cannot be fetched .*unreachable.*--no-pretrained"):
             load_backbone(model)
 
 

@@ -9,7 +9,7 @@ from h2t_store.datasets import open_source
 from h2t_store.errors import DataError
 
 
-def failing_with(message: str):
+def raises_with(message: str):
     return pytest.raises(DataError, match=re.escape(message))
 
 
@@ -64,13 +64,13 @@ def test_a_link_to_a_class_is_a_class_and_a_pipe_is_no_image(folder):
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
 def test_pixels_that_do_not_fit_16_bits_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "x.tiff")
-    with failing_with("accepted are 8 and 16 bits per channel"):
+    with raises_with("accepted are 8 and 16 bits per channel"):
         open_source(tmp_path).image(0)
 
 
 def test_a_name_that_is_not_utf8_is_one_clear_error(folder):
     os.rename(folder / "a" / "00.png", os.fsencode(folder / "a") + b"/gr\xf6.png")
-    with failing_with("is not UTF-8: rename it"):
+    with raises_with("is not UTF-8: rename it"):
         open_source(folder)
 
 
@@ -84,19 +84,19 @@ def test_images_without_class_folders_are_unlabelled(tmp_path, images):
 
 def test_images_beside_class_folders_are_an_error(folder, images):
     Image.fromarray(images[0]).save(folder / "loose.png")
-    with failing_with("class folders and 1 images beside them, such as 'loose.png'"):
+    with raises_with("class folders and 1 images beside them, such as 'loose.png'"):
         open_source(folder)
 
 
 def test_folders_that_hold_nothing(tmp_path):
-    with failing_with("does not exist"):
+    with raises_with("does not exist"):
         open_source(tmp_path / "nowhere")
-    with failing_with("holds no images"):
+    with raises_with("holds no images"):
         open_source(tmp_path)
     (tmp_path / "a.txt").write_text("")
-    with failing_with("holds no images; it holds 1 other files, such as 'a.txt'"):
+    with raises_with("holds no images; it holds 1 other files, such as 'a.txt'"):
         open_source(tmp_path)
-    with failing_with("is not a folder"):
+    with raises_with("is not a folder"):
         open_source(tmp_path / "a.txt")
 
 
@@ -104,7 +104,7 @@ def test_folders_that_hold_nothing(tmp_path):
 def test_a_file_that_is_no_image_is_named(folder, content):
     (folder / "b" / "05.png").write_bytes(content)
     source = open_source(folder)
-    with failing_with(str(folder / "b" / "05.png")):
+    with raises_with(str(folder / "b" / "05.png")):
         source.image(list(source.sample_ids).index("b/05.png"))
 
 
@@ -113,7 +113,7 @@ def test_a_truncated_jpeg_is_an_error(tmp_path):
     path = tmp_path / "a" / "cut.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:-400])
-    with failing_with(str(path)):
+    with raises_with(str(path)):
         open_source(tmp_path).image(0)
 
 
@@ -150,12 +150,12 @@ def test_digits_are_split_once_and_for_all():
     chosen = [{name.split("/")[1] for name in part.sample_ids} for part in (train, test)]
     assert len(chosen[0] | chosen[1]) == 1797
     assert np.asarray(train.image(0)).max() == 255
-    with failing_with("split 'validation': digits has 'train' and 'test'"):
+    with raises_with("split 'validation': digits has 'train' and 'test'"):
         open_source("digits", "validation")
 
 
 def test_a_split_of_what_has_none_is_refused(folder):
-    with failing_with("split 'test': only 'digits' has splits"):
+    with raises_with("split 'test': only 'digits' has splits"):
         open_source(folder, "test")
 
 
@@ -171,17 +171,17 @@ def test_labels_of_arrays(images):
 
 def test_arrays_that_are_not_images_are_refused(images):
     for wrong in (images.astype(float), images[..., 0], images[:0], images[..., :2]):
-        with failing_with("accepted is uint8 (n, h, w, 3)"):
+        with raises_with("accepted is uint8 (n, h, w, 3)"):
             open_source((wrong, None))
     for labels, message in (
         (np.zeros(3, int), "labels of shape (3,) for 40 images"),
         (np.full(40, -2), "labels from -2"),
         (np.zeros(40), "labels of dtype float64"),
     ):
-        with failing_with(message):
+        with raises_with(message):
             open_source((images, labels))
     for wrong in (images, [images, None], 3):
-        with failing_with("accepted are a folder, 'digits' and a tuple (images, labels)"):
+        with raises_with("accepted are a folder, 'digits' and a tuple (images, labels)"):
             open_source(wrong)
-    with failing_with("a tuple of 3"):
+    with raises_with("a tuple of 3"):
         open_source((images, None, None))

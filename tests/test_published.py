@@ -1,4 +1,4 @@
-"""The published CIFAR ResNet-56 as a network from outside, where its weights lie beside the checkout."""
+"""Real data and published weights, where they lie beside the checkout."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from timm.data import create_transform
 from tiny_models import CifarResNet, resnet56
 
+from estimators import Head2ToeClassifier
 from h2t_store import extract
+from h2t_store.backbones import load_backbone
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WEIGHTS = SHARED / "weights" / "resnet56_cifar10.safetensors"
@@ -56,3 +63,30 @@ def test_the_published_resnet_56_gives_the_published_features(tmp_path):
     assert matrix.shape == expected.shape == (40, 21_434)
     error = np.linalg.norm(np.asarray(matrix) - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert error.max() < 1e-3
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the images in ../shared/data")
+def test_the_bundled_network_classifies_cifar_10():
+    suite = np.load(SHARED / "suite" / "cifar10.npz")
+    backbone = load_backbone("h2t_resnet20")
+    transform = create_transform(**backbone.data_config, is_training=False)
+    images = torch.stack([transform(Image.fromarray(image)) for image in suite["X_test"]])
+    with torch.inference_mode():
+        predicted = torch.cat([backbone.model(batch) for batch in images.split(250)]).argmax(1)
+    assert (predicted.numpy() == suite["y_test"]).mean() >= 0.88
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the images in ../shared/data")
+def test_head2toe_beats_the_last_layer_on_photographs_of_signs(tmp_path):
+    X, X_test = (
+        extract(SHARED / "sign_digits" / split, model="h2t_resnet20", store=tmp_path / "s", name=f"sign/{split}")
+        for split in ("train", "test")
+    )
+    accuracy = Head2ToeClassifier().fit(X, X.y).score(X_test, X_test.y)
+    last, last_test = X.select_layers("global_pool*"), X_test.select_layers("global_pool*")
+    probes = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=2000)).fit(np.asarray(last), X.y)
+        for C in (0.01, 0.1, 1.0)
+    ]
+    assert accuracy >= 0.93
+    assert accuracy >= max(probe.score(np.asarray(last_test), X_test.y) for probe in probes) + 0.05

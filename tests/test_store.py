@@ -41,7 +41,7 @@ def fill(path: Path, name: str = "pets/train", blocks=(0, 1, 2)) -> np.ndarray:
     return values
 
 
-def failing_with(message: str):
+def raises_with(message: str):
     return pytest.raises(StoreError, match=message)
 
 
@@ -82,9 +82,9 @@ def test_every_flipped_bit_is_found_on_whole_and_partial_reads(tmp_path):
         chunk.write_bytes(broken)
         row = int(chunk.parts[-2]) * ROWS
         column = int(chunk.parts[-1]) * 834 + (5 if "layer1" in str(chunk) else 0)
-        with failing_with(rf"pets/train: features/.*rows {row}:"):
+        with raises_with(rf"pets/train: features/.*rows {row}:"):
             np.asarray(matrix[[row], [column]])
-        with failing_with("cannot be read"):
+        with raises_with("cannot be read"):
             np.asarray(matrix)
         chunk.write_bytes(sound)
     np.testing.assert_array_equal(np.asarray(matrix), features())
@@ -95,7 +95,7 @@ def test_a_lost_chunk_never_reads_as_data(tmp_path, what):
     fill(tmp_path / "s")
     matrix = open_features(tmp_path / "s", "pets/train")
     next(path for path in sorted((tmp_path / "s/pets/train" / what / "c").rglob("*")) if path.is_file()).unlink()
-    with failing_with("missing"):
+    with raises_with("missing"):
         _ = {"layer_norms": matrix.layer_norms, "y": lambda: matrix.y, "sample_ids": lambda: matrix.sample_ids}.get(
             what, lambda: np.asarray(matrix[:3, :2])
         )()
@@ -104,7 +104,7 @@ def test_a_lost_chunk_never_reads_as_data(tmp_path, what):
 def test_a_lost_layer_is_named(tmp_path):
     fill(tmp_path / "s")
     (tmp_path / "s/pets/train/features/stem/zarr.json").unlink()
-    with failing_with("array 'features/stem' is missing"):
+    with raises_with("array 'features/stem' is missing"):
         np.asarray(open_features(tmp_path / "s", "pets/train"))
 
 
@@ -112,7 +112,7 @@ def test_changed_attributes_are_noticed(tmp_path):
     fill(tmp_path / "s")
     path = tmp_path / "s/pets/train/zarr.json"
     path.write_text(path.read_text().replace('"model": "m"', '"model": "n"'))
-    with failing_with("changed or damaged"):
+    with raises_with("changed or damaged"):
         open_features(tmp_path / "s", "pets/train")
 
 
@@ -134,7 +134,7 @@ def test_changed_metadata_of_an_array_is_noticed(tmp_path, old, new):
     path = tmp_path / "s/pets/train/features/layer1.0.conv2:in/zarr.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    with failing_with("layer1.0.conv2:in.* was changed or damaged"):
+    with raises_with("layer1.0.conv2:in.* was changed or damaged"):
         np.asarray(open_features(tmp_path / "s", "pets/train"))
 
 
@@ -166,7 +166,7 @@ def test_an_unfinished_extraction_does_not_open_and_says_how_far_it_is(tmp_path)
     fill(tmp_path / "s", blocks=(0, 2))
     with pytest.raises(IncompleteError, match="2 of 3 row blocks"):
         open_features(tmp_path / "s", "pets/train")
-    with failing_with("1 row blocks are not committed"):
+    with raises_with("1 row blocks are not committed"):
         FeatureStore(tmp_path / "s").open("pets/train").finish()
 
 
@@ -175,7 +175,7 @@ def test_the_same_extraction_is_resumed_and_another_one_refused(tmp_path):
     store = FeatureStore(tmp_path / "s")
     again = store.begin("pets/train", header(), np.zeros(N, np.int64), ["x"] * N)
     assert again.committed().tolist() == [False, True, False]
-    with failing_with(r"made from something else \(model was m, now other\): .* h2t rm"):
+    with raises_with(r"made from something else \(model was m, now other\): .* h2t rm"):
         store.begin("pets/train", header(model="other"), np.zeros(N, np.int64), ["x"] * N)
 
 
@@ -211,7 +211,7 @@ def test_a_store_whose_making_was_interrupted_is_made(tmp_path):
 
 @pytest.mark.parametrize("address", ["s3://bucket/s", "memory://s", "file:///s", ""])
 def test_addresses_that_are_no_local_folder_are_refused(address):
-    with failing_with("accepted is the path of a local folder"):
+    with raises_with("accepted is the path of a local folder"):
         FeatureStore(address, create=True)
 
 
@@ -231,17 +231,17 @@ def test_names_removal_and_nesting(tmp_path):
     store = FeatureStore(tmp_path / "s")
     assert store.names() == ["alone", "pets/test", "pets/train"]
     for nested in ("pets", "alone/more"):
-        with failing_with(f"name '{nested}'"):
+        with raises_with(f"name '{nested}'"):
             store.begin(nested, header(), np.zeros(N, np.int64), ["x"] * N)
     store.remove("pets/test")
     assert store.names() == ["alone", "pets/train"]
-    with failing_with(r"no extraction 'pets/tran' \(did you mean 'pets/train'\?\)"):
+    with raises_with(r"no extraction 'pets/tran' \(did you mean 'pets/train'\?\)"):
         store.open("pets/tran")
 
 
 @pytest.mark.parametrize("name", ["", "a//b", "../x", "a/..", "/a", "a/", "__x", "a\nb", "a\\b", "zarr.json"])
 def test_names_that_could_leave_the_store_are_refused(tmp_path, name):
-    with failing_with("accepted are words joined by '/'"):
+    with raises_with("accepted are words joined by '/'"):
         FeatureStore(tmp_path / "s", create=True).begin(name, header(), np.zeros(N, np.int64), ["x"] * N)
 
 
@@ -250,10 +250,10 @@ def test_what_is_not_a_store_is_left_alone(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x").write_text("x")
     for path in ("file", "folder"):
-        with failing_with("exists and is not a feature store"):
+        with raises_with("exists and is not a feature store"):
             FeatureStore(tmp_path / path, create=True)
-    with failing_with("does not exist"):
+    with raises_with("does not exist"):
         FeatureStore(tmp_path / "nowhere")
     zarr.create_group(tmp_path / "other")
-    with failing_with(re.escape("h2t_format is None; this version reads 1")):
+    with raises_with(re.escape("h2t_format is None; this version reads 1")):
         FeatureStore(tmp_path / "other")
