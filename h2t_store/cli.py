@@ -55,7 +55,9 @@ def _extract(
     split: Annotated[
         str | None, typer.Option(metavar="SPLIT", help="Part of 'digits': train or test.", show_default="train")
     ] = None,
-    pretrained: Annotated[bool, typer.Option(help="Load timm's published weights.")] = True,
+    pretrained: Annotated[
+        bool, typer.Option(help="Load published weights, downloaded where need be; else random ones.")
+    ] = True,
     checkpoint: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights to load instead: .safetensors or a torch file of tensors."),
@@ -124,29 +126,32 @@ def _extract(
     seconds = time.perf_counter() - start
     n_rows, n_columns = matrix.shape
     work = f"{meter.computed} computed in {seconds:.1f} s" if meter.computed else "nothing to compute"
-    print(f"{store}: {name}: {n_rows} images x {n_columns} features from {len(matrix.layers)} layers ({work})")
+    images = f"{n_rows} images of {len(matrix.classes)} classes" if matrix.classes else f"{n_rows} unlabelled images"
+    print(f"{store}: {name}: {images} x {n_columns} features from {len(matrix.layers)} layers ({work})")
 
 
 @_h2t_app.command()
-def ls(store: Annotated[Path, typer.Argument(help="The store.")]) -> None:
-    """List the extractions in a store."""
+def ls(store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")]) -> None:
+    """List the extractions in a store, each network with the digest of its weights."""
     from h2t_store.store import FeatureStore
 
-    table = Table("name", "images", "features", "layers", "stored", "model", "state", box=None, pad_edge=False)
+    table = Table(
+        "name", "images", "classes", "features", "layers", "stored", "model", "state", box=None, pad_edge=False
+    )
     opened = FeatureStore(store)
     for name in opened.names():
         try:
             extraction = opened.open(name)
             table.add_row(*map(escape, _summary(name, extraction)))
         except StoreError as error:
-            table.add_row(escape(name), "", "", "", "", "", escape(f"damaged: {error}"))
+            table.add_row(escape(name), "", "", "", "", "", "", escape(f"damaged: {error}"))
     _console().print(table)
 
 
 @_h2t_app.command()
 def info(
-    store: Annotated[Path, typer.Argument(help="The store.")],
-    name: Annotated[str, typer.Argument(help="The extraction, as 'h2t ls' names it.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The extraction, as 'h2t ls' names it.")],
 ) -> None:
     """Print one extraction: its layers with their sizes, its classes, and how it was made."""
     from h2t_store.store import FeatureStore
@@ -176,8 +181,8 @@ def info(
 
 @_h2t_app.command()
 def rm(
-    store: Annotated[Path, typer.Argument(help="The store.")],
-    name: Annotated[str, typer.Argument(help="The extraction to remove.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The extraction to remove.")],
 ) -> None:
     """Remove one extraction and what it stored."""
     from h2t_store.store import FeatureStore
@@ -191,10 +196,11 @@ def _summary(name: str, extraction: "Extraction") -> tuple[str, ...]:
     return (
         name,
         str(header.n_samples),
+        str(len(header.classes)),
         str(header.n_features),
         str(len(header.layers)),
         _size(extraction.stored_bytes()),
-        header.provenance["inputs"]["model"],
+        "{model} {weights_sha256:.8}".format(**header.provenance["inputs"]),
         _state(extraction),
     )
 

@@ -1,5 +1,6 @@
 """The job: find out what is asked, plan its row blocks, compute those that are missing, and hand back the matrix."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -148,7 +149,9 @@ def extract(
         amp=amp,
     )
     header = _header(source, backbone, forward, environment)
-    extraction = FeatureStore(store, create=True).begin(name, header, source.y, source.sample_ids)
+    opened = FeatureStore(store, create=True)
+    extraction = opened.begin(name, header, source.y, source.sample_ids)
+    _warn_about_siblings(opened, name, header)
     if extraction.complete:
         _log.info("%s is complete: nothing to compute", extraction.where)
     else:
@@ -156,6 +159,26 @@ def extract(
         workers = _workers(source) if workers is None else workers
         _compute_missing(extraction, forward, source, batch_size, workers, progress)
     return open_features(store, name)
+
+
+def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeader) -> None:
+    """Say where ``pets/train`` and ``pets/test`` do not go together: label numbers or weights that differ."""
+    parent = name.rpartition("/")[0]
+    for sibling in store.names() if parent else []:
+        if sibling == name or sibling.rpartition("/")[0] != parent:
+            continue
+        with contextlib.suppress(StoreError):
+            other = store.open(sibling).header
+            if header.classes and other.classes and header.classes != other.classes:
+                _log.warning(
+                    "%s and %s have different classes: their labels y count in lists of their own, compare names "
+                    "(np.array(X.classes)[X.y])",
+                    name,
+                    sibling,
+                )
+            mine, theirs = header.provenance["inputs"], other.provenance["inputs"]
+            if mine["model"] == theirs["model"] and mine["weights_sha256"] != theirs["weights_sha256"]:
+                _log.warning("%s and %s were made by %s with different weights", name, sibling, mine["model"])
 
 
 def _require_same_environment(extraction: Extraction, environment: dict[str, Any]) -> None:

@@ -202,14 +202,15 @@ class FeatureStore:
         if group is not None and "digest" in group.attrs:
             begun = Extraction(group, f"{self.path}: {name}")
             different = _differences(begun.header.provenance["inputs"], header.provenance["inputs"])
-            if different:
+            if different and begun.committed().any():
                 raise StoreError(
                     f"{begun.where} was made from something else ({'; '.join(different)}): choose another name, or "
                     f"remove it with: h2t rm {self.path} {name}"
                 )
-            return begun
+            if not different:
+                return begun
         if folder.exists():
-            self._discard(folder)  # what a crash left
+            self._discard(folder)  # what a crash left, or a beginning of something else without any row
         group = self._root.create_group(name)
         layout.create_arrays(group, header, y, sample_ids)
         layout.write_header(group, header)
@@ -257,14 +258,24 @@ def _node(group: zarr.Group, path: str, where: str) -> "zarr.Array[Any] | zarr.G
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """``key: old, now new`` for each key whose values differ, long values cut short."""
-
-    def short(value: Any) -> str:
-        text = str(value)
-        return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
-
+    """``key was old, now new`` for each key whose values differ, long values cut short."""
+    before, after = _flat(old), _flat(new)
     return [
-        f"{key} was {short(old.get(key))}, now {short(new.get(key))}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
+        f"{key} was {_short(before.get(key))}, now {_short(after.get(key))}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
     ]
+
+
+def _flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in inputs.items():
+        flat |= {f"{key}.{part}": item for part, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        return f"{text[:8]}…"
+    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"

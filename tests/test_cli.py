@@ -40,7 +40,7 @@ def test_extract_fills_the_store_and_a_second_call_says_that_nothing_is_left(run
     code, out, err = run(*args)
     assert (code, err) == (0, "")
     width = open_features(tmp_path / "s", "a/b").shape[1]
-    assert f"a/b: 40 images x {width} features from 7 layers (40 computed in " in out
+    assert f"a/b: 40 images of 4 classes x {width} features from 7 layers (40 computed in " in out
     code, out, err = run(*args)
     assert code == 0
     assert err.endswith("a/b is complete: nothing to compute\n")
@@ -106,7 +106,7 @@ def test_ls_shows_odd_names_and_damage_and_goes_on(run, folder, tmp_path):
         (["extract", "FOLDER", "--model", MODEL, "--store", "FOLDER", "--name", "x"], "not a feature store"),
         (["extract", "FOLDER", "--model", MODEL, "--store", "FOLDER/a/00.png/s", "--name", "x"], "00.png"),
         (["h2t", "ls", "S"], "does not exist"),
-        (["h2t", "info", "S"], "name"),
+        (["h2t", "info", "S"], "NAME"),
         (["h2t", "frobnicate"], "frobnicate"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_signal_says_how_to_continue_and_the_same_command_does(tmp_path, image
     assert stopped.returncode == 130
     assert stopped.stderr == "error: interrupted: finished row blocks are stored, the same command continues\n"
     assert (
-        "600 images"
+        "600 images of 1 classes"
         in subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"GO_ON": "1"}).stdout
     )
     assert open_features(tmp_path / "s", "x").shape[0] == 600

@@ -109,7 +109,7 @@ def test_a_crash_after_the_last_block_leaves_only_the_finish(tmp_path, images, m
         (dict(dtype="float32"), "dtype was float16, now float32"),
         (dict(taps="blocks"), "taps was"),
         (dict(seed=1), "weights_sha256 was"),
-        (dict(img_size=16), "preprocessing was"),
+        (dict(img_size=16), "preprocessing.input_size was"),
         (dict(amp=True), "amp was None, now bfloat16"),
     ],
 )
@@ -117,8 +117,29 @@ def test_the_same_name_for_something_else_is_refused(tmp_path, images, labels, c
     extract((images, labels), model=MODEL, store=tmp_path / "s", name="x")
     with pytest.raises(StoreError, match=key):
         extract((images, labels), model=MODEL, store=tmp_path / "s", name="x", **change)
-    with pytest.raises(StoreError, match="data was"):
+    with pytest.raises(StoreError, match=r"data\.\w+ was"):
         extract((images[::-1], labels), model=MODEL, store=tmp_path / "s", name="x")
+
+
+def test_a_beginning_without_rows_gives_way(tmp_path, folder):
+    (folder / "a" / "00.png").write_text("not an image")
+    with pytest.raises(DataError, match="not an image"):
+        extract(folder, model=MODEL, store=tmp_path / "s", name="x")
+    (folder / "a" / "00.png").unlink()
+    assert extract(folder, model=MODEL, store=tmp_path / "s", name="x").shape[0] == 39
+
+
+def test_extractions_side_by_side_that_do_not_go_together_are_pointed_out(tmp_path, images, caplog):
+    common = dict(model=MODEL, store=tmp_path / "s")
+    extract((images, ["cat", "ant"] * 20), name="pets/train", **common)
+    extract((images, ["cat", "ant"] * 20), name="pets/test", **common)
+    extract((images, ["dog", "ant"] * 20), name="other", **common)
+    assert caplog.text == ""
+    extract((images[:20], ["cat"] * 20), name="pets/few", **common)
+    assert "pets/few and pets/train have different classes" in caplog.text
+    caplog.clear()
+    extract((images, ["cat", "ant"] * 20), name="pets/again", seed=1, **common)
+    assert "pets/again and pets/test were made by tiny_models.py:small_input with different weights" in caplog.text
 
 
 def test_another_image_in_its_place_or_other_classes_are_noticed(tmp_path, folder, images):
@@ -126,10 +147,10 @@ def test_another_image_in_its_place_or_other_classes_are_noticed(tmp_path, folde
     extract(folder, name="x", **common)
     path = folder / "a" / "00.png"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    with pytest.raises(StoreError, match="data was"):
+    with pytest.raises(StoreError, match=r"data\.\w+ was"):
         extract(folder, name="x", **common)
     extract((images, ["cat", "ant"] * 20), name="y", **common)
-    with pytest.raises(StoreError, match="data was"):
+    with pytest.raises(StoreError, match=r"data\.\w+ was"):
         extract((images, ["dog", "bee"] * 20), name="y", **common)
 
 
@@ -182,7 +203,7 @@ def test_an_unreadable_image_stops_the_job_and_what_was_done_stays(tmp_path, fol
     with pytest.raises(IncompleteError, match="2 of 3"):
         open_features(tmp_path / "s", "x")
     Image.new("RGB", (8, 8)).save(folder / "d" / "39.png")
-    with pytest.raises(StoreError, match="data was"):
+    with pytest.raises(StoreError, match=r"data\.\w+ was"):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x")
 
 
