@@ -72,9 +72,9 @@ def all_features(X: FeatureMatrix, X_test: FeatureMatrix) -> tuple[float, int]:
 
     The features are rotated into the span of the samples first, which changes nothing but the time.
     """
-    rotation = make_pipeline(StandardScaler(), PCA(svd_solver="full")).fit(np.asarray(X))
+    rotation, values = make_pipeline(StandardScaler(), PCA(svd_solver="full")), np.asarray(X)
     search = GridSearchCV(LogisticRegression(max_iter=1000, tol=1e-3), {"C": C_GRID}, cv=5)
-    search.fit(rotation.transform(np.asarray(X)), X.y)
+    search.fit(rotation.fit(values).transform(values), X.y)
     return search.score(rotation.transform(np.asarray(X_test)), X_test.y), X.shape[1]
 
 

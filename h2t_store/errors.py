@@ -12,7 +12,11 @@ __all__ = [
     "StoreError",
     "TapError",
     "did_you_mean",
+    "one_line",
 ]
+
+
+_LONGEST = 200
 
 
 class H2TError(ValueError):
@@ -47,3 +51,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" (did you mean 'a' or 'b'?)"``, or nothing where no known word is close."""
     close = get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, without line breaks and cut short; its type where it says nothing."""
+    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__

@@ -17,7 +17,7 @@ from h2t_store.backbones import Backbone, Tap, find_taps, load_backbone
 from h2t_store.datasets import ArraySource, Source, open_source
 from h2t_store.engines import local
 from h2t_store.engines.blocks import plan, rows_per_block
-from h2t_store.errors import H2TError, ModelError, StoreError, TapError
+from h2t_store.errors import H2TError, ModelError, StoreError, TapError, one_line
 from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer, check_name
 from h2t_store.matrix import FeatureMatrix, open_features
 from h2t_store.store import Extraction, FeatureStore
@@ -271,7 +271,7 @@ def _device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except Exception as error:
-        raise ModelError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error
     return chosen
 
 
@@ -284,7 +284,7 @@ def _find(backbone: Backbone, taps: str | Sequence[str], device: torch.device) -
     except TapError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ModelError(f"model {backbone.name!r} cannot run on images of {size}: {reason}") from error
     for tap, reason in left_out.items():
         _log.info("tap %s is left out: %s", tap, reason)

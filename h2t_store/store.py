@@ -5,7 +5,6 @@ from the moment its attributes are written, after every array was created. So a 
 either nothing that counts or something that can be continued.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -160,7 +159,7 @@ class FeatureStore:
 
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
-        return sorted(_names_below(self.path, ""))
+        return sorted(name for name, _ in _names_below(self.path))
 
     def _group(self, name: str) -> zarr.Group | None:
         node = _node(self._root, layout.check_name(name), str(self.path))
@@ -197,8 +196,6 @@ class FeatureStore:
                     f"name {name!r}: {'/'.join(parts[:depth])!r} is an extraction already; choose another name"
                 )
         group, folder = self._group(name), self.path / name
-        if any(True for _ in _names_below(folder, "")):
-            raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
         if group is not None and "digest" in group.attrs:
             begun = Extraction(group, f"{self.path}: {name}")
             different = _differences(begun.header.provenance["inputs"], header.provenance["inputs"])
@@ -209,6 +206,8 @@ class FeatureStore:
                 )
             if not different:
                 return begun
+        elif any(True for _ in _names_below(folder)):
+            raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
         if folder.exists():
             self._discard(folder)  # what a crash left, or a beginning of something else without any row
         group = self._root.create_group(name)
@@ -218,9 +217,13 @@ class FeatureStore:
 
     def remove(self, name: str) -> None:
         """Remove the extraction ``name`` and what it wrote, damaged or not."""
-        with contextlib.suppress(DamagedError):
+        folder = self.path / name
+        try:
             self._require(name)
-        self._discard(self.path / name)
+        except DamagedError:
+            if any(readable for _, readable in _names_below(folder)):
+                raise
+        self._discard(folder)
 
     def _discard(self, folder: Path) -> None:
         """Take a folder away at once, then delete it, with what an interrupted removal left."""
@@ -229,8 +232,8 @@ class FeatureStore:
             shutil.rmtree(trash, ignore_errors=True)
 
 
-def _names_below(folder: Path, prefix: str) -> Iterator[str]:
-    """Names of extractions, and of what can no longer be read, at any depth below a folder."""
+def _names_below(folder: Path, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """(name, whether its metadata can be read) of every extraction, and of what may be one, below a folder."""
     for child in folder.iterdir() if folder.is_dir() else ():
         metadata = child / "zarr.json"
         if child.name.startswith(".") or not metadata.is_file():
@@ -239,10 +242,12 @@ def _names_below(folder: Path, prefix: str) -> Iterator[str]:
             content = json.loads(metadata.read_text())
             is_array, attributes = content["node_type"] == "array", content.get("attributes", {})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            yield prefix + child.name
+            yield prefix + child.name, False
+            if child.is_dir():
+                yield from (found for found in _names_below(child, f"{prefix}{child.name}/") if found[1])
             continue
         if "digest" in attributes:
-            yield prefix + child.name
+            yield prefix + child.name, True
         elif not is_array:
             yield from _names_below(child, f"{prefix}{child.name}/")
 

@@ -162,6 +162,24 @@ def test_a_damaged_extraction_can_be_removed(tmp_path):
     assert FeatureStore(tmp_path / "s").names() == []
 
 
+def test_removing_a_damaged_group_never_takes_extractions_below_it(tmp_path):
+    fill(tmp_path / "s", "pets/train")
+    (tmp_path / "s/pets/zarr.json").write_text("{ no json")
+    store = FeatureStore(tmp_path / "s")
+    with raises_with("zarr.json of 'pets' was changed or damaged"):
+        store.remove("pets")
+    assert store.names() == ["pets", "pets/train"]
+    np.testing.assert_array_equal(np.asarray(open_features(tmp_path / "s", "pets/train")), features())
+
+
+def test_a_damaged_array_is_named_when_its_extraction_is_begun_again(tmp_path):
+    fill(tmp_path / "s", blocks=(1,))
+    (tmp_path / "s/pets/train/features/stem/zarr.json").write_text("{ no json")
+    again = FeatureStore(tmp_path / "s").begin("pets/train", header(), np.zeros(N, np.int64), ["x"] * N)
+    with raises_with("zarr.json of 'features/stem' was changed or damaged"):
+        again.write_block(0, features()[:ROWS], norms(features()[:ROWS]))
+
+
 def test_an_unfinished_extraction_does_not_open_and_says_how_far_it_is(tmp_path):
     fill(tmp_path / "s", blocks=(0, 2))
     with pytest.raises(IncompleteError, match="2 of 3 row blocks"):

@@ -26,7 +26,7 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
 import h2t_store.backbones.resnet_cifar  # noqa: F401  registers h2t_resnet20
-from h2t_store.errors import ModelError, did_you_mean
+from h2t_store.errors import ModelError, did_you_mean, one_line
 
 __all__ = ["Backbone", "load_backbone"]
 
@@ -110,7 +110,7 @@ def load_backbone(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"model {name!r} cannot be used: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"model {name!r} cannot be used: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
@@ -139,7 +139,7 @@ def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> 
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"model {name!r} cannot be built: {_first_line(error)}") from error
+            raise ModelError(f"model {name!r} cannot be built: {one_line(error)}") from error
 
 
 def _require_weights(name: str) -> None:
@@ -169,7 +169,7 @@ def _require_connection(name: str, address: str) -> None:
     except OSError as error:
         raise ModelError(
             f"model {name!r}: its weights are not on this machine and cannot be fetched "
-            f"({_first_line(error)}): pass --checkpoint FILE, or --no-pretrained for random weights"
+            f"({one_line(error)}): pass --checkpoint FILE, or --no-pretrained for random weights"
         ) from error
 
 
@@ -200,7 +200,7 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
             raise
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f"model {spec!r}: the file or its factory failed: {type(error).__name__}: {_first_line(error)}"
+                f"model {spec!r}: the file or its factory failed: {type(error).__name__}: {one_line(error)}"
             ) from error
         finally:
             sys.path.remove(str(path.resolve().parent))
@@ -228,7 +228,7 @@ def _load_checkpoint(network: nn.Module, path: Path) -> None:
         weights = load_state_dict(str(path), weights_only=True)
     except Exception as error:
         raise ModelError(
-            f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {_first_line(error)}"
+            f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {one_line(error)}"
         ) from error
     try:
         missing, unexpected = network.load_state_dict(weights, strict=False)
@@ -274,7 +274,3 @@ def _weights_digest(network: nn.Module) -> str:
         sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -212,10 +212,12 @@ def _resolve(model: nn.Module, image: Tensor, parts: Sequence[str]) -> tuple[lis
                 f"{', '.join(PRESETS)} and globs over module names such as {known[len(known) // 2]!r}"
             )
     asked = set(names.values())
+    entrances = _linear_entrances(model, seen)
     for part in parts:
         if part in PRESETS:
-            for content in _preset(part, model, seen, image):
-                names.setdefault(content, _canonical_name(content, model, seen))
+            entered = entrances if part == "activations" else _classifier(model, seen)
+            for content in _preset(model, seen, entered, image):
+                names.setdefault(content, _canonical_name(content, entrances, seen))
     axes = _channel_axes(model, seen)
     taps: dict[str, Tap] = {}
     for event in seen:
@@ -334,10 +336,9 @@ def _blocks(model: nn.Module) -> set[str]:
     }
 
 
-def _preset(preset: str, model: nn.Module, seen: Sequence[_Seen], image: Tensor) -> list[Content]:
-    """Contents of the tensors that a preset asks for."""
+def _preset(model: nn.Module, seen: Sequence[_Seen], entered: set[str], image: Tensor) -> list[Content]:
+    """Contents of what enters the given modules, but for the images, of block outputs, and of the network's output."""
     blocks = _blocks(model)
-    entered = _linear_entrances(model, seen) if preset == "activations" else _classifier(model, seen)
     chosen = []
     for event in seen:
         name, side, _ = event.place
@@ -366,12 +367,11 @@ def _classifier(model: nn.Module, seen: Sequence[_Seen]) -> set[str]:
     }
 
 
-def _canonical_name(content: Content, model: nn.Module, seen: Sequence[_Seen]) -> str:
+def _canonical_name(content: Content, entrances: set[str], seen: Sequence[_Seen]) -> str:
     """First module that returns the tensor without having been given it; else the layer it enters."""
     places = [event.place for event in seen if event.content == content]
     given = {(place.module, place.call) for place in places if place.side == "in"}
     makers = [place for place in places if place.side == "out" and (place.module, place.call) not in given]
-    entrances = _linear_entrances(model, seen)
     takers = [place for place in places if place.side == "in" and place.module in entrances]
     named = [place for place in makers if place.module] or takers or makers or places
     return named[0].name

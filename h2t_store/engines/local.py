@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from h2t_store.backbones.taps import Tap, exact_convolutions, tapped
 from h2t_store.datasets import Source
 from h2t_store.engines.blocks import RowBlock, batches
-from h2t_store.errors import DataError, ModelError, TapError
+from h2t_store.errors import DataError, ModelError, TapError, one_line
 from h2t_store.store import Extraction
 
 __all__ = ["Forward", "run"]
@@ -153,7 +153,7 @@ def _features(
                 raise
             except Exception as error:
                 where = f"a batch of {tuple(images.shape)} from image {source.sample_ids[rows[0]]!r}"
-                raise ModelError(f"the network failed on {where}: {' '.join(str(error).split())[:200]}") from error
+                raise ModelError(f"the network failed on {where}: {one_line(error)}") from error
             stored = torch.cat(layers, dim=1).to(forward.dtype)
             if not torch.isfinite(stored).all():
                 _explain_overflow(forward, layers, [source.sample_ids[row] for row in rows])
