@@ -12,11 +12,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
-from estimators.group_lasso.operators import FeatureMatrix, is_feature_matrix
+from estimators.group_lasso.adam import train
 from estimators.group_lasso.path import check_sample_weight, group_lasso_path
+from estimators.group_lasso.sources import FeatureMatrix, Features, is_feature_matrix
 from estimators.heads import fit_ridge_head
 from estimators.normalization import (
     NORMALIZATIONS,
@@ -31,41 +33,49 @@ from estimators.normalization import (
 from estimators.selection import select_features
 
 _ALPHA_STEP = 0.85
+_SEEDS = 2**31 - 1
 
 
 class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Linear classifier on the features that a group lasso picks from all layers of a network.
 
     The multinomial group lasso is solved along a path down to ``alpha * alpha_max``, certified by its duality gap;
-    the features it keeps get a fresh linear head.
+    the features it keeps get a fresh linear head. Both steps can be trained by Adam instead, as published.
 
     Parameters
     ----------
     alpha : float in (0, 1], default=0.05
         Strength of the group lasso as a fraction of alpha_max, the smallest strength that keeps nothing.
     l1_ratio : float in (0, 1], default=1.0
-        Share of the penalty on sum_d ||W_d||_2; the rest is on ||W||_F^2 / 2.
+        Share of the penalty on sum_d ||W_d||_2; the rest is on ||W||_F^2 / 2. Must be 1 with ``solver="adam"``.
     keep_fraction : float in (0, 1] or None, default=None
         None keeps the features with nonzero weight at ``alpha``. A fraction keeps
         ceil(keep_fraction * n_features) features: by weight, then by the alpha at which they enter the path, then by
-        the loss's gradient.
+        the loss's gradient. ``solver="adam"``, which leaves no weight at zero, needs one.
     normalization : {"standard", "layer", "layer+standard"} or None, default="standard"
         "standard" scales each feature to zero mean and unit variance. "layer" scales each layer's vector of a sample to
         unit length before scoring, and the kept part of each layer again for the head (a plain array is one layer).
         "layer+standard" does the first, then the second.
-    head : {"ridge", "path"}, default="ridge"
+    solver : {"path", "adam"}, default="path"
+        "path" solves the group lasso. "adam" is the published scoring: it trains a linear head on all features with
+        the same penalty, of strength ``alpha * alpha_max_``, by Adam on batches of 128 for ``max_iter`` steps.
+    head : {"ridge", "path", "adam"}, default="ridge"
         "ridge" fits L2 logistic regression on the kept features; "path" uses the group lasso's own coefficients
-        (with ``keep_fraction``, those of the kept features).
+        (with ``keep_fraction``, those of the kept features; not with ``solver="adam"``); "adam" is the published
+        head, trained on the kept features for ``max_iter`` steps without a penalty.
     C : float, default=1.0
         Inverse penalty of the ridge head, as in scikit-learn's LogisticRegression.
+    learning_rate : float, default=0.01
+        Adam's at the first step; it decays to 0 along a cosine.
     tol : float, default=1e-3
-        Duality gap to certify, relative to the objective of zero coefficients.
+        Duality gap to certify, relative to the objective of zero coefficients. Adam has none.
     max_iter : int, default=1000
-        Steps of the group-lasso solver per alpha of the path.
+        Steps of the group-lasso solver per alpha of the path; training steps of Adam.
     device : str or torch.device, default="auto"
-        Where the path is solved: "auto" is CUDA where there is one, else the CPU. Fitted attributes are on the host.
+        Where the path is solved and Adam trains: "auto" is CUDA where there is one, else the CPU. Fitted attributes
+        are on the host.
     random_state : int, RandomState instance or None, default=None
-        Accepted for uniformity and has no effect: every solver here is deterministic.
+        Start and order of the samples in Adam's trainings; the other solvers are deterministic.
 
     Attributes
     ----------
@@ -76,18 +86,25 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     selected_features_ : ndarray of shape (n_selected,), int64
         Sorted columns that prediction reads.
     feature_scores_ : ndarray of shape (n_features_in_,), float64
-        ||W_d||_2 at ``alpha`` on the scale of the problem solved (standardised features with "standard").
+        ||W_d||_2 at ``alpha`` on the scale of the problem solved (standardised features with "standard"); with
+        ``solver="adam"``, of the trained weights.
     coef_ : ndarray of shape (n_classes, n_selected), or (1, n_selected) for two classes, float64
         For the selected features as given; with a "layer" normalization, for them after scaling to unit length
-        (``head="ridge"``: of the kept part of each layer, ``head="path"``: of the whole layer). Standardisation is
-        already contained.
+        (``head="path"``: of the whole layer, else: of the kept part of each layer). Standardisation is already
+        contained.
     intercept_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
     alpha_max_ : float
         The strength that ``alpha`` is a fraction of.
     duality_gap_ : float
-        Relative duality gap at ``alpha``.
+        Relative duality gap at ``alpha``; nan with ``solver="adam"``, which certifies nothing.
     n_iter_ : int
-        Most solver steps that any alpha of the path took.
+        Most solver steps that any alpha of the path took; ``max_iter`` with ``solver="adam"``.
+
+    Notes
+    -----
+    The published settings are ``Head2ToeClassifier(solver="adam", head="adam", normalization="layer",
+    keep_fraction=0.2, max_iter=500)``, or ``keep_fraction=0.01, max_iter=5000``; the penalty's strength, 1e-5 there, is
+    here ``alpha * alpha_max_``.
 
     Examples
     --------
@@ -103,8 +120,10 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         "l1_ratio": [Interval(Real, 0, 1, closed="right")],
         "keep_fraction": [Interval(Real, 0, 1, closed="right"), None],
         "normalization": [StrOptions(set(NORMALIZATIONS)), None],
-        "head": [StrOptions({"ridge", "path"})],
+        "solver": [StrOptions({"path", "adam"})],
+        "head": [StrOptions({"ridge", "path", "adam"})],
         "C": [Interval(Real, 0, None, closed="neither")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "tol": [Interval(Real, 0, None, closed="neither")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
@@ -117,8 +136,10 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         l1_ratio: float = 1.0,
         keep_fraction: float | None = None,
         normalization: str | None = "standard",
+        solver: str = "path",
         head: str = "ridge",
         C: float = 1.0,
+        learning_rate: float = 0.01,
         tol: float = 1e-3,
         max_iter: int = 1000,
         device: str | torch.device = "auto",
@@ -128,8 +149,10 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.l1_ratio = l1_ratio
         self.keep_fraction = keep_fraction
         self.normalization = normalization
+        self.solver = solver
         self.head = head
         self.C = C
+        self.learning_rate = learning_rate
         self.tol = tol
         self.max_iter = max_iter
         self.device = device
@@ -144,7 +167,7 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         y : array-like of shape (n_samples,)
             Class labels.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative. The path sees only ratios; the ridge head weighs them against 1 / C.
+            Non-negative. The path and Adam see only ratios; the ridge head weighs them against 1 / C.
 
         Returns
         -------
@@ -163,13 +186,17 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             If no feature is selected; predictions are then the class frequencies.
         """
         self._validate_params()
+        self._check_combination()
         features, labels, weight = self._check_training(X, y, sample_weight)
         layers = layer_index(features)
+        scored = LayerScaled(features, layers) if scales_layers(self.normalization) else features
+        # Adam takes only alpha_max from the path, which then ends where it starts.
+        last = self.alpha if self.solver == "path" else 1.0
         path = group_lasso_path(
-            LayerScaled(features, layers) if scales_layers(self.normalization) else features,
+            scored,
             labels,
-            n_alphas=1 + math.ceil(math.log(self.alpha) / math.log(_ALPHA_STEP)),
-            alpha_min_ratio=self.alpha,
+            n_alphas=1 + math.ceil(math.log(last) / math.log(_ALPHA_STEP)),
+            alpha_min_ratio=last,
             l1_ratio=self.l1_ratio,
             sample_weight=weight,
             standardize=standardizes(self.normalization),
@@ -179,14 +206,20 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         self.classes_ = path.classes
         self.alpha_max_ = path.alpha_max
-        self.duality_gap_ = float(path.relative_gap[-1])
-        self.n_iter_ = int(path.n_iter.max())
-        self.feature_scores_ = path.row_norms(-1)
-        self.selected_features_ = select_features(path, -1, self.keep_fraction)
+        random = check_random_state(self.random_state)
+        if self.solver == "adam" and self.keep_fraction is not None:
+            self.duality_gap_, self.n_iter_ = math.nan, int(self.max_iter)
+            self.feature_scores_ = self._train_scores(scored, labels, weight, random)
+            self.selected_features_ = _largest(self.feature_scores_, self.keep_fraction)
+        else:
+            self.duality_gap_ = float(path.relative_gap[-1])
+            self.n_iter_ = int(path.n_iter.max())
+            self.feature_scores_ = path.row_norms(-1)
+            self.selected_features_ = select_features(path, -1, self.keep_fraction)
         self._layers = layers
         self._layer_scaling = ""
         if scales_layers(self.normalization):
-            self._layer_scaling = "kept" if self.head == "ridge" else "whole"
+            self._layer_scaling = "whole" if self.head == "path" else "kept"
         if not len(self.selected_features_):
             warnings.warn(
                 f"No feature was selected at alpha={self.alpha} (alpha_max_={self.alpha_max_:.3g}): predictions are "
@@ -197,11 +230,23 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.head == "path" or not len(self.selected_features_):
             coef, intercept = path.coef(-1)[self.selected_features_], path.intercepts[-1]
         else:
-            coef, intercept = self._fit_head(features, labels, weight)
+            coef, intercept = self._fit_head(features, labels, weight, random)
         if len(self.classes_) == 2:
             coef, intercept = coef[:, 1:] - coef[:, :1], intercept[1:] - intercept[:1]
         self.coef_, self.intercept_ = np.ascontiguousarray(coef.T), intercept
         return self
+
+    def _check_combination(self) -> None:
+        if self.solver == "path":
+            return
+        if self.keep_fraction is None:
+            raise ValueError(
+                "keep_fraction must be given with solver='adam', which leaves no weight at exactly zero, got None."
+            )
+        if self.head == "path":
+            raise ValueError("head='path' needs solver='path': with solver='adam' it must be 'ridge' or 'adam'.")
+        if self.l1_ratio != 1:
+            raise ValueError(f"l1_ratio must be 1 with solver='adam', got {self.l1_ratio!r}.")
 
     def _check_training(
         self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None
@@ -245,17 +290,56 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             return kept * inverse_layer_norms(features, self._layers)[:, layers]
         return kept
 
+    def _train_scores(
+        self,
+        scored: Features,
+        labels: NDArray[Any],
+        weight: NDArray[np.float64],
+        random: np.random.RandomState,
+    ) -> NDArray[np.float64]:
+        """||W_d||_2 of the published training on all features, (n_features,)."""
+        coef, _ = train(
+            scored,
+            np.searchsorted(self.classes_, labels),
+            len(self.classes_),
+            sample_weight=weight,
+            standardize=standardizes(self.normalization),
+            coef=self.alpha * self.alpha_max_,
+            learning_rate=self.learning_rate,
+            n_steps=self.max_iter,
+            seed=int(random.randint(_SEEDS)),
+            device=self.device,
+        )
+        return np.asarray(np.linalg.norm(coef, axis=1))
+
     def _fit_head(
-        self, features: FeatureMatrix | NDArray[Any], labels: NDArray[Any], weight: NDArray[np.float64]
+        self,
+        features: FeatureMatrix | NDArray[Any],
+        labels: NDArray[Any],
+        weight: NDArray[np.float64],
+        random: np.random.RandomState,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Ridge head on the kept features as `_read_kept` gives them: (n_selected, n_classes), (n_classes,)."""
+        """Fresh head on the kept features as `_read_kept` gives them: (n_selected, n_classes), (n_classes,)."""
         rows = weight > 0
         weight, kept = weight[rows], self._read_kept(features)[rows]
         present, codes = np.unique(np.searchsorted(self.classes_, labels[rows]), return_inverse=True)
         mean, scale = np.zeros(kept.shape[1]), np.ones(kept.shape[1])
         if standardizes(self.normalization):
             mean, scale = weighted_moments(kept, weight, float(np.finfo(features.dtype).eps))
-        solved, offset = fit_ridge_head((kept - mean) * scale, codes, weight, self.C)
+        kept = (kept - mean) * scale
+        if self.head == "ridge":
+            solved, offset = fit_ridge_head(kept, codes, weight, self.C)
+        else:
+            solved, offset = train(
+                kept,
+                codes,
+                len(present),
+                sample_weight=weight,
+                learning_rate=self.learning_rate,
+                n_steps=self.max_iter,
+                seed=int(random.randint(_SEEDS)),
+                device=self.device,
+            )
         coef = np.zeros((kept.shape[1], len(self.classes_)))
         intercept = np.full(len(self.classes_), -np.inf)
         coef[:, present] = solved * scale[:, None]
@@ -303,3 +387,9 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if scores.ndim == 1:
             return np.stack([log_expit(-scores), log_expit(scores)], axis=1)
         return np.asarray(log_softmax(scores, axis=1))
+
+
+def _largest(scores: NDArray[np.float64], fraction: float) -> NDArray[np.int64]:
+    """The ceil(fraction * n) largest scores, ties by column, as sorted indices; rounding adds none."""
+    count = max(1, math.ceil(fraction * len(scores) * (1.0 - 1e-12)))
+    return np.sort(np.argsort(-scores, kind="stable")[:count])

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from estimators.group_lasso.operators import (
-    BLOCK_BYTES,
+from estimators.group_lasso.operators import column_moments
+from estimators.group_lasso.sources import (
+    READ_BYTES,
     Columns,
     FeatureMatrix,
-    column_moments,
     is_feature_matrix,
     iterate_blocks,
 )
@@ -142,7 +142,7 @@ class LayerScaled:
         self.shape: tuple[int, int] = (X.shape[0], X.shape[1])
         self.dtype: np.dtype[Any] = np.dtype(X.dtype)
 
-    def column_blocks(self, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[Columns, NDArray[Any]]]:
+    def column_blocks(self, max_bytes: int = READ_BYTES) -> Iterator[tuple[Columns, NDArray[Any]]]:
         """Blocks of whole columns, scaled, in the dtype of X."""
         for columns, block in iterate_blocks(self._source, max_bytes):
             scale = self._inverse[:, self._layers[columns]]

@@ -1,109 +1,159 @@
-"""X as an operator on a device: what the path needs of X is a few of its columns and the pass X'R.
+"""X as an operator on a device: what the path needs of X is a few of its columns and the norms ||X_d'R|| of a pass.
 
-X is held once, feature-major, in the precision it came in; standardisation is applied to results, never to X.
+X is held once, feature-major, or read from where it is stored at every pass; standardisation is applied to results,
+never to X.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeAlias, TypeGuard
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK_BYTES = 32 * 2**20
+from estimators.group_lasso.sources import READ_BYTES, Features, iterate_blocks
+
 _DELICATE = 100.0
-
-Columns: TypeAlias = slice | NDArray[np.int64]
-
-
-class Layer(Protocol):
-    """One layer of a network: the columns ``[start, stop)`` of a feature matrix."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
+_TILE = 32
+_CALL_FLOPS = 5e10
+_SLAB_BYTES = 8 * 2**20
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64
+)}  # fmt: skip
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("kmgt", start=1)}
 
 
-class ColumnSource(Protocol):
-    """A matrix that can be read by blocks of columns."""
+class Operator(Protocol):
+    """What the path asks of X, standardised: column d is (x_d - m_d) / sd_d, a constant column counts as zero."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(n_samples, n_features)."""
+        ...
+
     @property
-    def dtype(self) -> np.dtype[Any]: ...
-    def column_blocks(self, max_bytes: int) -> Iterator[tuple[Columns, NDArray[Any]]]:
-        """Yield (columns, block of shape (n_rows, width)) until every column was given once."""
+    def center(self) -> Tensor:
+        """What is subtracted from each column, (n_features,) float64."""
+        ...
+
+    @property
+    def inverse_scale(self) -> Tensor:
+        """What each column is then multiplied by, (n_features,) float64; 0 for a constant column."""
+        ...
+
+    @property
+    def single(self) -> bool:
+        """Whether passes are in float32."""
+        ...
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Standardised columns, (len(index), n_samples), in float32 if passes are and else in float64."""
+        ...
+
+    def correlate(self, residual: Tensor, keep: Tensor, watch: float) -> Tensor:
+        """The full pass: the norms ||X_d'R|| for R of shape (n_classes, n_samples), as (n_features,) float64.
+
+        The columns ``keep``, and those whose norm reaches ``watch``, are likely to be asked for next.
+        """
         ...
 
 
-class FeatureMatrix(ColumnSource, Protocol):
-    """Stored features, read lazily: the one contract with whatever stores them."""
+def make_operator(
+    X: Features,
+    *,
+    rows: Tensor,
+    weights: Tensor,
+    standardize: bool,
+    center: bool,
+    double: bool,
+    dtype: str | torch.dtype | None,
+    max_memory: int | str | None,
+) -> Operator:
+    """X in the memory of the device where it fits ``max_memory``, else read at every pass.
 
-    @property
-    def ndim(self) -> int: ...
-    @property
-    def layers(self) -> Sequence[Layer]: ...
-    @property
-    def feature_names(self) -> Sequence[str]: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, key: Any) -> Any:
-        """Rows, or rows and columns, as another feature matrix."""
-        ...
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]: ...
-    def layer_norms(self) -> NDArray[np.float32]:
-        """L2 norm of each layer's features per row, (n_rows, n_layers)."""
-        ...
-
-
-Features: TypeAlias = ColumnSource | NDArray[Any] | Tensor
-
-
-def as_features(X: Any) -> Features:
-    """X itself if it is a tensor or can be read by blocks of columns, else as an array.
+    Parameters
+    ----------
+    X : ndarray, Tensor or FeatureMatrix of shape (n_rows, n_features)
+    rows : Tensor of shape (n_samples,), int64, on the CPU
+        The rows of X that take part.
+    weights : Tensor of shape (n_samples,), float64, on the device to compute on
+        Weights of these rows, summing to one.
+    standardize : bool
+        Divide each column by its weighted standard deviation.
+    center : bool
+        Subtract each column's weighted mean; has effect only with ``standardize``.
+    double : bool
+        Compute in float64 whatever X is held in.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, torch.dtype or None
+        How X is held; None for float32, or float64 where X is neither float32 nor narrower.
+    max_memory : int, str or None
+        Bytes, or a number with a unit as "4GB" or "512 MiB"; None for what the device has free.
 
     Raises
     ------
     ValueError
-        If X is not a matrix of real numbers with at least one row and column.
+        If an argument is not as described, X holds a value that is not finite or that ``dtype`` cannot hold, or its
+        blocks do not give every column once.
     """
-    features: Features = X
-    if not isinstance(X, Tensor) and not hasattr(X, "column_blocks"):
-        features = np.asarray(X)
-        if features.dtype.kind not in "fiub":
-            raise ValueError(f"X must hold real numbers, got dtype {features.dtype}.")
-    if len(features.shape) != 2 or 0 in features.shape:
-        raise ValueError(f"X must have shape (n_samples, n_features), neither of them 0, got {tuple(features.shape)}.")
-    return features
+    held = storage_dtype(X, dtype)
+    limit = _memory_limit(max_memory, weights.device)
+    needed = X.shape[1] * (len(rows) * held.itemsize + 64) + 2 * READ_BYTES
+    statistics = _Moments(X.shape[1], weights, standardize=standardize, center=center)
+    if needed <= limit:
+        return DenseOperator(X, rows, statistics, held, double)
+    return StreamedOperator(X, rows, statistics, held, double, limit)
 
 
-def is_feature_matrix(X: object) -> TypeGuard[FeatureMatrix]:
-    """Whether X follows the FeatureMatrix protocol rather than being an array."""
-    return hasattr(X, "column_blocks") and hasattr(X, "layer_norms")
+def storage_dtype(X: Features, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype X is to be held in.
 
-
-def iterate_blocks(X: Features, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[Columns, NDArray[Any] | Tensor]]:
-    """Blocks of whole columns of any supported X, each at most ``max_bytes`` (but at least one column).
-
-    Yields
+    Raises
     ------
-    columns : slice or ndarray of int64
-    block : ndarray or Tensor of shape (n_rows, width)
+    ValueError
+        If ``dtype`` is none of the four floating types.
     """
-    if not isinstance(X, (np.ndarray, Tensor)):
-        yield from X.column_blocks(max_bytes)
-        return
-    n_rows, n_features = X.shape
-    width = max(1, max_bytes // max(1, n_rows * X.itemsize))
-    for start in range(0, n_features, width):
-        columns = slice(start, min(start + width, n_features))
-        yield columns, X[:, columns]
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in _DTYPES:
+            raise ValueError(f"dtype={dtype!r} cannot hold X; accepted: None, {', '.join(map(repr, _DTYPES))}.")
+        return _DTYPES[name]
+    return torch.float32 if _source_dtype(X) in ("float16", "bfloat16", "float32") else torch.float64
+
+
+def _source_dtype(X: Features) -> str:
+    return str(X.dtype).removeprefix("torch.")
+
+
+def _memory_limit(max_memory: int | str | None, device: torch.device) -> int:
+    if max_memory is None:
+        if device.type == "cuda":
+            return int(0.8 * torch.cuda.mem_get_info(device)[0])
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**62
+        return int(0.8 * pages)
+    size = float("nan")
+    if isinstance(max_memory, str):
+        match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?\s*", max_memory.lower())
+        if match and match[2] in _UNITS:
+            try:
+                size = float(match[1]) * _UNITS[match[2]]
+            except ValueError:
+                pass
+    elif isinstance(max_memory, (int, float, np.integer)) and not isinstance(max_memory, bool):
+        size = float(max_memory)
+    if not 0 < size < float("inf"):
+        raise ValueError(
+            f"max_memory={max_memory!r} is no amount of memory; accepted: None, a positive number of bytes, or a "
+            "number with a unit such as '4GB' or '512MiB'."
+        )
+    return int(size)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -149,121 +199,251 @@ def column_moments(columns: Tensor, weights: Tensor, precision: float) -> tuple[
     return mean, torch.where(sd <= rounding * mean.abs(), 0.0, sd)
 
 
+class _Moments:
+    """Centre and scale of every column, gathered block by block."""
+
+    def __init__(self, n_features: int, weights: Tensor, *, standardize: bool, center: bool) -> None:
+        self.weights = weights
+        self._standardize, self._center = standardize, center
+        self._mean = torch.zeros(n_features, dtype=torch.float64, device=weights.device)
+        self._sd = torch.zeros_like(self._mean)
+        self._given = torch.zeros(n_features, dtype=torch.int64)
+
+    def add(self, index: slice | Tensor, columns: Tensor, precision: float) -> None:
+        """Take the moments of columns (width, n_samples) at ``index``, in slabs that stay in cache when doubled."""
+        mean, sd = [], []
+        for slab in columns.split(max(1, _SLAB_BYTES // (8 * columns.shape[1]))):
+            moments = column_moments(slab.double(), self.weights, precision)
+            mean.append(moments[0])
+            sd.append(moments[1])
+        self._mean[index], self._sd[index] = torch.cat(mean), torch.cat(sd)
+        self._given[index] += 1
+        finite = torch.isfinite(self._sd[index])
+        if not bool(finite.all()):
+            raise ValueError(f"X holds NaN or infinity in {_name(index, ~finite)}; it must be finite.")
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Centre, inverse scale, and the columns whose mean drowns their spread in float32."""
+        if not bool((self._given == 1).all()):
+            raise ValueError(
+                f"X.column_blocks must give each of its {len(self._given)} columns once; "
+                f"{int((self._given != 1).sum())} came never or more than once."
+            )
+        mean, sd = self._mean, self._sd
+        varying = sd > 0
+        scale = torch.where(varying, 1.0 / sd, 0.0) if self._standardize else varying.double()
+        center = mean if self._standardize and self._center else torch.zeros_like(mean)
+        return center, scale, varying & (mean.abs() > _DELICATE * sd)
+
+
 class DenseOperator:
-    """X, optionally standardised, in the memory of one device.
+    """X in the memory of one device, held once and feature-major; see `make_operator`."""
 
-    Column d of the standardised matrix is (x_d - m_d) / sd_d; constant columns count as zero.
+    def __init__(self, X: Features, rows: Tensor, moments: _Moments, held: torch.dtype, double: bool) -> None:
+        n_samples, n_features = len(rows), X.shape[1]
+        self.shape = (n_samples, n_features)
+        self.single = not double and held != torch.float64
+        padded = -(-n_features // _TILE) * _TILE
+        self._columns = torch.empty((padded, n_samples), dtype=held, device=moments.weights.device)
+        self._columns[n_features:] = 0.0
+        for index, block in _blocks(X, rows, READ_BYTES):
+            values = self._columns[index]
+            _store(values, block.T, index)
+            moments.add(index, values, torch.finfo(held).eps)
+            if not isinstance(index, slice):
+                self._columns[index] = values
+        self.center, self.inverse_scale, delicate = moments.finish()
+        self._delicate = delicate.nonzero().flatten()
 
-    Parameters
-    ----------
-    X : ndarray, Tensor or FeatureMatrix of shape (n_rows, n_features)
-        Held as float32, or as float64 where its dtype is neither float32 nor narrower; copied block by block.
-    rows : Tensor of shape (n_samples,), int64, on the CPU
-        The rows of X that take part.
-    weights : Tensor of shape (n_samples,), float64, on the device to compute on
-        Weights of these rows, summing to one.
-    standardize : bool
-        Divide each column by its weighted standard deviation.
-    center : bool
-        Subtract each column's weighted mean; has effect only with ``standardize``.
-    double : bool
-        Form X'R in float64 even where X is held in float32.
+    def columns(self, index: Tensor) -> Tensor:
+        return _standardized(self, self._columns[index], index)
 
-    Attributes
-    ----------
-    shape : tuple of int
-        (n_samples, n_features).
-    center, inverse_scale : Tensor of shape (n_features,), float64
-        What is subtracted from, and then multiplied into, each column; constant columns have inverse scale 0.
+    def correlate(self, residual: Tensor, keep: Tensor, watch: float) -> Tensor:
+        n_features, work = self.shape[1], torch.float32 if self.single else torch.float64
+        norms = torch.empty(n_features, dtype=torch.float64, device=residual.device)
+        factor = residual.to(work)
+        total = factor.double().sum(1)
+        width = _CALL_FLOPS / (2 * residual.numel())
+        if self._columns.dtype != work:
+            width = min(width, _SLAB_BYTES / (work.itemsize * self.shape[0]))
+        width = max(_TILE, int(width) // _TILE * _TILE)
+        for start in range(0, n_features, width):
+            stop = min(start + width, n_features)
+            norms[start:stop] = _tiled_norms(
+                factor, self._columns[start : start + width].to(work), total, self.center[start:stop]
+            )
+        norms *= self.inverse_scale
+        if self.single and len(self._delicate):
+            for index in self._delicate.split(max(1, _SLAB_BYTES // (8 * self.shape[0]))):
+                exact = _standardized(self, self._columns[index], index, torch.float64)
+                norms[index] = (residual @ exact.T).norm(dim=0)
+        return norms
 
-    Raises
-    ------
-    ValueError
-        If X holds a value that is not finite, or its blocks do not give every column once.
+
+class StreamedOperator:
+    """X where it is stored, read once per pass while the block before is computed with; see `make_operator`.
+
+    Between passes only the columns likely to be asked for next are held.
     """
 
     def __init__(
-        self, X: Features, *, rows: Tensor, weights: Tensor, standardize: bool, center: bool, double: bool
+        self, X: Features, rows: Tensor, moments: _Moments, held: torch.dtype, double: bool, limit: int
     ) -> None:
-        device, n_features = weights.device, X.shape[1]
-        self.shape = (len(rows), n_features)
-        self._columns = torch.empty((n_features, len(rows)), dtype=_storage_dtype(X), device=device)
-        self._double = double or self._columns.dtype == torch.float64
-        precision = torch.finfo(self._columns.dtype).eps
-        mean = torch.zeros(n_features, dtype=torch.float64, device=device)
-        sd = torch.zeros_like(mean)
-        all_rows = len(rows) == X.shape[0]
-        given = torch.zeros(n_features, dtype=torch.int64)
-        for columns, block in iterate_blocks(X):
-            index = columns if isinstance(columns, slice) else torch.as_tensor(columns, dtype=torch.int64)
-            taken = block if all_rows else block[rows.to(block.device) if isinstance(block, Tensor) else rows.numpy()]
-            values = _feature_major(taken, self._columns)
-            if not bool(torch.isfinite(values).all()):
-                raise ValueError(f"X holds NaN or infinity in {_first_bad_column(index, values)}; it must be finite.")
-            self._columns[index] = values
-            mean[index], sd[index] = column_moments(values.double(), weights, precision)
-            given[index] += 1
-        if not bool((given == 1).all()):
-            raise ValueError(
-                f"X.column_blocks must give each of its {n_features} columns once; "
-                f"{int((given != 1).sum())} came never or more than once."
-            )
-        varying = sd > 0
-        self.inverse_scale = torch.where(varying, 1.0 / sd, 0.0) if standardize else varying.double()
-        self.center = mean if standardize and center else torch.zeros_like(mean)
-        self._delicate = (varying & (mean.abs() > _DELICATE * sd)).nonzero().flatten()
+        self.shape = (len(rows), X.shape[1])
+        self.single = not double and held != torch.float64
+        self._source, self._rows, self._held = X, rows, held
+        self._block_bytes = max(2**20, min(READ_BYTES, limit // 16))
+        self._most_columns = max(1, limit // (8 * len(rows) * held.itemsize))
+        self._device = moments.weights.device
+        for index, block in self._read():
+            values = torch.empty((block.shape[1], len(rows)), dtype=held, device=self._device)
+            _store(values, block.T, index)
+            moments.add(index, values, torch.finfo(held).eps)
+        self.center, self.inverse_scale, self._delicate = moments.finish()
+        self._index = torch.zeros(0, dtype=torch.int64, device=self._device)
+        self._columns = torch.zeros((0, len(rows)), dtype=held, device=self._device)
+
+    def _read(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """Blocks of columns on the device, the next one being read and copied while one is used."""
+        if self._device.type != "cuda":
+            yield from _ahead(_blocks(self._source, self._rows, self._block_bytes))
+            return
+        side = torch.cuda.Stream(self._device)
+
+        def copied() -> Iterator[tuple[slice | Tensor, Tensor, torch.cuda.Event]]:
+            for index, block in _blocks(self._source, self._rows, self._block_bytes):
+                with torch.cuda.stream(side):
+                    there = block.pin_memory().to(self._device, non_blocking=True)
+                    yield index, there, side.record_event()
+
+        for index, there, event in _ahead(copied()):
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(event)
+            there.record_stream(current)
+            yield index, there
 
     def columns(self, index: Tensor) -> Tensor:
-        """Standardised columns, (len(index), n_samples) float64."""
-        chosen = self._columns[index].double()
-        return chosen.sub_(self.center[index, None]).mul_(self.inverse_scale[index, None])
+        place = torch.searchsorted(self._index, index).clamp_max(max(0, len(self._index) - 1))
+        missing = index if not len(self._index) else index[self._index[place] != index]
+        if len(missing):
+            wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=self._device)
+            wanted[missing] = True
+            found = [
+                (_absolute(at)[wanted[at]], block.T[wanted[at]].to(self._held)) for at, block in self._read()
+            ]
+            self._hold([(self._index, self._columns), *found])
+            place = torch.searchsorted(self._index, index)
+        return _standardized(self, self._columns[place], index)
 
-    def correlate(self, residual: Tensor) -> Tensor:
-        """The full pass X'R over the standardised X.
+    def correlate(self, residual: Tensor, keep: Tensor, watch: float) -> Tensor:
+        work = torch.float32 if self.single else torch.float64
+        norms = torch.empty(self.shape[1], dtype=torch.float64, device=residual.device)
+        factor = residual.to(work)
+        total = factor.double().sum(1)
+        wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=residual.device)
+        wanted[keep] = True
+        room = max(0, self._most_columns - len(keep))
+        found: list[tuple[Tensor, Tensor]] = []
+        for index, block in self._read():
+            product = factor @ block.to(work)
+            product -= torch.outer(total, self.center[index]).to(work)
+            norms[index] = product.norm(dim=0).double() * self.inverse_scale[index]
+            at, columns = _absolute(index, self._device), block.T
+            if self.single and bool(self._delicate[index].any()):
+                chosen = self._delicate[index]
+                exact = _standardized(self, columns[chosen], at[chosen], torch.float64)
+                norms[at[chosen]] = (residual @ exact.T).norm(dim=0)
+            chosen = wanted[at] | (norms[at] >= watch)
+            found.append((at[chosen], columns[chosen].to(self._held)))
+            if sum(len(part) for part, _ in found) - len(keep) > 2 * room:
+                found = [_strongest(found, norms, wanted, room)]
+        self._hold([_strongest(found, norms, wanted, room)])
+        return norms
 
-        Columns whose mean is over 100 times their spread lose their signal to rounding in float32; these few are
-        always formed in float64.
-
-        Parameters
-        ----------
-        residual : Tensor of shape (n_samples, n_classes), float64
-
-        Returns
-        -------
-        Tensor of shape (n_features, n_classes), float64
-        """
-        width = max(1, BLOCK_BYTES // (8 * self.shape[0]))
-        if self._double:
-            product = torch.cat([block.double() @ residual for block in torch.split(self._columns, width)])
-            total = residual.sum(0)
-        else:
-            # Class-major R: BLAS runs this layout at twice the speed of the row-major one.
-            class_major = residual.T.float().contiguous().T
-            product = (self._columns @ class_major).double()
-            total = class_major.double().sum(0)
-        product.sub_(self.center[:, None] * total).mul_(self.inverse_scale[:, None])
-        if not self._double and len(self._delicate):
-            for index in torch.split(self._delicate, width):
-                product[index] = self.columns(index) @ residual
-        return product
-
-
-def _storage_dtype(X: Features) -> torch.dtype:
-    if isinstance(X, Tensor):
-        narrow = X.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    else:
-        narrow = np.dtype(X.dtype) in (np.dtype(np.float32), np.dtype(np.float16))
-    return torch.float32 if narrow else torch.float64
-
-
-def _feature_major(block: NDArray[Any] | Tensor, like: Tensor) -> Tensor:
-    if isinstance(block, Tensor):
-        return block.T.to(like)
-    # A copy, because torch takes no read-only array and joblib's memory maps are read-only.
-    dtype = np.float32 if like.dtype == torch.float32 else np.float64
-    return torch.from_numpy(np.array(block.T, dtype=dtype, order="C")).to(like.device)
+    def _hold(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        index, order = torch.cat([index for index, _ in parts]).sort()
+        self._index, self._columns = index, torch.cat([columns for _, columns in parts])[order]
 
 
-def _first_bad_column(index: slice | Tensor, values: Tensor) -> str:
-    bad = int((~torch.isfinite(values)).any(dim=1).nonzero()[0])
-    return f"column {index.start + bad if isinstance(index, slice) else int(index[bad])}"
+def _strongest(
+    parts: list[tuple[Tensor, Tensor]], norms: Tensor, wanted: Tensor, room: int
+) -> tuple[Tensor, Tensor]:
+    """Of indexed columns, those wanted and the ``room`` others of largest norm."""
+    index, columns = torch.cat([index for index, _ in parts]), torch.cat([columns for _, columns in parts])
+    rank = torch.where(wanted[index], torch.inf, norms[index])
+    most = min(len(index), room + int(wanted[index].sum()))
+    if most == len(index):
+        return index, columns
+    chosen = rank.topk(most).indices
+    return index[chosen], columns[chosen]
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, each made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as reader:
+        end = object()
+        coming = reader.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = reader.submit(next, items, end)
+            yield item
+            del item
+
+
+def _blocks(X: Features, rows: Tensor, max_bytes: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Blocks of the chosen rows, (n_samples, width), and which columns they are."""
+    whole = len(rows) == X.shape[0]
+    for columns, block in iterate_blocks(X, max_bytes):
+        index = columns if isinstance(columns, slice) else torch.as_tensor(columns, dtype=torch.int64)
+        with warnings.catch_warnings():
+            # Read-only arrays, as joblib's memory maps are, are only read here.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensor = block if isinstance(block, Tensor) else torch.from_numpy(_native(block))
+        yield index, tensor if whole else tensor[rows.to(tensor.device)]
+
+
+def _native(block: NDArray[Any]) -> NDArray[Any]:
+    """In a dtype and byte order that torch knows."""
+    if block.dtype.kind == "f" and block.dtype.itemsize in (2, 4, 8):
+        return block.astype(block.dtype.newbyteorder("="), copy=False)
+    return block.astype(np.float64)
+
+
+def _store(values: Tensor, block: Tensor, index: slice | Tensor) -> None:
+    """Copy a block into the dtype X is held in, which only float32 may round."""
+    values.copy_(block)
+    if values.dtype.itemsize == 2 and block.dtype != values.dtype:
+        changed = (values.to(block.dtype) != block.to(values.device)) & ~block.isnan().to(values.device)
+        if bool(changed.any()):
+            raise ValueError(
+                f"dtype={str(values.dtype).removeprefix('torch.')!r} would round X in {_name(index, changed.any(1))}, "
+                "and the certificate would be that of another X; use 'float32', or round X yourself."
+            )
+
+
+def _standardized(operator: Operator, raw: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Columns (width, n_samples) as held, centred and scaled; computed in float64."""
+    scaled = raw.double().sub_(operator.center[index, None]).mul_(operator.inverse_scale[index, None])
+    return scaled.to(dtype or (torch.float32 if operator.single else torch.float64))
+
+
+def _tiled_norms(factor: Tensor, columns: Tensor, total: Tensor, center: Tensor) -> Tensor:
+    """||factor (columns - center)'|| per column, for few rows of factor (K, n) and whole tiles of columns (d, n)."""
+    width = len(center)
+    shift = torch.outer(total, center).to(factor.dtype)
+    if columns.device.type != "cpu":
+        return (factor @ columns[:width].T - shift).norm(dim=0)
+    # A product per tile that stays in cache runs at twice the speed of one product with few rows.
+    tiles = columns.view(-1, _TILE, columns.shape[1]).transpose(1, 2)
+    product = torch.bmm(factor.expand(len(tiles), *factor.shape), tiles)
+    padded = torch.nn.functional.pad(shift, (0, len(columns) - width))
+    product -= padded.view(len(factor), -1, _TILE).transpose(0, 1)
+    return product.square_().sum(1).sqrt_().view(-1)[:width]
+
+
+def _absolute(index: slice | Tensor, device: torch.device | None = None) -> Tensor:
+    chosen = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
+    return chosen if device is None else chosen.to(device)
+
+
+def _name(index: slice | Tensor, bad: Tensor) -> str:
+    return f"column {int(_absolute(index)[bad.cpu()][0])}"

@@ -1,14 +1,17 @@
 """The group-lasso path: solutions along decreasing alpha, each certified by its duality gap.
 
-Each alpha starts from the solution before it. Only a working set of features is solved for: first those the strong
-rule lets through, then those that a full pass over X shows to violate the optimality conditions, until the certified
-gap of the whole problem is small enough.
+Each alpha starts from the solution before it. Only a working set of features is solved for: first the strongest of
+those the strong rule lets through, then those that a full pass over X shows to violate the optimality conditions,
+until the certified gap of the whole problem is small enough.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
@@ -22,23 +25,26 @@ from sklearn.utils._param_validation import Interval, validate_parameter_constra
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
-from estimators.group_lasso.admm_newton import solve
-from estimators.group_lasso.operators import DenseOperator, Features, as_features, resolve_device
+from estimators.group_lasso.newton import solve
+from estimators.group_lasso.operators import Operator, make_operator, resolve_device
 from estimators.group_lasso.problem import (
     Evaluation,
     Problem,
     alpha_max,
     evaluate,
-    kkt_violation,
     null_objective,
     null_probabilities,
     objective_and_gap,
+    row_violations,
 )
-from estimators.group_lasso.result import GroupLassoPath
+from estimators.group_lasso.result import GroupLassoPath, PathPoint
+from estimators.group_lasso.sources import Features, as_features
 
 _DOUBLE_BELOW = 1e-5
 _SMALLEST_GROWTH = 64
 _FRUITLESS_ROUNDS = 3
+# The gap is first order in the violation of rows that dominate it; this keeps all others from lagging far behind.
+_VIOLATION_PER_TOL = 200.0
 
 _CONSTRAINTS: dict[str, list[Any]] = {
     "alphas": ["array-like", None],
@@ -51,6 +57,11 @@ _CONSTRAINTS: dict[str, list[Any]] = {
     "tol": [Interval(Real, 0, None, closed="neither")],
     "max_iter": [Interval(Integral, 1, None, closed="left")],
     "device": [str, torch.device],
+    "dtype": [str, torch.dtype, None],
+    "max_memory": [Interval(Real, 0, None, closed="neither"), str, None],
+    "warm_start": [GroupLassoPath, None],
+    "callback": [callable, None],
+    "verbose": ["verbose"],
 }
 
 
@@ -68,6 +79,7 @@ class _Solution:
     kkt: float = math.nan
     n_iter: int = 0
     n_passes: int = 0
+    seconds: float = 0.0
 
 
 def group_lasso_path(
@@ -84,6 +96,11 @@ def group_lasso_path(
     tol: float = 1e-4,
     max_iter: int = 1000,
     device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    max_memory: int | str | None = None,
+    warm_start: GroupLassoPath | None = None,
+    callback: Callable[[PathPoint], object] | None = None,
+    verbose: bool | int = 0,
 ) -> GroupLassoPath:
     r"""Solve the multinomial group lasso for a decreasing sequence of alphas.
 
@@ -95,7 +112,7 @@ def group_lasso_path(
     Parameters
     ----------
     X : array-like, Tensor or FeatureMatrix of shape (n_samples, n_features)
-        Finite. Held once on the device, as float32 unless its dtype is wider than that.
+        Finite. Copied once to the device, or read there at every pass where it does not fit ``max_memory``.
     y : array-like of shape (n_samples,)
         Labels of any kind that sorts.
     alphas : array-like of shape (n_alphas,), default=None
@@ -103,8 +120,8 @@ def group_lasso_path(
         ``alpha_min_ratio * alpha_max``.
     n_alphas : int, default=50
     alpha_min_ratio : float in (0, 1], default=5e-3
-    l1_ratio : float in [0, 1], default=1.0
-        0 (ridge) has no alpha_max and needs explicit ``alphas``.
+    l1_ratio : float in (0, 1], default=1.0
+        0 (ridge), which has no alpha_max, is taken with explicit ``alphas``.
     sample_weight : array-like of shape (n_samples,), default=None
         Non-negative; only ratios matter. Rows and classes of zero weight are left out.
     standardize : bool, default=True
@@ -113,10 +130,24 @@ def group_lasso_path(
     fit_intercept : bool, default=True
     tol : float, default=1e-4
         Certified duality gap to reach, relative to the objective of W = 0. Below 1e-5 all products are in float64.
+        Rows are also made to satisfy the optimality conditions to about ``200 * tol`` of alpha.
     max_iter : int, default=1000
-        Steps of the inner solver per alpha.
+        Newton steps per alpha.
     device : str or torch.device, default="auto"
         ``"auto"`` is CUDA where there is one, else the CPU.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, torch.dtype or None, default=None
+        How X is held. None: float32, or float64 where X is wider. "float32" rounds wider values; the 16-bit types
+        halve the memory and are accepted where they hold X exactly. Arithmetic is in float32 or wider.
+    max_memory : int or str, default=None
+        Bytes, or a number with a unit ("4GB", "512MiB"), that X may take on the device; beyond it X is read block by
+        block at each pass. None for 80 % of what is free.
+    warm_start : GroupLassoPath, default=None
+        Solutions for the same classes and number of features; the one nearest to the first alpha is the start if it
+        is better than zero.
+    callback : callable, default=None
+        Called with a `PathPoint` after every alpha; a true return value ends the path there.
+    verbose : bool or int, default=0
+        Print a line per alpha.
 
     Returns
     -------
@@ -148,21 +179,30 @@ def group_lasso_path(
         raise ValueError(
             f"y must hold at least two classes with positive weight, got {len(present)} class: {classes[present]}."
         )
+    if warm_start is not None:
+        _check_warm_start(warm_start, classes, features.shape[1])
+    _check_alphas(alphas)
 
     problem = _pose(kept_codes, weight[rows], float(l1_ratio), bool(fit_intercept), resolve_device(device))
-    operator = DenseOperator(
-        features,
-        rows=torch.as_tensor(rows),
-        weights=problem.weights,
-        standardize=standardize,
-        center=fit_intercept,
-        double=tol < _DOUBLE_BELOW,
-    )
-    start = _zero_solution(problem, operator)
-    largest = alpha_max(problem, start.gradient_norms) if l1_ratio > 0 else math.inf
-    grid = _grid(alphas, largest, n_alphas, alpha_min_ratio)
-    solutions = _sweep(problem, operator, start, grid, largest, tol, max_iter)
-    path = _collect(problem, operator, solutions, grid, largest, classes, present)
+    with _full_precision():
+        operator = make_operator(
+            features,
+            rows=torch.as_tensor(rows),
+            weights=problem.weights,
+            standardize=standardize,
+            center=fit_intercept,
+            double=tol < _DOUBLE_BELOW,
+            dtype=dtype,
+            max_memory=max_memory,
+        )
+        start = _zero_solution(problem, operator)
+        largest = alpha_max(problem, start.gradient_norms) if l1_ratio > 0 else math.inf
+        grid = _grid(alphas, largest, n_alphas, alpha_min_ratio)
+        if warm_start is not None and len(warm_start.alphas):
+            start = _better_start(problem, operator, start, warm_start, present, float(grid[0]))
+        report = _reporter(grid, null_objective(problem), callback, verbose)
+        solutions = _sweep(problem, operator, start, grid, largest, tol, max_iter, report)
+        path = _collect(problem, operator, solutions, grid[: len(solutions)], largest, classes, present)
     _warn_unconverged(path, tol, max_iter)
     return path
 
@@ -197,131 +237,206 @@ def check_sample_weight(sample_weight: ArrayLike | None, n_samples: int) -> NDAr
 def _pose(
     codes: NDArray[np.int64], weight: NDArray[np.float64], l1_ratio: float, fit_intercept: bool, device: torch.device
 ) -> Problem:
-    targets = torch.nn.functional.one_hot(torch.as_tensor(codes)).double()
+    targets = torch.nn.functional.one_hot(torch.as_tensor(codes)).double().T.contiguous()
     weights = torch.as_tensor(weight / weight.sum())
     return Problem(targets.to(device), weights.to(device), l1_ratio, fit_intercept)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 in float32, whatever shortcut is allowed outside: certificates rest on them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _check_alphas(alphas: ArrayLike | None) -> None:
+    if alphas is None:
+        return
+    grid = np.asarray(alphas)
+    numeric = grid.ndim == 1 and len(grid) and grid.dtype.kind in "fiu"
+    if not numeric or not np.isfinite(grid).all() or (grid <= 0).any():
+        raise ValueError(f"alphas must be a non-empty 1-d sequence of positive finite numbers, got {alphas!r}.")
 
 
 def _grid(alphas: ArrayLike | None, largest: float, n_alphas: int, ratio: float) -> NDArray[np.float64]:
     if alphas is None:
         return largest * np.geomspace(1.0, ratio, n_alphas)
-    grid = np.asarray(alphas, dtype=np.float64)
-    if grid.ndim != 1 or not len(grid) or not np.isfinite(grid).all() or (grid <= 0).any():
-        raise ValueError(f"alphas must be a non-empty 1-d sequence of positive finite numbers, got {alphas!r}.")
-    return np.sort(grid)[::-1]
+    return np.sort(np.asarray(alphas, dtype=np.float64))[::-1]
 
 
-def _zero_solution(problem: Problem, operator: DenseOperator) -> _Solution:
-    n_samples, n_classes = problem.targets.shape
+def _zero_solution(problem: Problem, operator: Operator) -> _Solution:
+    empty = torch.zeros(0, dtype=torch.int64, device=problem.weights.device)
     start = null_probabilities(problem).log()
-    evaluation = evaluate(problem, problem.targets.new_zeros((n_samples, n_classes)), start)
-    return _Solution(
-        active=torch.zeros(0, dtype=torch.int64, device=start.device),
-        coef=start.new_zeros((0, n_classes)),
-        evaluation=evaluation,
-        gradient=start.new_zeros((0, n_classes)),
-        gradient_norms=operator.correlate(evaluation.residual).norm(dim=1),
-    )
+    return _certify(problem, operator, empty, operator.columns(empty), start.new_zeros((len(start), 0)), start)
+
+
+def _certify(
+    problem: Problem,
+    operator: Operator,
+    index: Tensor,
+    columns: Tensor,
+    coef: Tensor,
+    intercept: Tensor,
+    watch: float = math.inf,
+) -> _Solution:
+    """See coefficients of some features, in float64, against every feature: one full pass."""
+    nonzero = coef.norm(dim=0) > 0
+    active, kept, columns = index[nonzero], coef[:, nonzero].double(), columns[nonzero].double()
+    evaluation = evaluate(problem, kept @ columns, intercept)
+    norms = operator.correlate(evaluation.residual, active, watch)
+    gradient = evaluation.residual @ columns.T
+    norms[active] = gradient.norm(dim=0)
+    return _Solution(active, kept, evaluation, gradient, norms)
+
+
+def _check_warm_start(path: GroupLassoPath, classes: NDArray[Any], n_features: int) -> None:
+    if path.n_features != n_features or not np.array_equal(path.classes, classes):
+        raise ValueError(
+            f"warm_start must be a path for {n_features} features and the classes {classes}, got one for "
+            f"{path.n_features} features and the classes {path.classes}."
+        )
+
+
+def _better_start(
+    problem: Problem,
+    operator: Operator,
+    zero: _Solution,
+    path: GroupLassoPath,
+    present: NDArray[np.int64],
+    alpha: float,
+) -> _Solution:
+    """The path's solution nearest to alpha, if its objective there is below that of W = 0."""
+    nearest = int(np.abs(np.log(path.alphas / alpha)).argmin())
+    scale = operator.inverse_scale
+    index = torch.as_tensor(path.active[nearest], device=scale.device)
+    coef = torch.as_tensor(path.active_coefs[nearest][:, present].T, device=scale.device)
+    varies = scale[index] > 0
+    index, coef = index[varies], coef[:, varies] / scale[index[varies]]
+    intercept = torch.nan_to_num(torch.as_tensor(path.intercepts[nearest][present], device=scale.device))
+    warm = _certify(problem, operator, index, operator.columns(index), coef, intercept)
+    better = _at_alpha(problem, warm, alpha).objective < _at_alpha(problem, zero, alpha).objective
+    return warm if better else zero
+
+
+def _reporter(
+    grid: NDArray[np.float64], null: float, callback: Callable[[PathPoint], object] | None, verbose: bool | int
+) -> Callable[[int, _Solution], bool]:
+    """What is to happen after every alpha; the result says whether the path ends there."""
+
+    def report(index: int, solution: _Solution) -> bool:
+        point = PathPoint(
+            index=index,
+            alpha=float(grid[index]),
+            n_active=len(solution.active),
+            objective=solution.objective,
+            relative_gap=solution.gap / null,
+            n_iter=solution.n_iter,
+            n_passes=solution.n_passes,
+            seconds=solution.seconds,
+        )
+        if verbose:
+            print(
+                f"alpha {index + 1}/{len(grid)} = {point.alpha:.4g}: {point.n_active} active, objective "
+                f"{point.objective:.6g}, gap {point.relative_gap:.1e}, {point.n_iter} steps, {point.n_passes} passes, "
+                f"{point.seconds:.2f} s",
+                flush=True,
+            )
+        return callback is not None and bool(callback(point))
+
+    return report
 
 
 def _sweep(
     problem: Problem,
-    operator: DenseOperator,
+    operator: Operator,
     start: _Solution,
     grid: NDArray[np.float64],
     largest: float,
     tol: float,
     max_iter: int,
+    report: Callable[[int, _Solution], bool],
 ) -> list[_Solution]:
-    target = tol * null_objective(problem)
     solutions, current, previous = [], start, min(largest, float(grid[0]))
-    for alpha in map(float, grid):
-        current = _solve_one(problem, operator, current, alpha, previous, target, max_iter)
+    for index, alpha in enumerate(map(float, grid)):
+        following = float(grid[min(index + 1, len(grid) - 1)])
+        began = time.perf_counter()
+        current = _solve_one(problem, operator, current, alpha, previous, following, tol, max_iter)
+        current = replace(current, seconds=time.perf_counter() - began)
         solutions.append(current)
         previous = min(previous, alpha)
+        if report(index, current):
+            break
     return solutions
 
 
 def _solve_one(
     problem: Problem,
-    operator: DenseOperator,
+    operator: Operator,
     warm: _Solution,
     alpha: float,
     previous: float,
-    target: float,
+    following: float,
+    tol: float,
     max_iter: int,
 ) -> _Solution:
     current = _at_alpha(problem, warm, alpha)
-    inner_target, n_iter, n_passes, fruitless = 0.5 * target, 0, 0, 0
-    threshold = problem.l1_ratio * (2.0 * alpha - previous)
-    while current.gap > target and n_iter < max_iter and fruitless < _FRUITLESS_ROUNDS:
-        before = current
+    target, kkt_target = tol * null_objective(problem), _VIOLATION_PER_TOL * tol
+    inner_target, inner_kkt, n_iter, n_passes, fruitless, refined = 0.5 * target, 0.5 * kkt_target, 0, 0, 0, False
+    work = torch.float32 if operator.single else torch.float64
+    threshold, strength = problem.l1_ratio * (2.0 * alpha - previous), problem.l1_ratio * alpha
+    watch = min(strength, problem.l1_ratio * (2.0 * following - alpha))
+    while n_iter < max_iter and fruitless < _FRUITLESS_ROUNDS:
+        certified = current.gap <= target
+        if certified and (refined or current.kkt <= kkt_target):
+            break
+        before, refined = current, certified
         working = _working_set(current, operator, threshold)
-        columns = operator.columns(working)
-        coef = current.coef.new_zeros((len(working), current.coef.shape[1]))
-        coef[torch.searchsorted(working, current.active)] = current.coef
+        columns = operator.columns(working).to(work)
+        coef = columns.new_zeros((len(current.coef), len(working)))
+        coef[:, torch.searchsorted(working, current.active)] = current.coef.to(work)
+        intercept = current.evaluation.intercept
         coef, intercept, steps = solve(
-            problem,
-            columns,
-            coef,
-            current.evaluation.intercept,
-            alpha,
-            gap=inner_target,
-            max_iter=max_iter - n_iter,
+            problem, columns, coef, intercept, alpha, gap=inner_target, kkt=inner_kkt, max_iter=max_iter - n_iter
         )
         n_iter, n_passes = n_iter + max(1, steps), n_passes + 1
-        current = _full_pass(problem, operator, working, columns, coef, intercept, alpha)
-        fruitless = fruitless + 1 if current.gap >= before.gap and current.objective >= before.objective else 0
-        threshold = problem.l1_ratio * alpha
-        inner_target *= 0.5
+        found = _certify(problem, operator, working, columns, coef, intercept, watch)
+        current = _at_alpha(problem, found, alpha)
+        threshold, inner_target, inner_kkt = strength, 0.5 * inner_target, 0.5 * inner_kkt
+        if current.gap >= before.gap and current.objective >= before.objective:
+            # Where rounding is in the way, go on in full precision.
+            fruitless, work, current = fruitless + 1, torch.float64, before
     return replace(current, n_iter=n_iter, n_passes=n_passes)
 
 
 def _at_alpha(problem: Problem, solution: _Solution, alpha: float) -> _Solution:
     """The same coefficients judged at another alpha, which needs no pass over X."""
     objective, gap = objective_and_gap(
-        problem, solution.evaluation, solution.coef.norm(dim=1), solution.gradient_norms, alpha
+        problem, solution.evaluation, solution.coef.norm(dim=0), solution.gradient_norms, alpha
     )
-    resting = torch.ones_like(solution.gradient_norms, dtype=torch.bool)
-    resting[solution.active] = False
-    rest_norms = solution.gradient_norms[resting]
-    violation = kkt_violation(problem, solution.coef, solution.gradient, rest_norms, alpha)
-    return replace(solution, objective=objective, gap=gap, kkt=violation)
+    excess = solution.gradient_norms - alpha * problem.l1_ratio
+    excess[solution.active] = row_violations(problem, solution.coef, solution.gradient, alpha)
+    worst = float(excess.max())
+    return replace(solution, objective=objective, gap=gap, kkt=worst / alpha if worst > 0.0 else 0.0)
 
 
-def _working_set(current: _Solution, operator: DenseOperator, threshold: float) -> Tensor:
+def _working_set(current: _Solution, operator: Operator, threshold: float) -> Tensor:
     """The nonzero rows, and the largest gradients at or above the threshold, as sorted indices."""
     candidates = (current.gradient_norms >= threshold) & (operator.inverse_scale > 0)
     candidates[current.active] = False
     added = candidates.nonzero().flatten()
-    room = max(_SMALLEST_GROWTH, len(current.active))
+    room = max(_SMALLEST_GROWTH, len(current.active) // 4)
     if len(added) > room:
         added = added[torch.topk(current.gradient_norms[added], room).indices]
     return torch.cat([current.active, added]).sort().values
 
 
-def _full_pass(
-    problem: Problem,
-    operator: DenseOperator,
-    working: Tensor,
-    columns: Tensor,
-    coef: Tensor,
-    intercept: Tensor,
-    alpha: float,
-) -> _Solution:
-    """Certify coefficients against every feature."""
-    evaluation = evaluate(problem, columns.T @ coef, intercept)
-    gradient = operator.correlate(evaluation.residual)
-    gradient[working] = columns @ evaluation.residual
-    norms = gradient.norm(dim=1)
-    nonzero = coef.norm(dim=1) > 0
-    active, kept = working[nonzero], coef[nonzero]
-    return _at_alpha(problem, _Solution(active, kept, evaluation, gradient[active], norms), alpha)
-
-
 def _collect(
     problem: Problem,
-    operator: DenseOperator,
+    operator: Operator,
     solutions: list[_Solution],
     grid: NDArray[np.float64],
     largest: float,
@@ -332,13 +447,13 @@ def _collect(
     active, coefs, norms = [], [], []
     intercepts = np.full((len(grid), len(classes)), -np.inf)
     for row, solution in enumerate(solutions):
-        raw = solution.coef * operator.inverse_scale[solution.active, None]
-        full = np.zeros((len(raw), len(classes)))
-        full[:, present] = raw.cpu().numpy()
+        raw = solution.coef * operator.inverse_scale[solution.active]
+        full = np.zeros((len(solution.active), len(classes)))
+        full[:, present] = raw.T.cpu().numpy()
         active.append(solution.active.cpu().numpy())
         coefs.append(full)
-        norms.append(solution.coef.norm(dim=1).cpu().numpy())
-        shifted = solution.evaluation.intercept - operator.center[solution.active] @ raw
+        norms.append(solution.coef.norm(dim=0).cpu().numpy())
+        shifted = solution.evaluation.intercept - raw @ operator.center[solution.active]
         intercepts[row, present] = shifted.cpu().numpy()
     null = null_objective(problem)
     return GroupLassoPath(
@@ -356,6 +471,7 @@ def _collect(
         kkt_violation=np.array([solution.kkt for solution in solutions]),
         n_iter=np.array([solution.n_iter for solution in solutions]),
         n_passes=np.array([solution.n_passes for solution in solutions]),
+        seconds=np.array([solution.seconds for solution in solutions]),
     )
 
 

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class PathPoint(NamedTuple):
+    """What is known about one alpha as soon as it is solved."""
+
+    index: int
+    alpha: float
+    n_active: int
+    objective: float
+    relative_gap: float
+    n_iter: int
+    n_passes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class GroupLassoPath:
         Steps of the inner solver.
     n_passes : ndarray of shape (n_alphas,), int64
         Full passes over X; one more was made before the first alpha.
+    seconds : ndarray of shape (n_alphas,), float64
+        Wall time of each alpha; copying X and the first pass come on top.
     """
 
     alphas: NDArray[np.float64]
@@ -60,12 +75,36 @@ class GroupLassoPath:
     kkt_violation: NDArray[np.float64]
     n_iter: NDArray[np.int64]
     n_passes: NDArray[np.int64]
+    seconds: NDArray[np.float64]
 
     def coef(self, index: int) -> NDArray[np.float64]:
         """Coefficients W at ``alphas[index]`` for X as given, dense, (n_features, n_classes) float64."""
         dense = np.zeros((self.n_features, len(self.classes)))
         dense[self.active[index]] = self.active_coefs[index]
         return dense
+
+    def predict_logits(self, X: Any, index: int) -> NDArray[np.float64]:
+        """X W + b at ``alphas[index]``, (n_samples, n_classes) float64, up to a constant per row.
+
+        Parameters
+        ----------
+        X : array-like or FeatureMatrix of shape (n_samples, n_features)
+            Only the active columns of a FeatureMatrix are read.
+        index : int
+
+        Raises
+        ------
+        ValueError
+            If X has another number of features than the path.
+        """
+        matrix = X if hasattr(X, "shape") else np.asarray(X)
+        if len(matrix.shape) != 2 or matrix.shape[1] != self.n_features:
+            raise ValueError(f"X must have shape (n_samples, {self.n_features}), got {tuple(matrix.shape)}.")
+        active = self.active[index]
+        kept = matrix[:, active]
+        kept = kept.cpu() if hasattr(kept, "cpu") else kept
+        logits: NDArray[np.float64] = np.asarray(kept, dtype=np.float64) @ self.active_coefs[index]
+        return logits + self.intercepts[index]
 
     def row_norms(self, index: int) -> NDArray[np.float64]:
         """||W_d|| at ``alphas[index]`` for the standardised X, (n_features,) float64."""
