@@ -30,7 +30,7 @@ from estimators.normalization import (
     standardizes,
     weighted_moments,
 )
-from estimators.selection import select_features
+from estimators.selection import count_kept, select_features
 
 _ALPHA_STEP = 0.85
 _SEEDS = 2**31 - 1
@@ -210,7 +210,8 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.solver == "adam" and self.keep_fraction is not None:
             self.duality_gap_, self.n_iter_ = math.nan, int(self.max_iter)
             self.feature_scores_ = self._train_scores(scored, labels, weight, random)
-            self.selected_features_ = _largest(self.feature_scores_, self.keep_fraction)
+            count = count_kept(self.keep_fraction, self.n_features_in_)
+            self.selected_features_ = np.sort(np.argsort(-self.feature_scores_, kind="stable")[:count])
         else:
             self.duality_gap_ = float(path.relative_gap[-1])
             self.n_iter_ = int(path.n_iter.max())
@@ -387,9 +388,3 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if scores.ndim == 1:
             return np.stack([log_expit(-scores), log_expit(scores)], axis=1)
         return np.asarray(log_softmax(scores, axis=1))
-
-
-def _largest(scores: NDArray[np.float64], fraction: float) -> NDArray[np.int64]:
-    """The ceil(fraction * n) largest scores, ties by column, as sorted indices; rounding adds none."""
-    count = max(1, math.ceil(fraction * len(scores) * (1.0 - 1e-12)))
-    return np.sort(np.argsort(-scores, kind="stable")[:count])

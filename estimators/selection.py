@@ -47,6 +47,10 @@ def select_features(path: GroupLassoPath, index: int, keep_fraction: float | Non
     """
     if keep_fraction is None:
         return path.active[index]
+    return np.sort(rank_features(path, index)[: count_kept(keep_fraction, path.n_features)])
+
+
+def count_kept(keep_fraction: float, n_features: int) -> int:
+    """ceil(keep_fraction * n_features), at least 1."""
     # The products 0.07 * 100 and 0.29 * 100 are off by an ulp; that must not add a feature.
-    count = max(1, math.ceil(keep_fraction * path.n_features * (1.0 - 1e-12)))
-    return np.sort(rank_features(path, index)[:count])
+    return max(1, math.ceil(keep_fraction * n_features * (1.0 - 1e-12)))

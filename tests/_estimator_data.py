@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import entr
+
+from estimators import GroupLassoPath
+from estimators.group_lasso.problem import Problem
 
 DEVICES = [
     "cpu",
@@ -27,6 +32,11 @@ def make_problem(seed: int, n: int = 40, d: int = 10, k: int = 3) -> tuple[NDArr
     return X, y, rng.uniform(0.2, 3.0, n)
 
 
+def as_problem(y: Any, weight: Any, rho: float = 1.0, fit_intercept: bool = True, device: str = "cpu") -> Problem:
+    targets, p = np.eye(y.max() + 1)[:, y], weight / weight.sum()
+    return Problem(torch.as_tensor(targets, device=device), torch.as_tensor(p, device=device), rho, fit_intercept)
+
+
 def standardize(X: NDArray[Any], weight: NDArray[Any], center: bool = True) -> NDArray[Any]:
     p = weight / weight.sum()
     mean = p @ X
@@ -40,7 +50,11 @@ def log_softmax(scores: NDArray[Any]) -> NDArray[Any]:
 def objective(X: Any, y: Any, weight: Any, W: Any, b: Any, alpha: float, rho: float) -> float:
     p = weight / weight.sum()
     loss = -(p @ log_softmax(X @ W + b)[np.arange(len(y)), y])
-    return float(loss + alpha * (rho * np.linalg.norm(W, axis=1).sum() + (1 - rho) / 2 * (W**2).sum()))
+    return float(loss + penalty(W, alpha, rho))
+
+
+def penalty(W: Any, alpha: float, rho: float) -> float:
+    return float(alpha * (rho * np.linalg.norm(W, axis=1).sum() + (1 - rho) / 2 * (W**2).sum()))
 
 
 def gradient(X: Any, y: Any, weight: Any, W: Any, b: Any) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -59,18 +73,49 @@ def kkt(X: Any, y: Any, weight: Any, W: Any, b: Any, alpha: float, rho: float) -
     return float(max(worst, np.linalg.norm(stationary, axis=1).max(initial=0.0)))
 
 
-def cvxpy_optimum(X: Any, y: Any, weight: Any, alpha: float, rho: float, fit_intercept: bool) -> float:
+def certificate(
+    X: Any, y: Any, weight: Any, path: GroupLassoPath, index: int, rho: float, fit_intercept: bool, standardized: bool
+) -> tuple[float, float]:
+    """Objective and relative duality gap of the coefficients a path returns, for X as given, in numpy and float64."""
+    X, p, W, b = np.asarray(X, dtype=np.float64), weight / weight.sum(), path.coef(index), path.intercepts[index]
+    alpha, Y = path.alphas[index], np.eye(W.shape[1])[y]
+    sd = np.sqrt(p @ (X - p @ X) ** 2) if standardized else np.ones(X.shape[1])
+    varies, shift = np.ptp(X, axis=0) > 0, standardized * fit_intercept * (p @ X)
+    G, slope = gradient(X - shift, y, weight, W, b + shift @ W)
+    norms = np.linalg.norm(G[varies], axis=1) / sd[varies]
+    assert not fit_intercept or np.abs(slope).max() < 1e-6
+    P = np.exp(log_softmax(X @ W + b))
+
+    def dual(c: float) -> float:
+        value = p @ entr((1 - c) * Y + c * P).sum(axis=1)
+        excess = np.maximum(c * norms - alpha * rho, 0)
+        return float(value - (excess**2).sum() / (2 * alpha * (1 - rho)) if rho < 1 else value)
+
+    if rho == 1:
+        best = dual(min(1.0, alpha / norms.max(initial=alpha)))
+    else:
+        found = minimize_scalar(lambda c: -dual(c), bounds=(0, 1), method="bounded", options=dict(xatol=1e-10))
+        best = max(dual(1.0), -found.fun)
+    value = objective(X, y, weight, W, b, 0, rho) + penalty(W * sd[:, None], alpha, rho)
+    null = -(p @ Y) @ np.log(p @ Y) if fit_intercept else np.log(W.shape[1])
+    return value, (value - best) / null
+
+
+def cvxpy_optimum(
+    X: Any, y: Any, weight: Any, alpha: float, rho: float, fit_intercept: bool, accuracy: float = 1e-8
+) -> tuple[float, NDArray[Any], NDArray[Any]]:
+    """Objective, W and b, by an interior-point method."""
     k = int(y.max()) + 1
     W, b = cp.Variable((X.shape[1], k)), cp.Variable((1, k))
     scores = X @ W + (np.ones((len(y), 1)) @ b if fit_intercept else 0)
     loss = (weight / weight.sum()) @ (
         cp.log_sum_exp(scores, axis=1) - cp.sum(cp.multiply(scores, np.eye(k)[y]), axis=1)
     )
-    penalty = rho * cp.sum(cp.norm(W, 2, axis=1)) + (1 - rho) / 2 * cp.sum_squares(W)
-    problem = cp.Problem(cp.Minimize(loss + alpha * penalty), [cp.sum(b) == 0])
-    problem.solve(solver=cp.CLARABEL)
+    norms = rho * cp.sum(cp.norm(W, 2, axis=1)) + (1 - rho) / 2 * cp.sum_squares(W)
+    problem = cp.Problem(cp.Minimize(loss + alpha * norms), [cp.sum(b) == 0])
+    problem.solve(solver=cp.CLARABEL, tol_gap_abs=accuracy, tol_gap_rel=accuracy, tol_feas=accuracy)
     assert problem.status == "optimal"
-    return float(problem.value)
+    return float(problem.value), W.value, b.value[0]
 
 
 @dataclass(frozen=True)
@@ -82,7 +127,7 @@ class FakeLayer:
 
 
 class FakeFeatures:
-    """The FeatureMatrix protocol over an array, recording every column whose values are read.
+    """The FeatureMatrix protocol over an array, recording every column whose values are read, and how often all are.
 
     ``scattered`` gives the column blocks as index arrays in another order than the columns'.
     """
@@ -103,6 +148,7 @@ class FakeFeatures:
         self.feature_names = [f"{layer.name}:{i}" for layer in self.layers for i in range(layer.stop - layer.start)]
         self.scattered = scattered
         self.columns_read: set[int] = set()
+        self.n_passes = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,6 +166,7 @@ class FakeFeatures:
 
     def column_blocks(self, max_bytes: int) -> Iterator[tuple[Any, NDArray[Any]]]:
         self.columns_read.update(range(self.shape[1]))
+        self.n_passes += 1
         if self.scattered:
             for start in (1, 0):
                 columns = np.arange(start, self.shape[1], 2)

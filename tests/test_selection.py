@@ -26,6 +26,7 @@ def handmade_path():
         kkt_violation=0 * ones,
         n_iter=np.ones(2, dtype=np.int64),
         n_passes=np.ones(2, dtype=np.int64),
+        seconds=ones,
     )
 
 

@@ -17,13 +17,16 @@ from estimators.group_lasso.problem import Problem
 _MAJORANT = 1.5
 _LEAST_BEND = 1e-4
 _LEAST_SIZE = 1e-8
-_RADIAL_SHARE = 0.999
+_LEAST_DAMPING = 1e-3
 _SLICE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class PenaltyCurvature:
-    """The penalty's Hessian on nonzero rows: tangential (I - u u') + radial I for each row.
+    """The penalty's Hessian on nonzero rows: tangential (I - (1 - damping) u u') + radial I for each row.
+
+    The penalty does not bend along u, and where there are more rows than the samples can tell apart neither does the
+    loss: a Newton step may have no end there. Damping, a share of the tangential curvature left along u, gives it one.
 
     Attributes
     ----------
@@ -33,24 +36,26 @@ class PenaltyCurvature:
         alpha rho / ||W_d||.
     radial : float
         alpha (1 - rho).
+    damping : float
     """
 
     units: Tensor
     tangential: Tensor
     radial: float
+    damping: float = 0.0
 
     @classmethod
-    def at(cls, units: Tensor, norms: Tensor, strength: float, radial: float) -> PenaltyCurvature:
+    def at(cls, units: Tensor, norms: Tensor, strength: float, radial: float, damping: float = 0.0) -> PenaltyCurvature:
         """From directions u and norms ||W_d|| of the rows, for strength alpha rho."""
-        return cls(units, strength / norms.clamp_min(_LEAST_SIZE), radial)
+        return cls(units, strength / norms.clamp_min(_LEAST_SIZE), radial, damping)
 
     def add_product(self, product: Tensor, rows: Tensor) -> Tensor:
         """product + Hessian(rows), all (n_classes, n_rows)."""
-        along = (self.units * rows).sum(0).mul_(-self.tangential)
+        along = (self.units * rows).sum(0).mul_((self.damping - 1.0) * self.tangential)
         return torch.addcmul(product, rows, self.tangential + self.radial).addcmul_(self.units, along)
 
     def restrict(self, rows: Tensor) -> PenaltyCurvature:
-        return PenaltyCurvature(self.units[:, rows], self.tangential[rows], self.radial)
+        return PenaltyCurvature(self.units[:, rows], self.tangential[rows], self.radial, self.damping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +100,9 @@ class ScalarCurvature:
     def form_gram(self) -> Tensor:
         """F F', in slices of samples so that no single call runs for seconds."""
         factor = (self.columns - self.center[:, None]).mul_(self.root)
-        first, *rest = factor.split(_SLICE, dim=1)
-        total = first @ first.T
-        for part in rest:
+        parts = torch.split(factor, _SLICE, dim=1)
+        total: Tensor = parts[0] @ parts[0].T
+        for part in parts[1:]:
             total.addmm_(part, part.T)
         return total
 
@@ -123,15 +128,18 @@ class Preconditioner:
 
     def __init__(self, model: ScalarCurvature, penalty: PenaltyCurvature, free: bool) -> None:
         self._center, self._total, self._free = model.center, model.total(), free
-        rows = torch.arange(len(model.columns), device=model.columns.device)
-        self._blocks = [_BlockInverse(model.restrict(part), penalty.restrict(part)) for part in rows.split(_SLICE)]
+        parts = torch.split(torch.arange(len(model.columns), device=model.columns.device), _SLICE)
+        if len(parts) == 1:
+            self._blocks = [_BlockInverse(model, penalty)]
+        else:
+            self._blocks = [_BlockInverse(model.restrict(part), penalty.restrict(part)) for part in parts]
 
     def __call__(self, vector: Tensor) -> Tensor:
         rows = torch.addr(vector[:, :-1], vector[:, -1], self._center, alpha=-1.0) if self._free else vector
-        solved = [block(part) for block, part in zip(self._blocks, rows.split(_SLICE, dim=1), strict=True)]
+        solved = [block(part) for block, part in zip(self._blocks, torch.split(rows, _SLICE, dim=1), strict=True)]
         if not self._free:
             return solved[0] if len(solved) == 1 else torch.cat(solved, 1)
-        center = self._center.split(_SLICE)
+        center = torch.split(self._center, _SLICE)
         pull = sum(part @ middle for part, middle in zip(solved, center, strict=True))
         return torch.cat([*solved, (vector[:, -1] / self._total - pull)[:, None]], 1)
 
@@ -139,7 +147,7 @@ class Preconditioner:
 class _BlockInverse:
     """Inverse of F F' plus the penalty's Hessian.
 
-    The penalty does not bend along u. With M = F F' + tangential + radial, the same for all classes, Woodbury's formula
+    The penalty hardly bends along u. With M = F F' + tangential + radial, the same for all classes, Woodbury's formula
     corrects M^-1 for that on the rows' radial directions: a system with the matrix
     1 / tangential - M^-1 * (u_d'u_e), elementwise.
     """
@@ -151,7 +159,7 @@ class _BlockInverse:
         self._inverse = _positive_inverse(system)
         self._root = penalty.tangential.sqrt()
         coupling = (self._inverse * self._root).mul_(self._root[:, None]).mul_(self._units.T @ self._units).neg_()
-        coupling.diagonal().add_(1.0 / _RADIAL_SHARE)
+        coupling.diagonal().add_(1.0 / (1.0 - max(penalty.damping, _LEAST_DAMPING)))
         self._correction = _positive_inverse(coupling)
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ _CG_STEPS = 60
 _ROUGH_FORCING = 0.3
 _FORCING = 0.1
 _STALE = 30
+_LEAST_DAMPING = 1e-3
 _FIXINGS = 8
 _SMALLEST_STEP = 1e-4
 _FRUITLESS = 3
@@ -89,16 +90,22 @@ def solve(
     """
     point = _at(problem, columns, coef @ columns, coef, intercept, alpha)
     model: ScalarCurvature | None = None
-    n_iter = fruitless = 0
+    n_iter, fruitless, damping = 0, 0, 0.0
     while (point.gap > gap or point.kkt > kkt) and n_iter < max_iter and fruitless < _FRUITLESS:
         if model is None:
             model = ScalarCurvature.at(problem, columns, point.evaluation.probabilities)
         n_iter += 1
-        following, n_products = _step(problem, columns, model, point, alpha)
+        following, n_products = _step(problem, columns, model, point, alpha, damping)
         if n_products > _STALE:
             model = None
+        if following is None or n_products >= _CG_STEPS:
+            damping = max(_LEAST_DAMPING, 10.0 * damping)
+        else:
+            damping = 0.1 * damping if damping > _LEAST_DAMPING else 0.0
         if following is None:
-            break
+            if damping >= 1.0:
+                break
+            continue
         useful = (
             point.objective - following.objective > 1e-3 * gap
             or following.gap < 0.5 * point.gap
@@ -123,13 +130,14 @@ def _rows_to_move(point: _Point) -> Tensor:
 
     Until the nonzero rows have settled at a new alpha, most violations are passing.
     """
-    nonzero = point.coef.norm(dim=0) > 0.0
+    nonzero: Tensor = point.coef.norm(dim=0) > 0.0
     unsettled = torch.where(nonzero, point.violations, 0.0).norm() / nonzero.sum().clamp_min(1).sqrt()
-    return (nonzero | (point.violations > unsettled)).nonzero().flatten()
+    rows: Tensor = (nonzero | (point.violations > unsettled)).nonzero().flatten()
+    return rows
 
 
 def _step(
-    problem: Problem, columns: Tensor, model: ScalarCurvature, point: _Point, alpha: float
+    problem: Problem, columns: Tensor, model: ScalarCurvature, point: _Point, alpha: float, damping: float
 ) -> tuple[_Point | None, int]:
     """One damped Newton step, or None if none decreases the objective; and the Hessian products it took."""
     strength, radial, free = alpha * problem.l1_ratio, alpha * (1.0 - problem.l1_ratio), problem.fit_intercept
@@ -143,7 +151,7 @@ def _step(
     # Without a kink at zero (ridge) a row may turn round.
     kinks = units if strength > 0.0 else torch.zeros_like(units)
     bent = PenaltyCurvature.at(
-        units, torch.where(entering, (slopes - strength) / model.diagonal(), norms), strength, radial
+        units, torch.where(entering, (slopes - strength) / model.diagonal(), norms), strength, radial, damping
     )
     downhill = -(gradient + strength * units + radial * coef)
     hessian = _Hessian(problem, model.columns, point.evaluation, bent)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-class PathPoint(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PathPoint:
     """What is known about one alpha as soon as it is solved."""
 
     index: int
@@ -104,7 +105,8 @@ class GroupLassoPath:
         kept = matrix[:, active]
         kept = kept.cpu() if hasattr(kept, "cpu") else kept
         logits: NDArray[np.float64] = np.asarray(kept, dtype=np.float64) @ self.active_coefs[index]
-        return logits + self.intercepts[index]
+        logits += self.intercepts[index]
+        return logits
 
     def row_norms(self, index: int) -> NDArray[np.float64]:
         """||W_d|| at ``alphas[index]`` for the standardised X, (n_features,) float64."""
