@@ -31,7 +31,7 @@ _CG_STEPS = 60
 _ROUGH_FORCING = 0.3
 _FORCING = 0.1
 _STALE = 30
-_LEAST_DAMPING = 1e-3
+_LEAST_DAMPING, _MOST_DAMPING = 1e-3, 0.5
 _FIXINGS = 8
 _SMALLEST_STEP = 1e-4
 _FRUITLESS = 3
@@ -98,13 +98,13 @@ def solve(
         following, n_products = _step(problem, columns, model, point, alpha, damping)
         if n_products > _STALE:
             model = None
+        if following is None and damping == _MOST_DAMPING:
+            break
         if following is None or n_products >= _CG_STEPS:
-            damping = max(_LEAST_DAMPING, 10.0 * damping)
+            damping = min(_MOST_DAMPING, max(_LEAST_DAMPING, 10.0 * damping))
         else:
             damping = 0.1 * damping if damping > _LEAST_DAMPING else 0.0
         if following is None:
-            if damping >= 1.0:
-                break
             continue
         useful = (
             point.objective - following.objective > 1e-3 * gap
@@ -122,7 +122,8 @@ def _at(problem: Problem, columns: Tensor, products: Tensor, coef: Tensor, inter
         problem, evaluation, coef.norm(dim=0).double(), gradient.norm(dim=0).double(), alpha
     )
     violations = row_violations(problem, coef, gradient, alpha)
-    return _Point(coef, evaluation, gradient, violations, objective, gap, float(violations.max()) / alpha)
+    kkt = float(violations.max()) / alpha if len(violations) else 0.0
+    return _Point(coef, evaluation, gradient, violations, objective, gap, kkt)
 
 
 def _rows_to_move(point: _Point) -> Tensor:

@@ -57,7 +57,7 @@ class Operator(Protocol):
         ...
 
     def columns(self, index: Tensor) -> Tensor:
-        """Standardised columns, (len(index), n_samples), in float32 if passes are and else in float64."""
+        """Standardised columns, (len(index), n_samples) float64."""
         ...
 
     def correlate(self, residual: Tensor, keep: Tensor, watch: float) -> Tensor:
@@ -168,7 +168,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.zeros(1, dtype=torch.float64, device=resolved)
+        torch.zeros(1, dtype=torch.float64, device=resolved).item()
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -262,20 +262,17 @@ class DenseOperator:
         n_features, work = self.shape[1], torch.float32 if self.single else torch.float64
         norms = torch.empty(n_features, dtype=torch.float64, device=residual.device)
         factor = residual.to(work)
-        total = factor.double().sum(1)
         width = _CALL_FLOPS / (2 * residual.numel())
         if self._columns.dtype != work:
             width = min(width, _SLAB_BYTES / (work.itemsize * self.shape[0]))
         width = max(_TILE, int(width) // _TILE * _TILE)
         for start in range(0, n_features, width):
-            stop = min(start + width, n_features)
-            norms[start:stop] = _tiled_norms(
-                factor, self._columns[start : start + width].to(work), total, self.center[start:stop]
-            )
-        norms *= self.inverse_scale
+            at = slice(start, min(start + width, n_features))
+            held = self._columns[start : start + width].to(work)
+            norms[at] = _pass_norms(factor, held, self.center[at], self.inverse_scale[at]).double()
         if self.single and len(self._delicate):
             for index in torch.split(self._delicate, max(1, _SLAB_BYTES // (8 * self.shape[0]))):
-                exact = _standardized(self, self._columns[index], index, torch.float64)
+                exact = _standardized(self, self._columns[index], index)
                 norms[index] = (residual @ exact.T).norm(dim=0)
         return norms
 
@@ -337,22 +334,22 @@ class StreamedOperator:
         work = torch.float32 if self.single else torch.float64
         norms = torch.empty(self.shape[1], dtype=torch.float64, device=residual.device)
         factor = residual.to(work)
-        total = factor.double().sum(1)
+        total = factor.double().sum(1).to(work)
         wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=residual.device)
         wanted[keep] = True
         room = max(0, self._most_columns - len(keep))
         found: list[tuple[Tensor, Tensor]] = []
         for index, block in self._read():
-            product = factor @ block.to(work)
-            product -= torch.outer(total.to(work), self.center[index].to(work))
-            norms[index] = product.norm(dim=0).double() * self.inverse_scale[index]
-            at, columns = _absolute(index, self._device), block.T
+            held = block.to(self._held)
+            product = (factor @ held.to(work)).sub_(torch.outer(total, self.center[index].to(work)))
+            norms[index] = product.mul_(self.inverse_scale[index].to(work)).norm(dim=0).double()
+            at, columns = _absolute(index, self._device), held.T
             if self.single and bool(self._delicate[index].any()):
                 chosen = self._delicate[index]
-                exact = _standardized(self, columns[chosen], at[chosen], torch.float64)
+                exact = _standardized(self, columns[chosen], at[chosen])
                 norms[at[chosen]] = (residual @ exact.T).norm(dim=0)
             chosen = wanted[at] | (norms[at] >= watch)
-            found.append((at[chosen], columns[chosen].to(self._held)))
+            found.append((at[chosen], columns[chosen]))
             if sum(len(part) for part, _ in found) - len(keep) > 2 * room:
                 found = [_strongest(found, norms, wanted, room)]
         self._hold([_strongest(found, norms, wanted, room)])
@@ -398,7 +395,9 @@ def _blocks(X: Features, rows: Tensor, max_bytes: int) -> Iterator[tuple[slice |
 
 
 def _native(block: NDArray[Any]) -> NDArray[Any]:
-    """In a dtype and byte order that torch knows."""
+    """In a dtype, byte order and direction that torch knows."""
+    if any(stride < 0 for stride in block.strides):
+        block = np.ascontiguousarray(block)
     if block.dtype.kind == "f" and block.dtype.itemsize in (2, 4, 8):
         return block.astype(block.dtype.newbyteorder("="), copy=False)
     return block.astype(np.float64)
@@ -416,24 +415,29 @@ def _store(values: Tensor, block: Tensor, index: slice | Tensor) -> None:
             )
 
 
-def _standardized(operator: Operator, raw: Tensor, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Columns (width, n_samples) as held, centred and scaled; computed in float64."""
-    scaled = raw.double().sub_(operator.center[index, None]).mul_(operator.inverse_scale[index, None])
-    return scaled.to(dtype or (torch.float32 if operator.single else torch.float64))
+def _standardized(operator: Operator, raw: Tensor, index: Tensor) -> Tensor:
+    """Columns (width, n_samples) as held, centred and scaled, in float64."""
+    return raw.double().sub_(operator.center[index, None]).mul_(operator.inverse_scale[index, None])
 
 
-def _tiled_norms(factor: Tensor, columns: Tensor, total: Tensor, center: Tensor) -> Tensor:
-    """||factor (columns - center)'|| per column, for few rows of factor (K, n) and whole tiles of columns (d, n)."""
-    width = len(center)
-    shift = torch.outer(total.to(factor.dtype), center.to(factor.dtype))
+def _pass_norms(factor: Tensor, columns: Tensor, center: Tensor, scale: Tensor) -> Tensor:
+    """||factor (scale (columns - center))'|| per column, for few rows of factor (K, n) and columns (d, n) in tiles.
+
+    Scaled before squaring, so that no magnitude of a column is too large or small for float32.
+    """
+    work, width = factor.dtype, len(center)
+    shift = torch.outer(factor.double().sum(1).to(work), center.to(work))
     if columns.device.type != "cpu" or len(factor) <= _FEW_CLASSES:
-        direct: Tensor = (columns[:width] @ factor.T - shift.T).square_().sum(1).sqrt_()
+        direct: Tensor = (
+            (columns[:width] @ factor.T).sub_(shift.T).mul_(scale.to(work)[:, None]).square_().sum(1).sqrt_()
+        )
         return direct
     # With more than a few rows a product per tile, which stays in cache, runs at up to twice the speed of one product.
     tiles = columns.view(-1, _TILE, columns.shape[1]).transpose(1, 2)
     product = torch.bmm(factor.expand(len(tiles), *factor.shape), tiles)
-    padded = torch.nn.functional.pad(shift, (0, len(columns) - width))
-    product -= padded.view(len(factor), -1, _TILE).transpose(0, 1)
+    padded, missing = torch.nn.functional.pad, len(columns) - width
+    product -= padded(shift, (0, missing)).view(len(factor), -1, _TILE).transpose(0, 1)
+    product *= padded(scale.to(work), (0, missing)).view(-1, 1, _TILE)
     norms: Tensor = product.square_().sum(1).sqrt_()
     return norms.view(-1)[:width]
 

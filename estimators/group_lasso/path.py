@@ -285,7 +285,7 @@ def _certify(
 ) -> _Solution:
     """See coefficients of some features, in float64, against every feature: one full pass."""
     nonzero = coef.norm(dim=0) > 0
-    active, kept, columns = index[nonzero], coef[:, nonzero].double(), columns[nonzero].double()
+    active, kept, columns = index[nonzero], coef[:, nonzero].double(), columns[nonzero]
     evaluation = evaluate(problem, kept @ columns, intercept)
     norms = operator.correlate(evaluation.residual, active, watch)
     gradient = evaluation.residual @ columns.T
@@ -395,12 +395,18 @@ def _solve_one(
             break
         before, refined = current, certified
         working = _working_set(current, operator, threshold)
-        columns = operator.columns(working).to(work)
-        coef = columns.new_zeros((len(current.coef), len(working)))
-        coef[:, torch.searchsorted(working, current.active)] = current.coef.to(work)
-        intercept = current.evaluation.intercept
+        columns = operator.columns(working)
+        coef = current.coef.new_zeros((len(current.coef), len(working)))
+        coef[:, torch.searchsorted(working, current.active)] = current.coef
         coef, intercept, steps = solve(
-            problem, columns, coef, intercept, alpha, gap=inner_target, kkt=inner_kkt, max_iter=max_iter - n_iter
+            problem,
+            columns.to(work),
+            coef.to(work),
+            current.evaluation.intercept,
+            alpha,
+            gap=inner_target,
+            kkt=inner_kkt,
+            max_iter=max_iter - n_iter,
         )
         n_iter, n_passes = n_iter + max(1, steps), n_passes + 1
         found = _certify(problem, operator, working, columns, coef, intercept, watch)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,12 @@ class GroupLassoPath:
         ValueError
             If X has another number of features than the path.
         """
-        matrix = X if hasattr(X, "shape") else np.asarray(X)
+        matrix = X if isinstance(X, Tensor) or hasattr(X, "column_blocks") else np.asarray(X)
         if len(matrix.shape) != 2 or matrix.shape[1] != self.n_features:
             raise ValueError(f"X must have shape (n_samples, {self.n_features}), got {tuple(matrix.shape)}.")
         active = self.active[index]
         kept = matrix[:, active]
-        kept = kept.cpu() if hasattr(kept, "cpu") else kept
+        kept = kept.double().cpu() if isinstance(kept, Tensor) else kept
         logits: NDArray[np.float64] = np.asarray(kept, dtype=np.float64) @ self.active_coefs[index]
         logits += self.intercepts[index]
         return logits
