@@ -289,7 +289,7 @@ def run_growth(spec: dict[str, Any]) -> dict[str, Any]:
 
     group_lasso_path(X[:200, :500], y[:200], n_alphas=3, alpha_min_ratio=0.5)
     start = time.perf_counter()
-    path = group_lasso_path(X, y, n_alphas=80, alpha_min_ratio=0.01, tol=1e-3, callback=enough, device=spec["device"])
+    path = group_lasso_path(X, y, n_alphas=160, alpha_min_ratio=0.001, tol=1e-3, callback=enough, device=spec["device"])
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds, "active": reached[-1], "alphas": len(path.alphas), "passes": int(path.n_passes.sum()) + 1
@@ -365,12 +365,14 @@ def solvers(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             (f"ours cpu, tol {tol:g}", {"run": "ours", "tol": tol, "device": "cpu"}) for tol in (1e-2, 1e-3, 1e-4)
         ]
         if args.peer:
-            plans += [(f"adelie, tol {tol:g}", {"run": "adelie", "tol": tol}) for tol in (1e-6, 1e-7, 1e-9)]
+            plans += [(f"adelie, tol {tol:g}", {"run": "adelie", "tol": tol}) for tol in (1e-7, 1e-9)]
         if torch.cuda.is_available():
             plans += [("ours cuda, tol 0.001, second call", {"run": "ours", "tol": 1e-3, "device": "cuda"})]
         rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name, _ in plans}
         for repeat in range(args.repeats):
             for name, plan in plans:
+                if repeat and name == "adelie, tol 1e-09":
+                    continue  # as evidence that it can get there, once
                 out = work / f"{task}_{name.replace(' ', '_').replace(',', '')}.npz"
                 spec = common | plan | {"out": str(out)}
                 peer = plan["run"] == "adelie"

@@ -11,10 +11,10 @@ from estimators.group_lasso import curvature
 from estimators.group_lasso.curvature import PenaltyCurvature, Preconditioner, ScalarCurvature
 from estimators.group_lasso.problem import evaluate
 
-_RADIAL_SHARE = 0.999
 
-
-def make_model(seed, d=7, k=3, free=True, strength=0.05, radial=0.01, dtype=torch.float64, device="cpu", n=40):
+def make_model(
+    seed, d=7, k=3, free=True, strength=0.05, radial=0.01, damping=0.0, dtype=torch.float64, device="cpu", n=40
+):
     """Both curvatures at a random point, the latter's rows far apart in norm."""
     X, y, weight = make_problem(seed, n=n, d=d, k=k)
     rng = np.random.default_rng(seed)
@@ -26,11 +26,11 @@ def make_model(seed, d=7, k=3, free=True, strength=0.05, radial=0.01, dtype=torc
     )
     norms = coef.norm(dim=0)
     model = ScalarCurvature.at(problem, columns, found.probabilities)
-    return model, PenaltyCurvature.at(coef / norms, norms, strength, radial)
+    return model, PenaltyCurvature.at(coef / norms, norms, strength, radial, damping)
 
 
 def dense_system(model, penalty, free, block=None):
-    """[F F' kron I + penalty, its radial part with a share of 0.999], on rows and intercept, class by class."""
+    """F F' kron I + penalty, damped by 0.001 at least, on rows and intercept, class by class."""
     d, k = len(model.columns), len(penalty.units)
     F, center, units = model.columns.double(), model.center.double(), penalty.units.double()
     tangential, total = penalty.tangential.double(), float(model.total())
@@ -48,7 +48,8 @@ def dense_system(model, penalty, free, block=None):
     system = torch.kron(torch.eye(k, dtype=torch.float64), arrow).view(k, d + free, k, d + free)
     for row in range(d):
         bend = (tangential[row] + penalty.radial) * torch.eye(k, dtype=torch.float64)
-        system[:, row, :, row] += bend - _RADIAL_SHARE * tangential[row] * torch.outer(units[:, row], units[:, row])
+        along = (1 - max(penalty.damping, 1e-3)) * tangential[row]
+        system[:, row, :, row] += bend - along * torch.outer(units[:, row], units[:, row])
     return system.reshape(k * (d + free), -1)
 
 
@@ -66,9 +67,10 @@ def dense_inverse(preconditioner, k, width, dtype=torch.float64):
     free=st.booleans(),
     strength=st.sampled_from([0.0, 1e-3, 1.0]),
     radial=st.sampled_from([0.0, 0.1]),
+    damping=st.sampled_from([0.0, 1e-3, 0.1, 0.9]),
 )
-def test_the_preconditioner_is_the_exact_inverse_of_the_model(seed, d, k, free, strength, radial):
-    model, penalty = make_model(seed, d, k, free, strength, radial)
+def test_the_preconditioner_is_the_exact_inverse_of_the_model(seed, d, k, free, strength, radial, damping):
+    model, penalty = make_model(seed, d, k, free, strength, radial, damping)
     system = dense_system(model, penalty, free)
     inverse = dense_inverse(Preconditioner(model, penalty, free), k, d + free)
     np.testing.assert_allclose(inverse @ system, np.eye(len(system)), atol=1e-7)
@@ -139,17 +141,25 @@ def test_the_inverse_stays_positive_where_rounding_makes_the_model_singular(dtyp
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), k=st.integers(2, 5), strength=st.floats(0, 2), radial=st.floats(0, 2))
-def test_the_curvature_of_the_penalty_is_that_of_autograd(seed, k, strength, radial):
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(2, 5),
+    strength=st.floats(0, 2),
+    radial=st.floats(0, 2),
+    damping=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_the_curvature_of_the_penalty_is_that_of_autograd_and_damped_along_the_rows(seed, k, strength, radial, damping):
     W, V, start = torch.randn((3, k, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     def penalty(W):
         return strength * W.norm(dim=0).sum() + radial / 2 * W.square().sum()
 
-    hessian = torch.autograd.functional.hessian(penalty, W)
     norms = W.norm(dim=0)
-    product = PenaltyCurvature.at(W / norms, norms, strength, radial).add_product(start, V)
-    np.testing.assert_allclose(product, start + torch.einsum("abcd,cd->ab", hessian, V), rtol=1e-9, atol=1e-12)
+    units = W / norms
+    hessian = torch.autograd.functional.hessian(penalty, W)
+    expected = start + torch.einsum("abcd,cd->ab", hessian, V) + damping * strength / norms * units * (units * V).sum(0)
+    product = PenaltyCurvature.at(units, norms, strength, radial, damping).add_product(start, V)
+    np.testing.assert_allclose(product, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_curvature_of_rows_next_to_zero_is_finite():

@@ -19,7 +19,7 @@ from _estimator_data import (
     objective,
     standardize,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 
@@ -371,6 +371,8 @@ def test_separable_data_at_small_alpha_warns_with_the_gap_reached():
     share=st.sampled_from([1e-4, 1e-7, 1e-10]),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
+@example(seed=0, n=4, d=4, k=2, apart=0.0, share=1e-7, dtype=np.float32)
+@example(seed=0, n=4, d=1, k=4, apart=0.0, share=1e-10, dtype=np.float32)
 def test_at_very_small_alpha_either_the_tolerance_is_reached_or_a_warning_states_the_gap(
     seed, n, d, k, apart, share, dtype
 ):
