@@ -26,6 +26,7 @@ _TILE = 32
 _FEW_CLASSES = 4
 _CALL_FLOPS = 5e10
 _SLAB_BYTES = 8 * 2**20
+_PRODUCT_BYTES = 2 * 2**20
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float16, torch.bfloat16, torch.float32, torch.float64
 )}  # fmt: skip
@@ -263,6 +264,8 @@ class DenseOperator:
         norms = torch.empty(n_features, dtype=torch.float64, device=residual.device)
         factor = residual.to(work)
         width = _CALL_FLOPS / (2 * residual.numel())
+        if residual.device.type == "cpu":
+            width = min(width, _PRODUCT_BYTES / (work.itemsize * len(residual)))
         if self._columns.dtype != work:
             width = min(width, _SLAB_BYTES / (work.itemsize * self.shape[0]))
         width = max(_TILE, int(width) // _TILE * _TILE)
@@ -290,7 +293,7 @@ class StreamedOperator:
         self.single = not double and held != torch.float64
         self._source, self._rows, self._held = X, rows, held
         self._block_bytes = max(2**20, min(READ_BYTES, limit // 16))
-        self._most_columns = max(1, limit // (8 * len(rows) * held.itemsize))
+        self._most_columns = max(1, limit // (24 * len(rows) * held.itemsize))
         self._device = moments.weights.device
         for index, block in self._read():
             values = torch.empty((block.shape[1], len(rows)), dtype=held, device=self._device)
