@@ -17,7 +17,7 @@ from estimators.group_lasso.problem import Problem
 _MAJORANT = 1.5
 _LEAST_BEND = 1e-4
 _LEAST_SIZE = 1e-8
-_LEAST_DAMPING = 1e-3
+LEAST_DAMPING = 1e-3
 _SLICE = 4096
 
 
@@ -159,7 +159,7 @@ class _BlockInverse:
         self._inverse = _positive_inverse(system)
         self._root = penalty.tangential.sqrt()
         coupling = (self._inverse * self._root).mul_(self._root[:, None]).mul_(self._units.T @ self._units).neg_()
-        coupling.diagonal().add_(1.0 / (1.0 - max(penalty.damping, _LEAST_DAMPING)))
+        coupling.diagonal().add_(1.0 / (1.0 - max(penalty.damping, LEAST_DAMPING)))
         self._correction = _positive_inverse(coupling)
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from estimators.group_lasso.curvature import PenaltyCurvature, Preconditioner, ScalarCurvature
+from estimators.group_lasso.curvature import LEAST_DAMPING, PenaltyCurvature, Preconditioner, ScalarCurvature
 from estimators.group_lasso.problem import (
     Evaluation,
     Problem,
@@ -31,7 +31,7 @@ _CG_STEPS = 60
 _ROUGH_FORCING = 0.3
 _FORCING = 0.1
 _STALE = 30
-_LEAST_DAMPING, _MOST_DAMPING = 1e-3, 0.5
+_MOST_DAMPING = 0.5
 _FIXINGS = 8
 _SMALLEST_STEP = 1e-4
 _FRUITLESS = 3
@@ -101,9 +101,9 @@ def solve(
         if following is None and damping == _MOST_DAMPING:
             break
         if following is None or n_products >= _CG_STEPS:
-            damping = min(_MOST_DAMPING, max(_LEAST_DAMPING, 10.0 * damping))
+            damping = min(_MOST_DAMPING, max(LEAST_DAMPING, 10.0 * damping))
         else:
-            damping = 0.1 * damping if damping > _LEAST_DAMPING else 0.0
+            damping = 0.1 * damping if damping > LEAST_DAMPING else 0.0
         if following is None:
             continue
         useful = (
