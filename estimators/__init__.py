@@ -2,5 +2,7 @@
 
 from estimators.classifier import Head2ToeClassifier
 from estimators.group_lasso import GroupLassoPath, group_lasso_path
+from estimators.selection import Head2ToeSelector
+from estimators.tuning import Head2ToeClassifierCV
 
-__all__ = ["GroupLassoPath", "Head2ToeClassifier", "group_lasso_path"]
+__all__ = ["GroupLassoPath", "Head2ToeClassifier", "Head2ToeClassifierCV", "Head2ToeSelector", "group_lasso_path"]

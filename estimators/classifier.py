@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from numbers import Integral, Real
+from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,29 +14,62 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from estimators.group_lasso.adam import train
-from estimators.group_lasso.path import check_sample_weight, group_lasso_path
-from estimators.group_lasso.sources import FeatureMatrix, Features, is_feature_matrix
-from estimators.heads import fit_ridge_head
+from estimators.group_lasso.operators import resolve_device
+from estimators.group_lasso.result import GroupLassoPath
+from estimators.group_lasso.sources import ColumnSource
+from estimators.inputs import Training, check_features, check_training
+from estimators.kept import KeptFeatures, RidgeHead, held_bytes
 from estimators.normalization import (
     NORMALIZATIONS,
     LayerScaled,
     inverse_layer_norms,
-    layer_index,
-    normalize_kept,
     scales_layers,
     standardizes,
     weighted_moments,
 )
-from estimators.selection import count_kept, select_features
+from estimators.selection import (
+    PATH_CONSTRAINTS,
+    SelectedFeatures,
+    count_kept,
+    select_features,
+    warn_nothing_selected,
+)
+from estimators.solving import PathOptions, cpu_threads, solve_path
 
-_ALPHA_STEP = 0.85
 _SEEDS = 2**31 - 1
 
 
-class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class ScoresClassifier(ClassifierMixin):  # type: ignore[misc]
+    """Labels and probabilities from ``decision_function`` and ``classes_``."""
+
+    classes_: NDArray[Any]
+    decision_function: Callable[[Any], NDArray[np.float64]]
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Most probable class of each row, (n_samples,)."""
+        scores = self.decision_function(X)
+        labels: NDArray[Any] = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
+        return labels
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Class probabilities, (n_samples, n_classes) float64 in the order of ``classes_``."""
+        scores = self.decision_function(X)
+        if scores.ndim == 1:
+            return np.stack([expit(-scores), expit(scores)], axis=1)
+        return np.asarray(softmax(scores, axis=1))
+
+    def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
+        """Logarithms of the class probabilities, (n_samples, n_classes) float64."""
+        scores = self.decision_function(X)
+        if scores.ndim == 1:
+            return np.stack([log_expit(-scores), log_expit(scores)], axis=1)
+        return np.asarray(log_softmax(scores, axis=1))
+
+
+class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # type: ignore[misc]
     """Linear classifier on the features that a group lasso picks from all layers of a network.
 
     The multinomial group lasso is solved along a path down to ``alpha * alpha_max``, certified by its duality gap;
@@ -56,15 +89,18 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         "standard" scales each feature to zero mean and unit variance. "layer" scales each layer's vector of a sample to
         unit length before scoring, and the kept part of each layer again for the head (a plain array is one layer).
         "layer+standard" does the first, then the second.
-    solver : {"path", "adam"}, default="path"
-        "path" solves the group lasso. "adam" is the published scoring: it trains a linear head on all features with
-        the same penalty, of strength ``alpha * alpha_max_``, by Adam on batches of 128 for ``max_iter`` steps.
+    solver : {"newton", "adam"}, default="newton"
+        "newton" solves the group lasso along its path. "adam" is the published scoring: it trains a linear head on all
+        features with the same penalty, of strength ``alpha * alpha_max_``, by Adam on batches of 128 for ``max_iter``
+        steps.
     head : {"ridge", "path", "adam"}, default="ridge"
-        "ridge" fits L2 logistic regression on the kept features; "path" uses the group lasso's own coefficients
-        (with ``keep_fraction``, those of the kept features; not with ``solver="adam"``); "adam" is the published
-        head, trained on the kept features for ``max_iter`` steps without a penalty.
+        "ridge" fits L2 logistic regression on the kept features, to 1e-6 of its objective; "path" uses the group
+        lasso's own coefficients (with ``keep_fraction``, those of the kept features; not with ``solver="adam"``);
+        "adam" is the published head, trained on the kept features for ``max_iter`` steps without a penalty.
     C : float, default=1.0
         Inverse penalty of the ridge head, as in scikit-learn's LogisticRegression.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes, as elsewhere in scikit-learn; they multiply ``sample_weight``.
     learning_rate : float, default=0.01
         Adam's at the first step; it decays to 0 along a cosine.
     tol : float, default=1e-3
@@ -72,10 +108,19 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     max_iter : int, default=1000
         Steps of the group-lasso solver per alpha of the path; training steps of Adam.
     device : str or torch.device, default="auto"
-        Where the path is solved and Adam trains: "auto" is CUDA where there is one, else the CPU. Fitted attributes
-        are on the host.
+        Where the path is solved, the head fitted and Adam trains: "auto" is CUDA where there is one, else the CPU.
+        Fitted attributes are on the host.
+    max_memory : int or str, default=None
+        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
+    memory : str, path, joblib.Memory or None, default=None
+        Folder where solved paths are kept. Fits on the same rows then solve one path, whatever their ``alpha``,
+        ``keep_fraction``, ``head`` and ``C``: what `GridSearchCV` tries costs one path per fold.
+    n_jobs : int or None, default=None
+        CPU threads; None is torch's setting, -1 one per core.
     random_state : int, RandomState instance or None, default=None
         Start and order of the samples in Adam's trainings; the other solvers are deterministic.
+    verbose : int, default=0
+        Print a line per alpha of the path.
 
     Attributes
     ----------
@@ -88,6 +133,10 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     feature_scores_ : ndarray of shape (n_features_in_,), float64
         ||W_d||_2 at ``alpha`` on the scale of the problem solved (standardised features with "standard"); with
         ``solver="adam"``, of the trained weights.
+    feature_layers_ : ndarray of shape (n_features_in_,), int64
+        Position in ``layer_names_`` of each feature's layer.
+    layer_names_ : ndarray of shape (n_layers,), object
+        In network order; a plain array is one layer, "X".
     coef_ : ndarray of shape (n_classes, n_selected), or (1, n_selected) for two classes, float64
         For the selected features as given; with a "layer" normalization, for them after scaling to unit length
         (``head="path"``: of the whole layer, else: of the kept part of each layer). Standardisation is already
@@ -117,17 +166,14 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(Real, 0, 1, closed="right")],
-        "l1_ratio": [Interval(Real, 0, 1, closed="right")],
         "keep_fraction": [Interval(Real, 0, 1, closed="right"), None],
         "normalization": [StrOptions(set(NORMALIZATIONS)), None],
-        "solver": [StrOptions({"path", "adam"})],
+        "solver": [StrOptions({"newton", "adam"})],
         "head": [StrOptions({"ridge", "path", "adam"})],
         "C": [Interval(Real, 0, None, closed="neither")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
-        "tol": [Interval(Real, 0, None, closed="neither")],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "device": [str, torch.device],
         "random_state": ["random_state"],
+        **PATH_CONSTRAINTS,
     }
 
     def __init__(
@@ -135,28 +181,38 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         alpha: float = 0.05,
         l1_ratio: float = 1.0,
         keep_fraction: float | None = None,
+        solver: str = "newton",
         normalization: str | None = "standard",
-        solver: str = "path",
         head: str = "ridge",
         C: float = 1.0,
+        class_weight: dict[Any, float] | str | None = None,
         learning_rate: float = 0.01,
         tol: float = 1e-3,
         max_iter: int = 1000,
         device: str | torch.device = "auto",
+        max_memory: int | str | None = None,
+        memory: Any = None,
+        n_jobs: int | None = None,
         random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
     ) -> None:
         self.alpha = alpha
         self.l1_ratio = l1_ratio
         self.keep_fraction = keep_fraction
-        self.normalization = normalization
         self.solver = solver
+        self.normalization = normalization
         self.head = head
         self.C = C
+        self.class_weight = class_weight
         self.learning_rate = learning_rate
         self.tol = tol
         self.max_iter = max_iter
         self.device = device
+        self.max_memory = max_memory
+        self.memory = memory
+        self.n_jobs = n_jobs
         self.random_state = random_state
+        self.verbose = verbose
 
     def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Select features and fit the head.
@@ -187,123 +243,77 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._validate_params()
         self._check_combination()
-        features, labels, weight = self._check_training(X, y, sample_weight)
-        layers = layer_index(features)
-        scored = LayerScaled(features, layers) if scales_layers(self.normalization) else features
+        training = check_training(self, X, y, sample_weight, self.class_weight)
+        with cpu_threads(self.n_jobs):
+            self._fit(training)
+        return self
+
+    def _fit(self, training: Training) -> None:
         # Adam takes only alpha_max from the path, which then ends where it starts.
-        last = self.alpha if self.solver == "path" else 1.0
-        path = group_lasso_path(
-            scored,
-            labels,
-            n_alphas=1 + math.ceil(math.log(last) / math.log(_ALPHA_STEP)),
-            alpha_min_ratio=last,
-            l1_ratio=self.l1_ratio,
-            sample_weight=weight,
-            standardize=standardizes(self.normalization),
-            tol=self.tol,
-            max_iter=self.max_iter,
-            device=self.device,
-        )
-        self.classes_ = path.classes
-        self.alpha_max_ = path.alpha_max
+        path = solve_path(training, [float(self.alpha) if self.solver == "newton" else 1.0], PathOptions.of(self))[0]
         random = check_random_state(self.random_state)
+        self._take_path(training, path)
         if self.solver == "adam" and self.keep_fraction is not None:
             self.duality_gap_, self.n_iter_ = math.nan, int(self.max_iter)
-            self.feature_scores_ = self._train_scores(scored, labels, weight, random)
+            self.feature_scores_ = self._train_scores(training, random)
             count = count_kept(self.keep_fraction, self.n_features_in_)
             self.selected_features_ = np.sort(np.argsort(-self.feature_scores_, kind="stable")[:count])
-        else:
-            self.duality_gap_ = float(path.relative_gap[-1])
-            self.n_iter_ = int(path.n_iter.max())
-            self.feature_scores_ = path.row_norms(-1)
-            self.selected_features_ = select_features(path, -1, self.keep_fraction)
-        self._layers = layers
-        self._layer_scaling = ""
-        if scales_layers(self.normalization):
-            self._layer_scaling = "whole" if self.head == "path" else "kept"
         if not len(self.selected_features_):
-            warnings.warn(
-                f"No feature was selected at alpha={self.alpha} (alpha_max_={self.alpha_max_:.3g}): predictions are "
-                "the class frequencies. Lower alpha, or set keep_fraction.",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_nothing_selected(self.alpha, self.alpha_max_, "predictions are the class frequencies")
         if self.head == "path" or not len(self.selected_features_):
             coef, intercept = path.coef(-1)[self.selected_features_], path.intercepts[-1]
         else:
-            coef, intercept = self._fit_head(features, labels, weight, random)
+            coef, intercept = self._fit_head(training, random)
+        self._set_linear(coef, intercept)
+
+    def _take_path(self, training: Training, path: GroupLassoPath) -> None:
+        """Select features at the end of the path."""
+        self.classes_ = training.classes
+        self.alpha_max_ = path.alpha_max
+        self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
+        self.duality_gap_ = float(path.relative_gap[-1])
+        self.n_iter_ = int(path.n_iter.max())
+        self.feature_scores_ = path.row_norms(-1)
+        self.selected_features_ = select_features(path, -1, self.keep_fraction)
+        self._layer_scaling = ""
+        if scales_layers(self.normalization):
+            self._layer_scaling = "whole" if self.head == "path" else "kept"
+
+    def _set_linear(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> None:
+        """Take coefficients (n_selected, n_classes) of the selected features."""
         if len(self.classes_) == 2:
             coef, intercept = coef[:, 1:] - coef[:, :1], intercept[1:] - intercept[:1]
         self.coef_, self.intercept_ = np.ascontiguousarray(coef.T), intercept
-        return self
 
     def _check_combination(self) -> None:
-        if self.solver == "path":
+        if self.solver == "newton":
             return
         if self.keep_fraction is None:
             raise ValueError(
                 "keep_fraction must be given with solver='adam', which leaves no weight at exactly zero, got None."
             )
         if self.head == "path":
-            raise ValueError("head='path' needs solver='path': with solver='adam' it must be 'ridge' or 'adam'.")
+            raise ValueError("head='path' needs solver='newton': with solver='adam' it must be 'ridge' or 'adam'.")
         if self.l1_ratio != 1:
             raise ValueError(f"l1_ratio must be 1 with solver='adam', got {self.l1_ratio!r}.")
 
-    def _check_training(
-        self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None
-    ) -> tuple[FeatureMatrix | NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-        if is_feature_matrix(X):
-            features, labels = self._check_features(X, reset=True), column_or_1d(y, warn=True)
-        else:
-            features, labels = validate_data(self, X, y, dtype=[np.float64, np.float32])
-        return features, labels, check_sample_weight(sample_weight, features.shape[0])
+    def _kept(self, features: Any, selected: NDArray[np.int64], layers: NDArray[np.int64]) -> KeptFeatures:
+        return KeptFeatures(features, selected, layers, self._layer_scaling, held_bytes(self.max_memory))
 
-    def _check_features(self, X: Any, *, reset: bool) -> FeatureMatrix | NDArray[Any]:
-        if not is_feature_matrix(X):
-            array: NDArray[Any] = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
-            return array
-        names = np.asarray(X.feature_names, dtype=object)
-        if reset:
-            self.n_features_in_, self.feature_names_in_ = X.shape[1], names
-        elif X.shape[1] != self.n_features_in_:
-            raise ValueError(
-                f"X has {X.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features "
-                "as input."
-            )
-        elif hasattr(self, "feature_names_in_") and not np.array_equal(names, self.feature_names_in_):
-            first = int(np.flatnonzero(names != self.feature_names_in_)[0])
-            raise ValueError(
-                "X holds other features than those seen in fit (another network, taps or pooling?): feature "
-                f"{first} is {names[first]!r}, expected {self.feature_names_in_[first]!r}."
-            )
-        return X
+    def _scores(self, features: Any, selected: NDArray[np.int64], layers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Linear scores (n_samples, n_classes or 1) from the columns ``selected`` of ``features``, of these layers."""
+        return self._kept(features, selected, layers).scores(self.coef_.T, self.intercept_)
 
-    def _read_kept(self, features: FeatureMatrix | NDArray[Any]) -> NDArray[np.float64]:
-        """The selected features, scaled by layer where the normalization says so, (n_samples, n_selected)."""
-        selected = self.selected_features_
-        kept = np.asarray(features[:, selected], dtype=np.float64)
-        if not np.isfinite(kept).all():
-            raise ValueError("X holds NaN or infinity in the selected features; they must be finite.")
-        layers = self._layers[selected]
-        if self._layer_scaling == "kept":
-            return normalize_kept(kept, layers)
-        if self._layer_scaling == "whole":
-            return kept * inverse_layer_norms(features, self._layers)[:, layers]
-        return kept
-
-    def _train_scores(
-        self,
-        scored: Features,
-        labels: NDArray[Any],
-        weight: NDArray[np.float64],
-        random: np.random.RandomState,
-    ) -> NDArray[np.float64]:
+    def _train_scores(self, training: Training, random: np.random.RandomState) -> NDArray[np.float64]:
         """||W_d||_2 of the published training on all features, (n_features,)."""
+        scored: ColumnSource | NDArray[Any] = training.features
+        if scales_layers(self.normalization):
+            scored = LayerScaled(scored, training.layers, inverse_layer_norms(training.features, training.layers))
         coef, _ = train(
             scored,
-            np.searchsorted(self.classes_, labels),
-            len(self.classes_),
-            sample_weight=weight,
+            training.codes,
+            len(training.classes),
+            sample_weight=training.sample_weight,
             standardize=standardizes(self.normalization),
             coef=self.alpha * self.alpha_max_,
             learning_rate=self.learning_rate,
@@ -314,38 +324,37 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return np.asarray(np.linalg.norm(coef, axis=1))
 
     def _fit_head(
-        self,
-        features: FeatureMatrix | NDArray[Any],
-        labels: NDArray[Any],
-        weight: NDArray[np.float64],
-        random: np.random.RandomState,
+        self, training: Training, random: np.random.RandomState
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Fresh head on the kept features as `_read_kept` gives them: (n_selected, n_classes), (n_classes,)."""
-        rows = weight > 0
-        weight, kept = weight[rows], self._read_kept(features)[rows]
-        present, codes = np.unique(np.searchsorted(self.classes_, labels[rows]), return_inverse=True)
+        """Fresh head on the kept features: (n_selected, n_classes), (n_classes,)."""
+        kept = self._kept(training.features, self.selected_features_, training.layers)
+        n_classes = len(training.classes)
+        if self.head == "ridge":
+            ridge = RidgeHead(
+                kept,
+                training.codes,
+                n_classes,
+                training.sample_weight,
+                standardizes(self.normalization),
+                resolve_device(self.device),
+            )
+            return ridge.fit(self.C)
+        values = kept.values()
         mean, scale = np.zeros(kept.shape[1]), np.ones(kept.shape[1])
         if standardizes(self.normalization):
-            mean, scale = weighted_moments(kept, weight, float(np.finfo(features.dtype).eps))
-        kept = (kept - mean) * scale
-        if self.head == "ridge":
-            solved, offset = fit_ridge_head(kept, codes, weight, self.C)
-        else:
-            solved, offset = train(
-                kept,
-                codes,
-                len(present),
-                sample_weight=weight,
-                learning_rate=self.learning_rate,
-                n_steps=self.max_iter,
-                seed=int(random.randint(_SEEDS)),
-                device=self.device,
-            )
-        coef = np.zeros((kept.shape[1], len(self.classes_)))
-        intercept = np.full(len(self.classes_), -np.inf)
-        coef[:, present] = solved * scale[:, None]
-        intercept[present] = offset - mean @ coef[:, present]
-        return coef, intercept
+            mean, scale = weighted_moments(values, training.sample_weight, kept.precision)
+        solved, offset = train(
+            (values - mean) * scale,
+            training.codes,
+            n_classes,
+            sample_weight=training.sample_weight,
+            learning_rate=self.learning_rate,
+            n_steps=self.max_iter,
+            seed=int(random.randint(_SEEDS)),
+            device=self.device,
+        )
+        coef = solved * scale[:, None]
+        return coef, offset - mean @ coef
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Scores of the classes; of the second class only where there are two.
@@ -365,26 +374,6 @@ class Head2ToeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             If X has another number of features, or other feature names, than in `fit`.
         """
         check_is_fitted(self)
-        features = self._check_features(X, reset=False)
-        scores: NDArray[np.float64] = self._read_kept(features) @ self.coef_.T + self.intercept_
+        features = check_features(self, X, reset=False)
+        scores = self._scores(features, self.selected_features_, self.feature_layers_)
         return scores[:, 0] if len(self.classes_) == 2 else scores
-
-    def predict(self, X: Any) -> NDArray[Any]:
-        """Most probable class of each row, (n_samples,)."""
-        scores = self.decision_function(X)
-        labels: NDArray[Any] = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
-        return labels
-
-    def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Class probabilities, (n_samples, n_classes) float64 in the order of ``classes_``."""
-        scores = self.decision_function(X)
-        if scores.ndim == 1:
-            return np.stack([expit(-scores), expit(scores)], axis=1)
-        return np.asarray(softmax(scores, axis=1))
-
-    def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
-        """Logarithms of the class probabilities, (n_samples, n_classes) float64."""
-        scores = self.decision_function(X)
-        if scores.ndim == 1:
-            return np.stack([log_expit(-scores), log_expit(scores)], axis=1)
-        return np.asarray(log_softmax(scores, axis=1))

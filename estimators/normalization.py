@@ -16,6 +16,7 @@ from estimators.group_lasso.operators import column_moments
 from estimators.group_lasso.sources import (
     READ_BYTES,
     Columns,
+    ColumnSource,
     FeatureMatrix,
     is_feature_matrix,
     iterate_blocks,
@@ -55,9 +56,14 @@ def layer_index(X: FeatureMatrix | NDArray[Any]) -> NDArray[np.int64]:
     stops = [layer.stop for layer in X.layers]
     if [*starts, X.shape[1]] != [0, *stops]:
         raise ValueError("X.layers must cover the columns of X one after the other, without gaps or overlaps.")
-    names = [layer.name for layer in X.layers]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return np.repeat(np.array([numbers[name] for name in names], dtype=np.int64), np.subtract(stops, starts))
+    numbers = {name: number for number, name in enumerate(layer_names(X))}
+    return np.repeat(np.array([numbers[layer.name] for layer in X.layers], dtype=np.int64), np.subtract(stops, starts))
+
+
+def layer_names(X: FeatureMatrix | NDArray[Any]) -> NDArray[Any]:
+    """Names of the layers that `layer_index` numbers, (n_layers,) object; a plain array is the layer "X"."""
+    names = dict.fromkeys(layer.name for layer in X.layers) if is_feature_matrix(X) else ["X"]
+    return np.array(list(names), dtype=object)
 
 
 def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -75,70 +81,62 @@ def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int6
     -------
     ndarray of shape (n_rows, n_layers), float64
     """
-    norms = np.zeros((X.shape[0], int(layers.max()) + 1))
-    if is_feature_matrix(X):
-        norms[:, layers[[layer.start for layer in X.layers]]] = X.layer_norms()
-    else:
-        for columns, block in iterate_blocks(X):
-            values = np.asarray(block, dtype=np.float64)
-            norms += values**2 @ _membership(layers[columns], norms.shape[1])
-        norms = np.sqrt(norms)
+    if not is_feature_matrix(X):
+        return inverse_norms(X, layers)
+    norms = np.zeros((X.shape[0], int(layers.max(initial=-1)) + 1))
+    norms[:, layers[[layer.start for layer in X.layers]]] = X.layer_norms()
     return _inverse(norms)
 
 
-def normalize_kept(kept: NDArray[np.float64], layers: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Scale the kept part of each layer to unit length in every row; zero stays zero.
-
-    Parameters
-    ----------
-    kept : ndarray of shape (n_rows, n_kept), float64
-    layers : ndarray of shape (n_kept,), int64
-        Layer of each kept column.
-
-    Returns
-    -------
-    ndarray of shape (n_rows, n_kept), float64
-    """
-    squares = kept**2 @ _membership(layers, int(layers.max(initial=-1)) + 1)
-    return kept * _inverse(np.sqrt(squares))[:, layers]
+def inverse_norms(X: ColumnSource | NDArray[Any], layers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """1 / the L2 norm of each layer's columns of X, 0 where they are zero, (n_rows, n_layers) float64."""
+    squares = np.zeros((X.shape[0], int(layers.max(initial=-1)) + 1))
+    for columns, block in iterate_blocks(X):
+        values = np.asarray(block, dtype=np.float64)
+        present, which = np.unique(layers[columns], return_inverse=True)
+        squares[:, present] += values**2 @ np.eye(len(present))[which]
+    return _inverse(np.sqrt(squares))
 
 
 def weighted_moments(
-    kept: NDArray[np.float64], sample_weight: NDArray[np.float64], precision: float
+    values: NDArray[np.float64], sample_weight: NDArray[np.float64], precision: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weighted mean and inverse standard deviation of columns; constant columns have inverse 0.
 
     Parameters
     ----------
-    kept : ndarray of shape (n_rows, n_kept), float64
+    values : ndarray of shape (n_rows, n_columns), float64
     sample_weight : ndarray of shape (n_rows,), float64
-        Positive.
+        Rows of weight 0 have no say in what is constant.
     precision : float
         Relative rounding of the values.
 
     Returns
     -------
-    mean, inverse_sd : ndarray of shape (n_kept,), float64
+    mean, inverse_sd : ndarray of shape (n_columns,), float64
     """
-    weights = torch.from_numpy(sample_weight / sample_weight.sum())
-    mean, sd = column_moments(torch.from_numpy(np.ascontiguousarray(kept.T)), weights, precision)
+    rows = sample_weight > 0
+    weights = torch.from_numpy(sample_weight[rows] / sample_weight.sum())
+    mean, sd = column_moments(torch.from_numpy(np.ascontiguousarray(values[rows].T)), weights, precision)
     return mean.numpy(), _inverse(sd.numpy())
 
 
 class LayerScaled:
-    """X with each layer's vector of a row scaled to unit length, read by blocks of columns.
+    """X with each layer's columns of a row scaled, read by blocks of columns.
 
     Parameters
     ----------
-    X : ndarray or FeatureMatrix of shape (n_rows, n_features)
+    X : ndarray or ColumnSource of shape (n_rows, n_features)
     layers : ndarray of shape (n_features,), int64
         From `layer_index`.
+    inverse : ndarray of shape (n_rows, n_layers), float64
+        What to scale by.
     """
 
-    def __init__(self, X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int64]) -> None:
+    def __init__(self, X: ColumnSource | NDArray[Any], layers: NDArray[np.int64], inverse: NDArray[np.float64]) -> None:
         self._source = X
         self._layers = layers
-        self._inverse = inverse_layer_norms(X, layers)
+        self._inverse = inverse
         self.shape: tuple[int, int] = (X.shape[0], X.shape[1])
         self.dtype: np.dtype[Any] = np.dtype(X.dtype)
 
@@ -147,10 +145,6 @@ class LayerScaled:
         for columns, block in iterate_blocks(self._source, max_bytes):
             scale = self._inverse[:, self._layers[columns]]
             yield columns, np.multiply(block, scale).astype(self.dtype, copy=False)
-
-
-def _membership(layers: NDArray[np.int64], n_layers: int) -> NDArray[np.float64]:
-    return np.asarray(layers[:, None] == np.arange(n_layers), dtype=np.float64)
 
 
 def _inverse(lengths: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,9 +4,11 @@ A `FeatureMatrix` is an address and a selection of rows and columns, so indexing
 Reads go by whole chunks, each checked against its checksum, and a chunk that is absent is an error.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,14 @@ class FeatureMatrix:
     def provenance(self) -> dict[str, Any]:
         """How the extraction was made: ``inputs`` that determine it, and its ``environment``."""
         return self._header.provenance
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the store's address, how the extraction was made, and the rows and columns taken."""
+        digest = hashlib.sha256("\0".join(self._address).encode())
+        for selection in (self._rows, self._columns):
+            digest.update(b"all" if selection is None else len(selection).to_bytes(8, "little") + selection.tobytes())
+        return digest.hexdigest()
 
     @property
     def y(self) -> NDArray[np.int64]:
@@ -318,6 +328,22 @@ class FeatureMatrix:
     def __repr__(self) -> str:
         n_rows, n_columns = self.shape
         return f"FeatureMatrix({self.name!r}, {n_rows} x {n_columns}, {len(self._runs())} layers)"
+
+    def _repr_html_(self) -> str:
+        n_rows, n_columns = self.shape
+        header = self._header
+        rows = "".join(
+            f"<tr><td>{escape(layer.name)}</td><td>{' x '.join(map(str, layer.shape))}</td>"
+            f"<td>{layer.stop - layer.start:,}</td></tr>"
+            for layer in self.layers
+        )
+        return (
+            f"<div><b>FeatureMatrix</b> {escape(self.name)}: {n_rows:,} samples x {n_columns:,} features, "
+            f"{len(header.classes)} classes, {self.nbytes / 1e6:,.1f} MB as float32<br>"
+            f"<code>{escape(self._address[0])}</code>"
+            f"<details><summary>{len(self.layers)} layers</summary><table><thead><tr><th>layer</th><th>activation</th>"
+            f"<th>features</th></tr></thead><tbody>{rows}</tbody></table></details></div>"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         header = self._header

@@ -184,6 +184,12 @@ class FakeView:
     source: FakeFeatures
     rows: Any
     columns: Any
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, d = self.source.shape
+        return len(np.arange(n)[self.rows]), len(np.arange(d)[self.columns])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         self.source.columns_read.update(np.arange(self.source.shape[1])[self.columns].tolist())

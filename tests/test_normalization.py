@@ -7,8 +7,8 @@ from _estimator_data import FakeFeatures, make_problem
 from estimators.normalization import (
     LayerScaled,
     inverse_layer_norms,
+    inverse_norms,
     layer_index,
-    normalize_kept,
     weighted_moments,
 )
 
@@ -25,7 +25,8 @@ def test_layers_are_scaled_to_unit_length_and_zero_stays_zero(scattered):
     X, _, _ = make_problem(0)
     X[3, 4:6] = 0
     features = FakeFeatures(X, (4, 2, 4), scattered=scattered)
-    scaled = LayerScaled(features, layer_index(features))
+    layers = layer_index(features)
+    scaled = LayerScaled(features, layers, inverse_layer_norms(features, layers))
     filled = np.full(X.shape, np.nan, dtype=np.float32)
     for columns, block in scaled.column_blocks(10**6):
         assert block.dtype == np.float32
@@ -36,7 +37,7 @@ def test_layers_are_scaled_to_unit_length_and_zero_stays_zero(scattered):
 
 def test_a_plain_array_is_one_layer_and_keeps_its_precision():
     X, _, _ = make_problem(1)
-    scaled = LayerScaled(X, layer_index(X))
+    scaled = LayerScaled(X, layer_index(X), inverse_layer_norms(X, layer_index(X)))
     filled = np.hstack([block for _, block in scaled.column_blocks(320 * 3)])
     assert filled.dtype == np.float64
     np.testing.assert_allclose(filled, X / np.linalg.norm(X, axis=1, keepdims=True), rtol=1e-12)
@@ -61,7 +62,10 @@ def test_kept_parts_are_scaled_by_themselves():
     X, _, _ = make_problem(4)
     kept = np.array([0, 3, 5, 8, 9])
     layers = np.array([0, 0, 1, 2, 2])
-    np.testing.assert_allclose(normalize_kept(X[:, kept], layers), scale_layers(X[:, kept], (2, 1, 2)), rtol=1e-12)
+    X[3, [0, 3]] = 0
+    scaled = LayerScaled(X[:, kept], layers, inverse_norms(X[:, kept], layers))
+    (_, block), *_ = scaled.column_blocks()
+    np.testing.assert_allclose(block, scale_layers(X[:, kept], (2, 1, 2)), rtol=1e-12)
 
 
 def test_moments_are_weighted_and_constant_columns_get_zero():

@@ -292,7 +292,7 @@ def test_a_dtype_that_cannot_hold_x_is_named(dtype):
     ],
 )
 def test_amounts_of_memory(given_as, size):
-    assert operators._memory_limit(given_as, torch.device("cpu")) == size
+    assert operators.memory_limit(given_as, torch.device("cpu")) == size
 
 
 @pytest.mark.parametrize("wrong", ["", "GB", "-1GB", 0, "0", "lots", "nan", np.nan, "inf", np.inf, -1, True, "1.2.3GB"])

@@ -107,7 +107,7 @@ def make_operator(
         blocks do not give every column once.
     """
     held = storage_dtype(X, dtype)
-    limit = _memory_limit(max_memory, weights.device)
+    limit = memory_limit(max_memory, weights.device)
     needed = X.shape[1] * (len(rows) * held.itemsize + 64) + 2 * READ_BYTES
     statistics = _Moments(X.shape[1], weights, standardize=standardize, center=center)
     if needed <= limit:
@@ -135,7 +135,7 @@ def _source_dtype(X: Features) -> str:
     return str(X.dtype).removeprefix("torch.")
 
 
-def _memory_limit(max_memory: int | str | None, device: torch.device) -> int:
+def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
     if max_memory is None:
         if device.type == "cuda":
             return int(0.8 * torch.cuda.mem_get_info(device)[0])

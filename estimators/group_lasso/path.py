@@ -37,6 +37,7 @@ from estimators.group_lasso.problem import (
     objective_and_gap,
     row_violations,
 )
+from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath, PathPoint
 from estimators.group_lasso.sources import Features, as_features
 
@@ -48,6 +49,8 @@ _VIOLATION_PER_TOL = 200.0
 
 _CONSTRAINTS: dict[str, list[Any]] = {
     "alphas": ["array-like", None],
+    "alpha_ratios": ["array-like", None],
+    "branch": ["array-like", None],
     "n_alphas": [Interval(Integral, 1, None, closed="left")],
     "alpha_min_ratio": [Interval(Real, 0, 1, closed="right")],
     "l1_ratio": [Interval(Real, 0, 1, closed="both")],
@@ -87,6 +90,8 @@ def group_lasso_path(
     y: ArrayLike,
     *,
     alphas: ArrayLike | None = None,
+    alpha_ratios: ArrayLike | None = None,
+    branch: ArrayLike | None = None,
     n_alphas: int = 50,
     alpha_min_ratio: float = 5e-3,
     l1_ratio: float = 1.0,
@@ -118,6 +123,10 @@ def group_lasso_path(
     alphas : array-like of shape (n_alphas,), default=None
         Positive strengths, solved in decreasing order; None for ``n_alphas`` spaced geometrically from alpha_max to
         ``alpha_min_ratio * alpha_max``.
+    alpha_ratios : array-like of shape (n_alphas,), default=None
+        The strengths as fractions of alpha_max instead.
+    branch : array-like of shape (n_alphas,), bool, default=None
+        Given strengths that no other one starts from: with or without them, the other solutions are the same.
     n_alphas : int, default=50
     alpha_min_ratio : float in (0, 1], default=5e-3
     l1_ratio : float in (0, 1], default=1.0
@@ -142,8 +151,8 @@ def group_lasso_path(
         Bytes, or a number with a unit ("4GB", "512MiB"), that X may take on the device; beyond it X is read block by
         block at each pass. None for 80 % of what is free.
     warm_start : GroupLassoPath, default=None
-        Solutions for the same classes and number of features; the one nearest to the first alpha is the start if it
-        is better than zero.
+        Solutions for the same classes and number of features; the one for the first alpha or the next above (else the
+        nearest) is the start if it is no worse than zero. A path of the same problem is continued exactly.
     callback : callable, default=None
         Called with a `PathPoint` after every alpha; a true return value ends the path there.
     verbose : bool or int, default=0
@@ -168,6 +177,8 @@ def group_lasso_path(
     validate_parameter_constraints(
         _CONSTRAINTS, {name: given[name] for name in _CONSTRAINTS}, caller_name="group_lasso_path"
     )
+    if alphas is not None and alpha_ratios is not None:
+        raise ValueError("alphas and alpha_ratios both say which strengths to solve for: give one of them.")
     if alphas is None and l1_ratio == 0:
         raise ValueError("l1_ratio=0 has no alpha_max to start from: give explicit alphas, or an l1_ratio in (0, 1].")
     features = as_features(X)
@@ -181,7 +192,8 @@ def group_lasso_path(
         )
     if warm_start is not None:
         _check_warm_start(warm_start, classes, features.shape[1])
-    _check_alphas(alphas)
+    _check_alphas("alphas", alphas)
+    _check_alphas("alpha_ratios", alpha_ratios)
 
     problem = _pose(kept_codes, weight[rows], float(l1_ratio), bool(fit_intercept), resolve_device(device))
     with _full_precision():
@@ -197,13 +209,14 @@ def group_lasso_path(
         )
         start = _zero_solution(problem, operator)
         largest = alpha_max(problem, start.gradient_norms) if l1_ratio > 0 else math.inf
-        grid = _grid(alphas, largest, n_alphas, alpha_min_ratio)
+        grid, branches = _grid(alphas, alpha_ratios, branch, largest, n_alphas, alpha_min_ratio)
+        previous = min(largest, float(grid[0]))
         if warm_start is not None and len(warm_start.alphas):
-            start = _better_start(problem, operator, start, warm_start, present, float(grid[0]))
+            start, previous = _better_start(problem, operator, start, warm_start, present, float(grid[0]))
         report = _reporter(grid, null_objective(problem), callback, verbose)
-        solutions = _sweep(problem, operator, start, grid, largest, tol, max_iter, report)
+        solutions = _sweep(problem, operator, start, previous, grid, branches, tol, max_iter, report)
         path = _collect(problem, operator, solutions, grid[: len(solutions)], largest, classes, present)
-    _warn_unconverged(path, tol, max_iter)
+    warn_unconverged(path, tol, max_iter)
     return path
 
 
@@ -253,19 +266,32 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _check_alphas(alphas: ArrayLike | None) -> None:
+def _check_alphas(name: str, alphas: ArrayLike | None) -> None:
     if alphas is None:
         return
     grid = np.asarray(alphas)
     numeric = grid.ndim == 1 and len(grid) and grid.dtype.kind in "fiu"
     if not numeric or not np.isfinite(grid).all() or (grid <= 0).any():
-        raise ValueError(f"alphas must be a non-empty 1-d sequence of positive finite numbers, got {alphas!r}.")
+        raise ValueError(f"{name} must be a non-empty 1-d sequence of positive finite numbers, got {alphas!r}.")
 
 
-def _grid(alphas: ArrayLike | None, largest: float, n_alphas: int, ratio: float) -> NDArray[np.float64]:
+def _grid(
+    alphas: ArrayLike | None,
+    ratios: ArrayLike | None,
+    branch: ArrayLike | None,
+    largest: float,
+    n_alphas: int,
+    smallest: float,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     if alphas is None:
-        return largest * np.geomspace(1.0, ratio, n_alphas)
-    return np.sort(np.asarray(alphas, dtype=np.float64))[::-1]
+        chosen = np.geomspace(1.0, smallest, n_alphas) if ratios is None else np.asarray(ratios, dtype=np.float64)
+        alphas = largest * chosen
+    grid = np.asarray(alphas, dtype=np.float64)
+    branches = np.zeros(len(grid), dtype=bool) if branch is None else np.asarray(branch)
+    if branches.shape != grid.shape or branches.dtype != bool:
+        raise ValueError(f"branch must hold {len(grid)} booleans, one per alpha, got {branch!r}.")
+    order = np.argsort(-grid, kind="stable")
+    return grid[order], branches[order]
 
 
 def _zero_solution(problem: Problem, operator: Operator) -> _Solution:
@@ -285,7 +311,7 @@ def _certify(
 ) -> _Solution:
     """See coefficients of some features, in float64, against every feature: one full pass."""
     nonzero = coef.norm(dim=0) > 0
-    active, kept, columns = index[nonzero], coef[:, nonzero].double(), columns[nonzero]
+    active, kept, columns = index[nonzero], coef[:, nonzero].double().contiguous(), columns[nonzero]
     evaluation = evaluate(problem, kept @ columns, intercept)
     norms = operator.correlate(evaluation.residual, active, watch)
     gradient = evaluation.residual @ columns.T
@@ -308,24 +334,33 @@ def _better_start(
     path: GroupLassoPath,
     present: NDArray[np.int64],
     alpha: float,
-) -> _Solution:
-    """The path's solution nearest to alpha, if its objective there is below that of W = 0."""
-    nearest = int(np.abs(np.log(path.alphas / alpha)).argmin())
-    scale = operator.inverse_scale
-    index = torch.as_tensor(path.active[nearest], device=scale.device)
-    coef = torch.as_tensor(path.active_coefs[nearest][:, present].T, device=scale.device)
-    varies = scale[index] > 0
-    index, coef = index[varies], coef[:, varies] / scale[index[varies]]
-    intercept = torch.nan_to_num(torch.as_tensor(path.intercepts[nearest][present], device=scale.device))
+) -> tuple[_Solution, float]:
+    """The path's solution for the alpha next to ``alpha``, and that alpha, unless zero is the better start.
+
+    Where the path was solved for the same problem the sweep goes on as if it had never ended.
+    """
+    above = np.flatnonzero(path.alphas >= alpha)
+    chosen = int(above[-1]) if len(above) else int(np.abs(np.log(path.alphas / alpha)).argmin())
+    device = operator.inverse_scale.device
+    index = torch.as_tensor(path.active[chosen], device=device)
+    coef = torch.as_tensor(path.standardized_coefs[chosen][:, present].T, device=device).contiguous()
+    given = torch.as_tensor(path.inverse_scale, device=device)[index]
+    scale = operator.inverse_scale[index]
+    varies = scale > 0
+    if not bool((given == scale).all()):
+        index, coef = index[varies], coef[:, varies] * (given / scale)[varies]
+    intercept = torch.nan_to_num(torch.as_tensor(path.standardized_intercepts[chosen][present], device=device))
     warm = _certify(problem, operator, index, operator.columns(index), coef, intercept)
-    better = _at_alpha(problem, warm, alpha).objective < _at_alpha(problem, zero, alpha).objective
-    return warm if better else zero
+    if _at_alpha(problem, warm, alpha).objective > _at_alpha(problem, zero, alpha).objective:
+        return zero, alpha
+    return warm, max(alpha, float(path.alphas[chosen]))
 
 
 def _reporter(
     grid: NDArray[np.float64], null: float, callback: Callable[[PathPoint], object] | None, verbose: bool | int
 ) -> Callable[[int, _Solution], bool]:
     """What is to happen after every alpha; the result says whether the path ends there."""
+    progress = PathProgress(len(grid)) if verbose else None
 
     def report(index: int, solution: _Solution) -> bool:
         point = PathPoint(
@@ -338,13 +373,8 @@ def _reporter(
             n_passes=solution.n_passes,
             seconds=solution.seconds,
         )
-        if verbose:
-            print(
-                f"alpha {index + 1}/{len(grid)} = {point.alpha:.4g}: {point.n_active} active, objective "
-                f"{point.objective:.6g}, gap {point.relative_gap:.1e}, {point.n_iter} steps, {point.n_passes} passes, "
-                f"{point.seconds:.2f} s",
-                flush=True,
-            )
+        if progress is not None:
+            progress(point)
         return callback is not None and bool(callback(point))
 
     return report
@@ -354,21 +384,23 @@ def _sweep(
     problem: Problem,
     operator: Operator,
     start: _Solution,
+    previous: float,
     grid: NDArray[np.float64],
-    largest: float,
+    branches: NDArray[np.bool_],
     tol: float,
     max_iter: int,
     report: Callable[[int, _Solution], bool],
 ) -> list[_Solution]:
-    solutions, current, previous = [], start, min(largest, float(grid[0]))
+    solutions, current = [], start
     for index, alpha in enumerate(map(float, grid)):
         following = float(grid[min(index + 1, len(grid) - 1)])
         began = time.perf_counter()
-        current = _solve_one(problem, operator, current, alpha, previous, following, tol, max_iter)
-        current = replace(current, seconds=time.perf_counter() - began)
-        solutions.append(current)
-        previous = min(previous, alpha)
-        if report(index, current):
+        solution = _solve_one(problem, operator, current, alpha, previous, following, tol, max_iter)
+        solution = replace(solution, seconds=time.perf_counter() - began)
+        solutions.append(solution)
+        if not branches[index]:
+            current, previous = solution, min(previous, alpha)
+        if report(index, solution):
             break
     return solutions
 
@@ -449,28 +481,24 @@ def _collect(
     classes: NDArray[Any],
     present: NDArray[np.int64],
 ) -> GroupLassoPath:
-    """Undo the standardisation, put absent classes back, move everything to numpy."""
-    active, coefs, norms = [], [], []
+    """Put absent classes back, move everything to numpy."""
+    coefs = []
     intercepts = np.full((len(grid), len(classes)), -np.inf)
     for row, solution in enumerate(solutions):
-        raw = solution.coef * operator.inverse_scale[solution.active]
         full = np.zeros((len(solution.active), len(classes)))
-        full[:, present] = raw.T.cpu().numpy()
-        active.append(solution.active.cpu().numpy())
+        full[:, present] = solution.coef.T.cpu().numpy()
         coefs.append(full)
-        norms.append(solution.coef.norm(dim=0).cpu().numpy())
-        shifted = solution.evaluation.intercept - raw @ operator.center[solution.active]
-        intercepts[row, present] = shifted.cpu().numpy()
+        intercepts[row, present] = solution.evaluation.intercept.cpu().numpy()
     null = null_objective(problem)
     return GroupLassoPath(
         alphas=grid,
         alpha_max=largest,
         classes=classes,
-        n_features=operator.shape[1],
-        active=active,
-        active_coefs=coefs,
-        active_norms=norms,
-        intercepts=intercepts,
+        center=operator.center.cpu().numpy(),
+        inverse_scale=operator.inverse_scale.cpu().numpy(),
+        active=[solution.active.cpu().numpy() for solution in solutions],
+        standardized_coefs=coefs,
+        standardized_intercepts=intercepts,
         gradient_norms=np.stack([solution.gradient_norms.float().cpu().numpy() for solution in solutions]),
         objective=np.array([solution.objective for solution in solutions]),
         relative_gap=np.array([solution.gap / null for solution in solutions]),
@@ -481,7 +509,8 @@ def _collect(
     )
 
 
-def _warn_unconverged(path: GroupLassoPath, tol: float, max_iter: int) -> None:
+def warn_unconverged(path: GroupLassoPath, tol: float, max_iter: int) -> None:
+    """Warn where gaps are above ``tol``, and say what to change."""
     missed = path.relative_gap > tol
     if missed.any():
         worst = int(np.argmax(path.relative_gap))

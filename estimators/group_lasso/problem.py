@@ -143,7 +143,10 @@ def evaluate(problem: Problem, products: Tensor, start: Tensor) -> Evaluation:
     Evaluation
         With ``exact=False`` if 100 steps do not reach max|sum_i R_i| <= 1e-12.
     """
-    intercept = start - start.mean() if problem.fit_intercept else torch.zeros_like(start)
+    intercept = start if problem.fit_intercept else torch.zeros_like(start)
+    # An intercept that was returned from here comes back unchanged, to the last bit.
+    if abs(float(intercept.sum())) > 1e-12 * (1.0 + float(intercept.abs().max())):
+        intercept = intercept - intercept.mean()
     probabilities, value = _predict(problem, products + intercept[:, None])
     reach = 1.0 + 2.0 * float(products.abs().max())
     slack = 4 * _EPS * reach

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,11 @@ class PathPoint:
 class GroupLassoPath:
     """Solutions of the multinomial group lasso along a decreasing sequence of alphas.
 
-    Coefficients and intercepts apply to X as it was given. Alphas, objectives, gaps, row norms and gradient norms are
-    those of the standardised problem.
+    Alphas, objectives, gaps, row norms and gradient norms are those of the problem with standardised features; the
+    coefficients and intercepts that apply to X as it was given follow from its solutions, and nothing is lost by
+    continuing a path from those.
 
-    Attributes
+    Parameters
     ----------
     alphas : ndarray of shape (n_alphas,), float64
         Decreasing.
@@ -39,14 +42,13 @@ class GroupLassoPath:
         Smallest alpha whose solution is zero; 0 if no column varies, infinity for ``l1_ratio=0``.
     classes : ndarray of shape (n_classes,)
         The sorted labels; columns of the coefficients follow this order.
-    n_features : int
+    center, inverse_scale : ndarray of shape (n_features,), float64
+        The standardised X is (X - center) * inverse_scale, with 0 for constant columns.
     active : list of ndarray of shape (n_active,), int64
         Per alpha the sorted indices of the nonzero rows of W.
-    active_coefs : list of ndarray of shape (n_active, n_classes), float64
-        Per alpha those rows.
-    active_norms : list of ndarray of shape (n_active,), float64
-        Per alpha ||W_d|| of those rows for the standardised X.
-    intercepts : ndarray of shape (n_alphas, n_classes), float64
+    standardized_coefs : list of ndarray of shape (n_active, n_classes), float64
+        Per alpha those rows, for the standardised X.
+    standardized_intercepts : ndarray of shape (n_alphas, n_classes), float64
         -inf for a class whose samples all have zero weight.
     gradient_norms : ndarray of shape (n_alphas, n_features), float32
         ||X_d'R|| of every feature at every alpha.
@@ -61,16 +63,26 @@ class GroupLassoPath:
         Full passes over X; one more was made before the first alpha.
     seconds : ndarray of shape (n_alphas,), float64
         Wall time of each alpha; copying X and the first pass come on top.
+
+    Attributes
+    ----------
+    n_features : int
+    active_coefs : list of ndarray of shape (n_active, n_classes), float64
+        Per alpha the nonzero rows of W for X as given.
+    active_norms : list of ndarray of shape (n_active,), float64
+        Per alpha ||W_d|| of those rows for the standardised X.
+    intercepts : ndarray of shape (n_alphas, n_classes), float64
+        For X as given.
     """
 
     alphas: NDArray[np.float64]
     alpha_max: float
     classes: NDArray[Any]
-    n_features: int
+    center: NDArray[np.float64]
+    inverse_scale: NDArray[np.float64]
     active: list[NDArray[np.int64]]
-    active_coefs: list[NDArray[np.float64]]
-    active_norms: list[NDArray[np.float64]]
-    intercepts: NDArray[np.float64]
+    standardized_coefs: list[NDArray[np.float64]]
+    standardized_intercepts: NDArray[np.float64]
     gradient_norms: NDArray[np.float32]
     objective: NDArray[np.float64]
     relative_gap: NDArray[np.float64]
@@ -78,6 +90,43 @@ class GroupLassoPath:
     n_iter: NDArray[np.int64]
     n_passes: NDArray[np.int64]
     seconds: NDArray[np.float64]
+
+    @property
+    def n_features(self) -> int:
+        return len(self.center)
+
+    @cached_property
+    def active_coefs(self) -> list[NDArray[np.float64]]:
+        return [
+            coef * self.inverse_scale[active, None]
+            for active, coef in zip(self.active, self.standardized_coefs, strict=True)
+        ]
+
+    @cached_property
+    def active_norms(self) -> list[NDArray[np.float64]]:
+        return [np.linalg.norm(coef, axis=1) for coef in self.standardized_coefs]
+
+    @cached_property
+    def intercepts(self) -> NDArray[np.float64]:
+        shifts = [self.center[active] @ coef for active, coef in zip(self.active, self.active_coefs, strict=True)]
+        return self.standardized_intercepts - np.array(shifts).reshape(self.standardized_intercepts.shape)
+
+    def take(self, indices: Sequence[int]) -> GroupLassoPath:
+        """The path with the alphas at ``indices``, increasing, only."""
+        chosen = list(indices)
+        return replace(self, **{name: _pick(getattr(self, name), chosen) for name in _PER_ALPHA})
+
+    def join(self, other: GroupLassoPath) -> GroupLassoPath:
+        """This path and another one of the same problem, with no alpha in common, as one."""
+        order = np.argsort(-np.concatenate([self.alphas, other.alphas]), kind="stable").tolist()
+        both = {name: (getattr(self, name), getattr(other, name)) for name in _PER_ALPHA}
+        return replace(
+            self,
+            **{
+                name: _pick(a + b if isinstance(a, list) else np.concatenate([a, b]), order)
+                for name, (a, b) in both.items()
+            },
+        )
 
     def coef(self, index: int) -> NDArray[np.float64]:
         """Coefficients W at ``alphas[index]`` for X as given, dense, (n_features, n_classes) float64."""
@@ -122,3 +171,11 @@ class GroupLassoPath:
         for alpha, active in zip(self.alphas[::-1], self.active[::-1], strict=True):
             entered[active] = alpha
         return entered
+
+
+_PER_PROBLEM = ("alpha_max", "classes", "center", "inverse_scale")
+_PER_ALPHA = [field.name for field in fields(GroupLassoPath) if field.name not in _PER_PROBLEM]
+
+
+def _pick(values: Any, indices: list[int]) -> Any:
+    return [values[index] for index in indices] if isinstance(values, list) else values[indices]

@@ -1,0 +1,120 @@
+"""What the estimators are given, checked: a matrix of features, labels, weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils import assert_all_finite
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import column_or_1d, validate_data
+
+from estimators.group_lasso.path import check_sample_weight
+from estimators.group_lasso.sources import FeatureMatrix, is_feature_matrix
+from estimators.normalization import layer_index, layer_names
+
+
+@dataclass(frozen=True)
+class Training:
+    """Features and labels to learn from.
+
+    Attributes
+    ----------
+    features : ndarray or FeatureMatrix of shape (n_samples, n_features)
+    layers : ndarray of shape (n_features,), int64
+        Which layer each feature belongs to.
+    layer_names : ndarray of shape (n_layers,), object
+        In network order.
+    classes : ndarray of shape (n_classes,)
+    codes : ndarray of shape (n_samples,), int64
+        ``classes[codes]`` are the labels.
+    sample_weight : ndarray of shape (n_samples,), float64
+        Class weights contained.
+    """
+
+    features: FeatureMatrix | NDArray[Any]
+    layers: NDArray[np.int64]
+    layer_names: NDArray[Any]
+    classes: NDArray[Any]
+    codes: NDArray[np.int64]
+    sample_weight: NDArray[np.float64]
+
+
+def check_training(
+    estimator: BaseEstimator,
+    X: Any,
+    y: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    class_weight: dict[Any, float] | str | None,
+) -> Training:
+    """Check X, y and the weights, and remember on the estimator what X looks like.
+
+    Whether an array is finite is left to whoever reads it first.
+
+    Raises
+    ------
+    ValueError
+        If an input is not as described in the estimator.
+    """
+    if y is None:
+        raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None.")
+    if is_feature_matrix(X):
+        features: FeatureMatrix | NDArray[Any] = check_features(estimator, X, reset=True)
+        labels = column_or_1d(y, warn=True)
+        if labels.dtype.kind == "f":
+            assert_all_finite(labels, input_name="y")
+        if len(labels) != features.shape[0]:
+            raise ValueError(
+                f"y must have one label per row of X: got {len(labels)} labels for {features.shape[0]} rows."
+            )
+    else:
+        features, labels = validate_data(estimator, X, y, dtype=[np.float64, np.float32], ensure_all_finite=False)
+    check_classification_targets(labels)
+    classes, codes = np.unique(labels, return_inverse=True)
+    weight = check_sample_weight(sample_weight, len(labels))
+    if class_weight is not None:
+        seen = weight > 0
+        present = np.unique(codes[seen])
+        factors = np.zeros(len(classes))
+        factors[present] = compute_class_weight(
+            class_weight, classes=classes[present], y=labels[seen], sample_weight=weight[seen]
+        )
+        weight = check_sample_weight(weight * factors[codes], len(labels))
+    learned = np.unique(codes[weight > 0])
+    if len(learned) < 2:
+        raise ValueError(
+            f"y must hold at least two classes with positive weight, got {len(learned)} class: {classes[learned]}."
+        )
+    return Training(features, layer_index(features), layer_names(features), classes, codes, weight)
+
+
+def check_features(estimator: BaseEstimator, X: Any, *, reset: bool) -> FeatureMatrix | NDArray[Any]:
+    """Check X in fit (``reset``) or against what was seen there.
+
+    Raises
+    ------
+    ValueError
+        If X has another number of features, or other feature names, than in fit, or is an array that is not finite.
+    """
+    if not is_feature_matrix(X):
+        array: NDArray[Any] = validate_data(estimator, X, dtype=[np.float64, np.float32], reset=reset)
+        return array
+    names = np.asarray(X.feature_names, dtype=object)
+    if reset:
+        estimator.n_features_in_, estimator.feature_names_in_ = X.shape[1], names
+    elif X.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting {estimator.n_features_in_} "
+            "features as input."
+        )
+    elif hasattr(estimator, "feature_names_in_") and not np.array_equal(names, estimator.feature_names_in_):
+        first = int(np.flatnonzero(names != estimator.feature_names_in_)[0])
+        raise ValueError(
+            "X holds other features than those seen in fit (another network, taps or pooling?): feature "
+            f"{first} is {names[first]!r}, expected {estimator.feature_names_in_[first]!r}."
+        )
+    return X

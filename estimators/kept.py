@@ -1,0 +1,197 @@
+"""The kept features, read, scaled by layer and standardised by blocks of columns, and the head fitted on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from estimators.group_lasso.operators import column_moments, memory_limit
+from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
+from estimators.heads import SampleSpace, fit_ridge_head, sample_space
+from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
+
+_HELD_SHARE = 4
+
+
+def held_bytes(max_memory: int | str | None) -> int:
+    """What columns read from a store may take on the host: a quarter of the limit that estimators are given."""
+    return memory_limit(max_memory, torch.device("cpu")) // _HELD_SHARE
+
+
+def in_memory(X: FeatureMatrix | NDArray[Any], max_bytes: float) -> FeatureMatrix | NDArray[Any]:
+    """Stored features as an array if they take no more than ``max_bytes``, else as they are."""
+    if not isinstance(X, np.ndarray) and X.shape[0] * X.shape[1] * np.dtype(X.dtype).itemsize <= max_bytes:
+        return np.asarray(X)
+    return X
+
+
+class KeptFeatures:
+    """Selected columns of X, scaled by layer as the head sees them.
+
+    Parameters
+    ----------
+    X : ndarray or FeatureMatrix of shape (n_samples, n_features)
+        Nothing but the selected columns is read.
+    selected : ndarray of shape (n_kept,), int64
+        Sorted.
+    layers : ndarray of shape (n_features,), int64
+        From `layer_index`.
+    scaling : {"", "kept", "whole"}
+        What each layer's part of a row is divided by: nothing, its length, or the length of the whole layer.
+    max_bytes : float, default=infinity
+        The columns are held if they take no more than this, else read again wherever they are needed.
+    """
+
+    def __init__(
+        self,
+        X: FeatureMatrix | NDArray[Any],
+        selected: NDArray[np.int64],
+        layers: NDArray[np.int64],
+        scaling: str,
+        max_bytes: float = np.inf,
+    ) -> None:
+        self.shape = (X.shape[0], len(selected))
+        self.precision = float(np.finfo(X.dtype).eps)
+        columns: ColumnSource | NDArray[Any]
+        if is_feature_matrix(X):
+            columns = in_memory(X[:, selected], max_bytes)
+        elif self.shape == X.shape:
+            columns = X
+        else:
+            columns = np.take(X, selected, axis=1)
+        if scaling == "kept":
+            columns = LayerScaled(columns, layers[selected], inverse_norms(columns, layers[selected]))
+        elif scaling == "whole":
+            columns = LayerScaled(columns, layers[selected], inverse_layer_norms(X, layers))
+        self._columns = columns
+
+    def blocks(self) -> Iterator[tuple[slice | NDArray[np.int64], NDArray[Any]]]:
+        """(which of the kept columns, block of shape (n_samples, width)) until all were given.
+
+        Raises
+        ------
+        ValueError
+            If a value is not finite.
+        """
+        if isinstance(self._columns, np.ndarray):
+            width = max(1, READ_BYTES // max(1, self.shape[0] * self._columns.itemsize))
+            parts: Iterator[tuple[Any, Any]] = (
+                (slice(start, start + width), self._columns[:, start : start + width])
+                for start in range(0, self.shape[1], width)
+            )
+        else:
+            parts = iterate_blocks(self._columns)
+        for index, block in parts:
+            # The sum is finite only if all terms are; that finite terms overflow is looked into.
+            with np.errstate(over="ignore", invalid="ignore"):
+                suspicious = not np.isfinite(block.sum())
+            if suspicious and not np.isfinite(block).all():
+                raise ValueError("X holds NaN or infinity in the selected features; they must be finite.")
+            yield index, block
+
+    def scores(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Linear scores for coefficients (n_kept, n_outputs), (n_samples, n_outputs) float64."""
+        total = np.zeros((self.shape[0], len(intercept)))
+        for index, block in self.blocks():
+            total += block.astype(np.float64, copy=False) @ coef[index]
+        total += intercept
+        return total
+
+    def values(self) -> NDArray[np.float64]:
+        """All of them, (n_samples, n_kept) float64."""
+        gathered = np.empty(self.shape)
+        for index, block in self.blocks():
+            gathered[:, index] = block
+        return gathered
+
+
+class RidgeHead:
+    """L2 logistic regression on kept features for as many values of C as wanted, gathered once.
+
+    Parameters
+    ----------
+    kept : KeptFeatures of shape (n_samples, n_kept)
+    codes : ndarray of shape (n_samples,), int64
+        Classes 0 .. n_classes - 1.
+    n_classes : int
+    sample_weight : ndarray of shape (n_samples,), float64
+        Non-negative. Rows of weight 0 and classes that have no others are left out.
+    standardize : bool
+        Penalise the coefficients of features with zero mean and unit variance.
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        kept: KeptFeatures,
+        codes: NDArray[np.int64],
+        n_classes: int,
+        sample_weight: NDArray[np.float64],
+        standardize: bool,
+        device: torch.device,
+    ) -> None:
+        self._kept, self._n_classes, self._device = kept, n_classes, device
+        self._rows = np.flatnonzero(sample_weight > 0)
+        self._whole = len(self._rows) == len(sample_weight)
+        self._present, present_codes = np.unique(codes[self._rows], return_inverse=True)
+        self._weight = torch.as_tensor(sample_weight[self._rows], device=device)
+        self._targets = torch.nn.functional.one_hot(torch.as_tensor(present_codes, device=device)).T.double()
+        self._standardize = standardize
+        self._work = torch.float32 if kept.precision > np.finfo(np.float64).eps else torch.float64
+        self._mean = torch.zeros(kept.shape[1], dtype=torch.float64, device=device)
+        self._scale = torch.ones_like(self._mean)
+        self._space = self._gather()
+        self._solution: Tensor | None = None
+
+    def _gather(self) -> SampleSpace:
+        weights = self._weight / self._weight.sum()
+
+        def standardized() -> Iterator[tuple[slice | Tensor, Tensor]]:
+            for index, block in self._blocks():
+                if self._standardize:
+                    mean, sd = column_moments(block.T.double(), weights, self._kept.precision)
+                    self._mean[index], self._scale[index] = mean, torch.where(sd > 0.0, 1.0 / sd, 0.0)
+                    block = (block - mean.to(block.dtype)) * self._scale[index].to(block.dtype)
+                yield index, block
+
+        return sample_space(standardized(), len(self._rows), self._kept.shape[1])
+
+    def _blocks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        for index, block in self._kept.blocks():
+            rows = block if self._whole else block[self._rows]
+            tensor = torch.tensor(rows, device=self._device)
+            yield (index if isinstance(index, slice) else torch.as_tensor(index)), tensor
+
+    def fit(self, C: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Solve for one C, starting from the solution for the C before.
+
+        Returns
+        -------
+        coef : ndarray of shape (n_kept, n_classes), float64
+            For the kept features, standardisation undone; zero for classes left out.
+        intercept : ndarray of shape (n_classes,), float64
+            -inf for classes left out.
+        """
+        self._solution = fit_ridge_head(self._space.columns, self._targets, self._weight, C, self._solution, self._work)
+        weights = self._solution[:, :-1]
+        if self._space.factor is None:
+            solved = weights.T * self._scale[:, None]
+        else:
+            duals = self._space.duals(weights)
+            total = duals.sum(0)
+            solved = torch.empty((self._kept.shape[1], len(self._targets)), dtype=torch.float64, device=self._device)
+            for index, block in self._blocks():
+                product = (block.T @ duals.to(block.dtype)).double()
+                if self._standardize:
+                    product = (product - torch.outer(self._mean[index], total)) * self._scale[index].square()[:, None]
+                solved[index] = product
+        coef = np.zeros((self._kept.shape[1], self._n_classes))
+        intercept = np.full(self._n_classes, -np.inf)
+        coef[:, self._present] = solved.cpu().numpy()
+        intercept[self._present] = (self._solution[:, -1] - self._mean @ solved).cpu().numpy()
+        return coef, intercept

@@ -1,0 +1,151 @@
+"""The path as the estimators ask for it: at given fractions of alpha_max, the same whatever else was asked before.
+
+A chain of fractions 0.85^k, each starting from the one before, is the same for everyone. A fraction between two of
+them branches off the one above. So a path may be solved in parts, by several processes, and kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from estimators.cache import SolvedRatios, cache_directory, cached, fingerprint, problem_key
+from estimators.group_lasso.path import group_lasso_path, warn_unconverged
+from estimators.group_lasso.progress import PathProgress
+from estimators.group_lasso.result import GroupLassoPath
+from estimators.inputs import Training
+from estimators.normalization import LayerScaled, inverse_layer_norms, scales_layers, standardizes
+
+_CHAIN = 0.85 ** np.arange(500)
+_SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class PathOptions:
+    """What decides a path besides the data, where it is solved, and where it is kept."""
+
+    normalization: str | None
+    l1_ratio: float
+    tol: float
+    max_iter: int
+    device: str | torch.device
+    max_memory: int | str | None
+    memory: Any
+    verbose: int
+    label: str = ""
+
+    @classmethod
+    def of(cls, estimator: Any, **others: Any) -> PathOptions:
+        """Those an estimator has as parameters of the same names."""
+        given = {name: others.get(name, getattr(estimator, name, None)) for name in cls.__dataclass_fields__}
+        return cls(**{**given, "label": others.get("label", "")})
+
+
+def chain_to(ratio: float) -> NDArray[np.float64]:
+    """The fractions of the chain above ``ratio``, and ``ratio``, decreasing."""
+    above = _CHAIN[ratio * (1.0 + _SAME) < _CHAIN]
+    following = _CHAIN[min(len(above), len(_CHAIN) - 1)]
+    return np.append(above, following if following >= ratio * (1.0 - _SAME) else ratio)
+
+
+def solve_path(training: Training, ratios: Sequence[float], options: PathOptions) -> list[GroupLassoPath]:
+    """For each fraction of alpha_max the path down to it, along the chain.
+
+    Labels are replaced by ``training.codes``.
+
+    Parameters
+    ----------
+    training : Training
+    ratios : sequence of float in (0, 1]
+    options : PathOptions
+
+    Returns
+    -------
+    list of GroupLassoPath
+        Ending at each of ``ratios``, in their order.
+    """
+    wanted = [chain_to(ratio) for ratio in ratios]
+    together = np.unique(np.concatenate(wanted))[::-1]
+    fresh = False
+
+    def enough(solved: SolvedRatios) -> bool:
+        return bool(np.isin(together, solved.ratios).all())
+
+    def solve(solved: SolvedRatios | None) -> SolvedRatios:
+        nonlocal fresh
+        fresh = True
+        return _complete(training, together, options, solved)
+
+    directory = cache_directory(options.memory)
+    solved = solve(None) if directory is None else cached(directory, _key(training, options), enough, solve)
+    if not fresh:
+        known = solved.path.take(np.flatnonzero(np.isin(solved.ratios, together)).tolist())
+        warn_unconverged(known, options.tol, options.max_iter)
+    return [solved.path.take(np.flatnonzero(np.isin(solved.ratios, chain)).tolist()) for chain in wanted]
+
+
+def _complete(
+    training: Training, ratios: NDArray[np.float64], options: PathOptions, solved: SolvedRatios | None
+) -> SolvedRatios:
+    """Solve for the fractions that are not there yet: the chain onward in one sweep, then branches from higher up."""
+    missing = ratios if solved is None else ratios[~np.isin(ratios, solved.ratios)]
+    lowest = np.inf if solved is None else solved.ratios[np.isin(solved.ratios, _CHAIN)][-1]
+    onward, above = missing[missing < lowest], missing[missing > lowest]
+    parts = [onward] if len(onward) else []
+    parts += [np.array([ratio]) for ratio in above]
+    features = training.features
+    scaled: Any = features
+    if scales_layers(options.normalization):
+        scaled = LayerScaled(features, training.layers, inverse_layer_norms(features, training.layers))
+    for part in parts:
+        path = group_lasso_path(
+            scaled,
+            training.codes,
+            alpha_ratios=part,
+            branch=~np.isin(part, _CHAIN),
+            l1_ratio=options.l1_ratio,
+            sample_weight=training.sample_weight,
+            standardize=standardizes(options.normalization),
+            tol=options.tol,
+            max_iter=options.max_iter,
+            device=options.device,
+            max_memory=options.max_memory,
+            warm_start=None if solved is None else _chain_part(solved),
+            callback=PathProgress(len(part), options.label) if options.verbose else None,
+        )
+        found = SolvedRatios(part, path)
+        solved = found if solved is None else solved.join(found)
+    assert solved is not None
+    return solved
+
+
+def _chain_part(solved: SolvedRatios) -> GroupLassoPath:
+    return solved.path.take(np.flatnonzero(np.isin(solved.ratios, _CHAIN)).tolist())
+
+
+def _key(training: Training, options: PathOptions) -> str:
+    weight = training.sample_weight
+    layers = training.layers if scales_layers(options.normalization) else np.zeros(0, dtype=np.int64)
+    settings = f"{options.normalization} {float(options.l1_ratio)!r} {float(options.tol)!r} {int(options.max_iter)}"
+    return problem_key(fingerprint(training.features), training.codes, weight / weight.sum(), layers, settings)
+
+
+@contextmanager
+def cpu_threads(n_jobs: int | None) -> Iterator[None]:
+    """Compute on this many CPU threads; None leaves it to torch, -1 is one per core."""
+    if n_jobs is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_jobs if n_jobs > 0 else max(1, joblib.cpu_count() + 1 + n_jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,509 @@
+"""Head2Toe with its parameters chosen by cross-validation, at the price of one path per fold and normalization."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+from sklearn import get_config
+from sklearn.base import BaseEstimator
+from sklearn.metrics import get_scorer, get_scorer_names
+from sklearn.model_selection import check_cv
+from sklearn.utils import Bunch
+from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
+from sklearn.utils.parallel import Parallel, delayed
+from sklearn.utils.validation import _check_method_params, check_is_fitted
+
+from estimators.classifier import Head2ToeClassifier, ScoresClassifier
+from estimators.group_lasso.operators import resolve_device
+from estimators.group_lasso.progress import SearchProgress
+from estimators.group_lasso.result import GroupLassoPath
+from estimators.inputs import Training, check_features, check_training
+from estimators.kept import KeptFeatures, RidgeHead, held_bytes, in_memory
+from estimators.normalization import scales_layers, standardizes
+from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, select_features, warn_nothing_selected
+from estimators.solving import PathOptions, solve_path
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is tried; ``index`` is its place in ``cv_results_``."""
+
+    index: int
+    normalization: str | None
+    alpha: float
+    keep_fraction: float | None
+    C: float
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """For `Head2ToeClassifier`."""
+        return {
+            "C": self.C,
+            "alpha": self.alpha,
+            "keep_fraction": self.keep_fraction,
+            "normalization": self.normalization,
+        }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One candidate on one training set."""
+
+    candidate: Candidate
+    path: GroupLassoPath
+    selected: NDArray[np.int64]
+    scaling: str
+    coef: NDArray[np.float64]
+    intercept: NDArray[np.float64]
+
+
+def fit_candidates(training: Training, candidates: Sequence[Candidate], options: PathOptions) -> Iterator[Fit]:
+    """Fit candidates: one path per normalization, one gathering of features per selection, C from small to large."""
+    device, limit = resolve_device(options.device), held_bytes(options.max_memory)
+    progress = SearchProgress(len(candidates), options.label) if options.verbose else None
+    features = in_memory(training.features, limit)
+    for normalization in dict.fromkeys(candidate.normalization for candidate in candidates):
+        group = [candidate for candidate in candidates if candidate.normalization == normalization]
+        alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
+        paths = dict(
+            zip(alphas, solve_path(training, alphas, replace(options, normalization=normalization)), strict=True)
+        )
+        scaling = "kept" if scales_layers(normalization) else ""
+        selections: dict[bytes, list[Candidate]] = {}
+        for candidate in sorted(group, key=lambda candidate: candidate.C):
+            selected = select_features(paths[candidate.alpha], -1, candidate.keep_fraction)
+            selections.setdefault(selected.tobytes(), []).append(candidate)
+        for key, same in selections.items():
+            selected = np.frombuffer(key, dtype=np.int64)
+            head = None
+            if len(selected):
+                head = RidgeHead(
+                    KeptFeatures(features, selected, training.layers, scaling),
+                    training.codes,
+                    len(training.classes),
+                    training.sample_weight,
+                    standardizes(normalization),
+                    device,
+                )
+            for C, alike in itertools.groupby(same, key=lambda candidate: candidate.C):
+                coef, intercept = _null_model(training) if head is None else head.fit(C)
+                for candidate in alike:
+                    yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
+                    if progress is not None:
+                        progress()
+
+
+def _null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """No features: the class frequencies."""
+    counts = np.bincount(training.codes, training.sample_weight, len(training.classes))
+    with np.errstate(divide="ignore"):
+        return np.zeros((0, len(counts))), np.log(counts / counts.sum())
+
+
+class _Answers(ScoresClassifier, BaseEstimator):  # type: ignore[misc]
+    """What one candidate says about one validation set, for scorers to ask."""
+
+    def __init__(self, classes: NDArray[Any], scores: NDArray[np.float64]) -> None:
+        self.classes_ = classes
+        self._scores = scores
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        return self._scores[:, 1] - self._scores[:, 0] if len(self.classes_) == 2 else self._scores
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+
+def _score_fold(
+    training: Training,
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+    candidates: Sequence[Candidate],
+    scorer: Any,
+    score_params: dict[str, Any],
+    options: PathOptions,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Scores of all candidates on one fold, and how many features each kept."""
+    part = replace(
+        training,
+        features=training.features[train],
+        codes=training.codes[train],
+        sample_weight=training.sample_weight[train],
+    )
+    held_out, labels = training.features[test], training.classes[training.codes[test]]
+    values = in_memory(held_out, held_bytes(options.max_memory))
+    params = _check_method_params(training.features, params=score_params, indices=test)
+    scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
+    if len(np.unique(part.codes[part.sample_weight > 0])) < 2:
+        warnings.warn(
+            f"{options.label}only one class to train on, which is predicted everywhere. Choose cv so that every fold "
+            "trains on two.",
+            UserWarning,
+            stacklevel=2,
+        )
+        null = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "").scores(*_null_model(part))
+        scores[:], n_features[:] = float(scorer(_Answers(training.classes, null), held_out, labels, **params)), 0
+        return scores, n_features
+    previous: tuple[NDArray[np.float64] | None, float] = (None, np.nan)
+    for fit in fit_candidates(part, candidates, options):
+        if previous[0] is not fit.coef:
+            kept = KeptFeatures(values, fit.selected, training.layers, fit.scaling)
+            answers = _Answers(training.classes, kept.scores(fit.coef, fit.intercept))
+            previous = fit.coef, float(scorer(answers, held_out, labels, **params))
+        scores[fit.candidate.index], n_features[fit.candidate.index] = previous[1], len(fit.selected)
+    return scores, n_features
+
+
+class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  # type: ignore[misc]
+    """Head2Toe with strength, number of features, penalty and normalization chosen by cross-validation.
+
+    Every fold solves one group-lasso path per normalization, which serves all other candidates. The best candidates
+    are fitted again on all samples, and their scores averaged.
+
+    Parameters
+    ----------
+    alphas : sequence of float in (0, 1], default=(0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
+        Strengths of the group lasso as fractions of alpha_max. The strongest keep a handful of features.
+    keep_fractions : sequence of float in (0, 1] or None, default=(None, 0.02, 0.1, 0.3, 1.0)
+        Tried at every strength. None keeps the features with nonzero weight, 1.0 keeps all.
+    Cs : sequence of float, default=(0.001, 0.01, 0.1, 1.0)
+        Inverse penalties of the ridge head.
+    normalizations : sequence of {"standard", "layer", "layer+standard"} or None, default=("standard",)
+        As in `Head2ToeClassifier`.
+    l1_ratio : float in (0, 1], default=1.0
+        Share of the penalty on sum_d ||W_d||_2; the rest is on ||W||_F^2 / 2.
+    cv : int, splitter or iterable of (train, test), default=5
+        An integer is the number of stratified folds. Where no class has that many samples, there are as many folds as
+        the largest class has.
+    scoring : str, callable or None, default=None
+        What a scorer of scikit-learn may be; None is accuracy.
+    one_standard_error : bool, default=False
+        Among the candidates whose mean score is within one standard error of the best, prefer those with the fewest
+        features.
+    n_averaged : int, default=5
+        How many candidates, from the best down, share in predictions. 1 fits the best alone.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes; they multiply ``sample_weight``.
+    tol : float, default=1e-3
+        Duality gap to certify, relative to the objective of zero coefficients.
+    max_iter : int, default=1000
+        Newton steps per alpha of the path.
+    device : str or torch.device, default="auto"
+        "auto" is CUDA where there is one, else the CPU. Fitted attributes are on the host.
+    max_memory : int or str, default=None
+        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
+    memory : str, path, joblib.Memory or None, default=None
+        Folder where solved paths are kept, so that an interrupted or extended search goes on from there.
+    n_jobs : int or None, default=None
+        Folds worked on at the same time, as in `GridSearchCV`.
+    verbose : int, default=0
+        Print a line per alpha of every fold's path, and per tenth of its candidates.
+
+    Attributes
+    ----------
+    cv_results_ : dict of str to ndarray
+        One entry per candidate, for ``pandas.DataFrame(cv_results_)``: ``params``, ``param_*``, ``split*_test_score``,
+        ``mean_test_score``, ``std_test_score``, ``rank_test_score``, ``mean_n_features``.
+    best_index_ : int
+        The best candidate's place in ``cv_results_``.
+    best_params_ : dict
+        Its ``alpha``, ``keep_fraction``, ``C`` and ``normalization``.
+    best_score_ : float
+        Its mean score over the folds.
+    best_estimator_ : Head2ToeClassifier
+        The best candidate alone, fitted on all samples.
+    estimators_ : list of Head2ToeClassifier
+        The candidates that are averaged, best first.
+    scorer_ : callable
+    n_splits_ : int
+    n_iter_ : int
+        Most solver steps that any alpha took in the fits on all samples.
+    classes_ : ndarray of shape (n_classes,)
+    n_features_in_ : int
+    feature_names_in_ : ndarray of shape (n_features_in_,), object
+        Where X has names.
+    selected_features_ : ndarray of shape (n_selected,), int64
+        Sorted columns that prediction reads: those of all ``estimators_``.
+    feature_scores_ : ndarray of shape (n_features_in_,), float64
+        Mean of the ``feature_scores_`` of ``estimators_``.
+    feature_layers_ : ndarray of shape (n_features_in_,), int64
+        Position in ``layer_names_`` of each feature's layer.
+    layer_names_ : ndarray of shape (n_layers,), object
+        In network order; a plain array is one layer, "X".
+
+    Notes
+    -----
+    Candidates with equal mean scores are ranked by fewer features, then by smaller C.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from estimators import Head2ToeClassifierCV
+    >>> X, y = load_iris(return_X_y=True)
+    >>> Head2ToeClassifierCV().fit(X, y).best_score_ > 0.9
+    True
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "alphas": ["array-like"],
+        "keep_fractions": ["array-like"],
+        "Cs": ["array-like"],
+        "normalizations": ["array-like"],
+        "cv": ["cv_object"],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "one_standard_error": ["boolean"],
+        "n_averaged": [Interval(Integral, 1, None, closed="left")],
+        **PATH_CONSTRAINTS,
+    }
+
+    def __init__(
+        self,
+        alphas: Sequence[float] = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
+        keep_fractions: Sequence[float | None] = (None, 0.02, 0.1, 0.3, 1.0),
+        Cs: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+        normalizations: Sequence[str | None] = ("standard",),
+        l1_ratio: float = 1.0,
+        cv: Any = 5,
+        scoring: Any = None,
+        one_standard_error: bool = False,
+        n_averaged: int = 5,
+        class_weight: dict[Any, float] | str | None = None,
+        tol: float = 1e-3,
+        max_iter: int = 1000,
+        device: str | torch.device = "auto",
+        max_memory: int | str | None = None,
+        memory: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.alphas = alphas
+        self.keep_fractions = keep_fractions
+        self.Cs = Cs
+        self.normalizations = normalizations
+        self.l1_ratio = l1_ratio
+        self.cv = cv
+        self.scoring = scoring
+        self.one_standard_error = one_standard_error
+        self.n_averaged = n_averaged
+        self.class_weight = class_weight
+        self.tol = tol
+        self.max_iter = max_iter
+        self.device = device
+        self.max_memory = max_memory
+        self.memory = memory
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None, **params: Any) -> Self:
+        """Choose among the candidates by cross-validation and fit the best on all samples.
+
+        Parameters
+        ----------
+        X : array-like or FeatureMatrix of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,)
+            Class labels.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative. Scores are weighted by it too, unless metadata routing says otherwise.
+        **params : dict
+            What metadata routing takes to the splitter and the scorer, such as ``groups``.
+
+        Returns
+        -------
+        self : Head2ToeClassifierCV
+
+        Raises
+        ------
+        ValueError
+            If a parameter or input is not as described, there are fewer than two classes, or no candidate's score is
+            a number.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If a path does not reach ``tol``, or a head does not converge.
+        """
+        self._validate_params()
+        candidates = self._candidates()
+        training = check_training(self, X, y, sample_weight, self.class_weight)
+        routed = self._route(sample_weight, params)
+        splits = self._splits(training, routed.splitter.split)
+        self.scorer_, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
+        options = PathOptions.of(self, normalization=None)
+        columns = Parallel(n_jobs=self.n_jobs)(
+            delayed(_score_fold)(
+                training,
+                train,
+                test,
+                candidates,
+                self.scorer_,
+                routed.scorer.score,
+                replace(options, label=f"fold {number}/{len(splits)}, "),
+            )
+            for number, (train, test) in enumerate(splits, 1)
+        )
+        scores, n_features = (np.array(part) for part in zip(*columns, strict=True))
+        order = self._rank(candidates, scores, n_features)
+        chosen = order[: self.n_averaged].tolist()
+        fits = fit_candidates(
+            training, [candidates[index] for index in chosen], replace(options, label="all samples, ")
+        )
+        fitted = {fit.candidate.index: self._estimator(training, fit) for fit in fits}
+        self.estimators_ = [fitted[index] for index in chosen]
+        self.best_index_, self.best_estimator_ = int(order[0]), self.estimators_[0]
+        self.best_params_ = candidates[order[0]].params
+        self.best_score_ = float(scores[:, order[0]].mean())
+        self.classes_ = training.classes
+        self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
+        self.n_iter_ = max(estimator.n_iter_ for estimator in self.estimators_)
+        self.feature_scores_ = np.mean([estimator.feature_scores_ for estimator in self.estimators_], axis=0)
+        self.selected_features_ = np.unique(
+            np.concatenate([estimator.selected_features_ for estimator in self.estimators_])
+        )
+        if not len(self.selected_features_):
+            warn_nothing_selected(
+                self.best_params_["alpha"], self.best_estimator_.alpha_max_, "predictions are the class frequencies"
+            )
+        return self
+
+    def _candidates(self) -> list[Candidate]:
+        parameters = {
+            "normalization": "normalizations",
+            "alpha": "alphas",
+            "keep_fraction": "keep_fractions",
+            "C": "Cs",
+        }
+        grids = []
+        for name, plural in parameters.items():
+            values = list(getattr(self, plural))
+            if not values:
+                raise ValueError(f"{plural} must hold at least one value, got none.")
+            for value in values:
+                validate_parameter_constraints(
+                    {name: Head2ToeClassifier._parameter_constraints[name]}, {name: value}, type(self).__name__
+                )
+            grids.append(list(dict.fromkeys(values)))
+        return [Candidate(index, *values) for index, values in enumerate(itertools.product(*grids))]
+
+    def _route(self, sample_weight: ArrayLike | None, params: dict[str, Any]) -> Bunch:
+        if get_config()["enable_metadata_routing"]:
+            if sample_weight is not None:
+                params = {**params, "sample_weight": sample_weight}
+            return process_routing(self, "fit", **params)
+        if unknown := sorted(params.keys() - {"groups"}):
+            raise ValueError(
+                f"fit takes {', '.join(unknown)} only with metadata routing: "
+                "sklearn.set_config(enable_metadata_routing=True)."
+            )
+        score = {} if sample_weight is None else {"sample_weight": sample_weight}
+        return Bunch(splitter=Bunch(split=params), scorer=Bunch(score=score))
+
+    def get_metadata_routing(self) -> MetadataRouter:
+        """What `fit` passes on: to the splitter's ``split`` and the scorer's ``score``."""
+        return (
+            MetadataRouter(owner=type(self).__name__)
+            .add_self_request(self)
+            .add(
+                splitter=check_cv(self.cv, classifier=True),
+                method_mapping=MethodMapping().add(caller="fit", callee="split"),
+            )
+            .add(
+                scorer=get_scorer(self.scoring or "accuracy"),
+                method_mapping=MethodMapping().add(caller="fit", callee="score"),
+            )
+        )
+
+    def _splits(self, training: Training, params: dict[str, Any]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        cv = self.cv
+        if isinstance(cv, Integral) or cv is None:
+            largest, wanted = int(np.bincount(training.codes).max()), 5 if cv is None else int(cv)
+            if largest < 2:
+                raise ValueError(
+                    "y must hold a class with two samples or more: every class has one, which cannot be split."
+                )
+            if largest < wanted:
+                warnings.warn(
+                    f"cv={wanted} is more than any class has samples; {largest} folds are used. Lower cv.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            cv = min(largest, wanted)
+        labels = training.classes[training.codes]
+        return list(check_cv(cv, labels, classifier=True).split(np.zeros((len(labels), 1)), labels, **params))
+
+    def _rank(
+        self, candidates: Sequence[Candidate], scores: NDArray[np.float64], n_features: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Candidates from best to worst; sets ``cv_results_``."""
+        mean, spread, size = scores.mean(axis=0), scores.std(axis=0), n_features.mean(axis=0)
+        if np.isnan(mean).all():
+            raise ValueError(
+                f"scoring={self.scoring!r} is nan for all candidates; choose scoring or cv so that it is not."
+            )
+        results: dict[str, Any] = {"params": [candidate.params for candidate in candidates]}
+        for name in candidates[0].params:
+            values = [candidate.params[name] for candidate in candidates]
+            numeric = all(isinstance(value, Real) for value in values)
+            results[f"param_{name}"] = np.ma.MaskedArray(
+                np.array(values, dtype=float if numeric else object), mask=False
+            )
+        results |= {f"split{number}_test_score": score for number, score in enumerate(scores)}
+        results |= {"mean_test_score": mean, "std_test_score": spread}
+        results["rank_test_score"] = rankdata(np.where(np.isnan(mean), np.inf, -mean), method="min").astype(np.int32)
+        results["mean_n_features"] = size
+        self.cv_results_ = results
+        preferred = -np.nan_to_num(mean, nan=-np.inf)
+        if self.one_standard_error:
+            best = np.nanargmax(mean)
+            margin = scores[:, best].std(ddof=min(1, len(scores) - 1)) / np.sqrt(len(scores))
+            preferred = np.where(mean >= mean[best] - margin, -np.inf, preferred)
+        return np.lexsort(([candidate.C for candidate in candidates], size, preferred))
+
+    def _estimator(self, training: Training, fit: Fit) -> Head2ToeClassifier:
+        """A candidate as the classifier it stands for."""
+        names = Head2ToeClassifier._get_param_names()
+        shared = {name: getattr(self, name) for name in names if name in self._get_param_names()} | {"n_jobs": None}
+        estimator = Head2ToeClassifier(**{**shared, **fit.candidate.params})
+        estimator.n_features_in_ = self.n_features_in_
+        if hasattr(self, "feature_names_in_"):
+            estimator.feature_names_in_ = self.feature_names_in_
+        estimator._take_path(training, fit.path)
+        estimator._set_linear(fit.coef, fit.intercept)
+        return estimator
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Scores of the classes, averaged over ``estimators_``; of the second class only where there are two.
+
+        Parameters
+        ----------
+        X : array-like or FeatureMatrix of shape (n_samples, n_features)
+            Only ``X[:, selected_features_]`` of a FeatureMatrix is read.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes) or (n_samples,), float64
+
+        Raises
+        ------
+        ValueError
+            If X has another number of features, or other feature names, than in `fit`.
+        """
+        check_is_fitted(self)
+        features = check_features(self, X, reset=False)
+        union = self.selected_features_
+        columns, layers = in_memory(features[:, union], held_bytes(self.max_memory)), self.feature_layers_[union]
+        total: Any = 0.0
+        for estimator in self.estimators_:
+            positions = np.searchsorted(union, estimator.selected_features_)
+            total = total + estimator._scores(columns, positions, layers)
+        scores: NDArray[np.float64] = total / len(self.estimators_)
+        return scores[:, 0] if len(self.classes_) == 2 else scores
