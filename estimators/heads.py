@@ -1,8 +1,8 @@
 """The linear head on kept features: L2 multinomial logistic regression in the smaller of sample and feature space.
 
 With fewer samples than features the solution is a combination of rows: only their products ZZ' are needed, whose
-Cholesky factor L stands for the features. Newton's method takes its steps from conjugate gradients on whitened
-features, in the precision the features came in, and looks at where they lead in float64.
+Cholesky factor L stands for the features. Newton's method takes its steps from preconditioned conjugate gradients, in
+the precision the features came in, and looks at where they lead in float64.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from estimators.group_lasso.problem import Problem, evaluate, null_objective, null_probabilities
+
 _TOLERANCE = 1e-6
-_SLOPE_TOLERANCE = 1e-7
 _MAX_ITER = 100
 _CG_STEPS = 30
 _STALE = 20
@@ -26,6 +27,7 @@ _SMALLEST_STEP = 1e-6
 _LEAST_CURVATURE = 1e-6
 _JITTER = 1e-7
 _LARGEST_FACTOR = 4096
+_PANEL = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +61,60 @@ def sample_space(blocks: Iterable[tuple[slice | Tensor, Tensor]], n_samples: int
         Standardised as they are to be penalised, float32 or float64; products are made in that precision.
     n_samples, n_features : int
     """
-    if n_features <= n_samples:
-        gathered: Tensor | None = None
-        for index, block in blocks:
-            if gathered is None:
-                gathered = torch.empty((n_features, n_samples), dtype=torch.float64, device=block.device)
+    gathered: Tensor | None = None
+    size = min(n_features, n_samples)
+    for index, block in blocks:
+        if gathered is None:
+            gathered = torch.zeros((size, n_samples), dtype=torch.float64, device=block.device)
+        if n_features <= n_samples:
             gathered[index] = block.T.double()
-        assert gathered is not None
+        else:
+            _add_products(gathered, block)
+    assert gathered is not None
+    if n_features <= n_samples:
         return SampleSpace(gathered, None)
-    gram = sum((block @ block.T).double() for _, block in blocks)
-    assert isinstance(gram, Tensor)
-    factor = _factor(gram, _JITTER)
+    factor = _factor(gathered, _JITTER)
     if factor is None:
         raise ValueError("The kept features are too large for the ridge head: their products overflow. Scale them.")
     return SampleSpace(factor.T.contiguous(), factor)
 
 
-def _factor(gram: Tensor, jitter: float) -> Tensor | None:
-    """Cholesky factor with as little added to the diagonal as it takes, at least ``jitter`` times its mean."""
-    mean = float(gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+def _add_products(total: Tensor, rows: Tensor) -> None:
+    """Add the products of rows with each other to the lower triangle, leaving most of the upper one alone."""
+    for start in range(0, len(rows), _PANEL):
+        stop = start + _PANEL
+        total[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
+
+
+def _factor(lower: Tensor, jitter: float) -> Tensor | None:
+    """Cholesky factor of a matrix, of which the lower triangle is read.
+
+    As little is added to the diagonal as it takes, at least ``jitter`` times its mean.
+    """
+    mean = float(lower.diagonal().mean().clamp_min(torch.finfo(lower.dtype).tiny))
     for _ in range(10):
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(gram + jitter * mean * torch.eye(len(gram)).to(gram))
+        shifted = lower.clone()
+        shifted.diagonal().add_(jitter * mean)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         if not int(failed):
             return factor
         jitter = max(_JITTER, 10.0 * jitter)
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class RidgeSolution:
+    """A ridge head in the space it was solved in.
+
+    Attributes
+    ----------
+    coef : Tensor of shape (n_classes, size), float64
+    intercept : Tensor of shape (n_classes,), float64
+    """
+
+    coef: Tensor
+    intercept: Tensor
 
 
 def fit_ridge_head(
@@ -92,9 +122,9 @@ def fit_ridge_head(
     targets: Tensor,
     sample_weight: Tensor,
     C: float,
-    start: Tensor | None = None,
+    start: RidgeSolution | None = None,
     work: torch.dtype = torch.float64,
-) -> Tensor:
+) -> RidgeSolution:
     """Minimise C * sum_i s_i CE(y_i, V z_i + c) + ||V||_F^2 / 2, as scikit-learn's LogisticRegression does.
 
     Two classes have the penalty of scikit-learn's one logit w, which is softmax columns -w/2, w/2.
@@ -109,15 +139,15 @@ def fit_ridge_head(
         Positive.
     C : float
         Inverse strength of the penalty.
-    start : Tensor of shape (n_classes, size + 1), float64, default=None
+    start : RidgeSolution, default=None
         A solution for a similar C.
     work : torch.dtype, default=torch.float64
         Of the conjugate gradients: float32 is twice as fast and loses nothing, as the gradient is in float64.
 
     Returns
     -------
-    Tensor of shape (n_classes, size + 1), float64
-        V and, last, the intercept. The objective is within 1e-6 of its optimum, relative to that of V = 0.
+    RidgeSolution
+        Its objective is within 1e-6 of the optimum, relative to that of V = 0.
 
     Warns
     -----
@@ -125,129 +155,104 @@ def fit_ridge_head(
         If rounding or 100 Newton steps are in the way of that.
     """
     total = float(sample_weight.sum())
-    weights = sample_weight / total
+    problem = Problem(targets, sample_weight / total, 0.0, True)
     strength = (2.0 if len(targets) == 2 else 1.0) / (C * total)
-    size = len(columns)
-    features = torch.cat([columns, torch.ones_like(columns[:1])])
-    penalty = torch.full((size + 1,), strength, dtype=torch.float64, device=columns.device)
-    penalty[-1] = 0.0
-    frequencies = targets @ weights
-    null = float(torch.special.entr(frequencies).sum())
+    null = null_objective(problem)
     if start is None:
-        coef = torch.zeros((len(targets), size + 1), dtype=torch.float64, device=columns.device)
-        coef[:, -1] = frequencies.log() - frequencies.log().mean()
-    else:
-        coef = start
-    value, probabilities = _evaluate(features, targets, weights, penalty, coef)
-    white: _Whitened | None = None
+        frequencies = null_probabilities(problem).log()
+        start = RidgeSolution(torch.zeros((len(targets), len(columns))).to(columns), frequencies - frequencies.mean())
+    coef, products = start.coef, start.coef @ columns
+    point = evaluate(problem, products, start.intercept)
+    hessian: _Curvature | None = None
     n_products, gap = _STALE, np.inf
     for _ in range(_MAX_ITER):
-        gradient = (weights * (probabilities - targets)) @ features.T + coef * penalty
-        # The loss is convex and the penalty strongly so: no optimum is further below than this.
-        gap = float(gradient[:, :-1].square().sum()) / (2.0 * strength)
-        if gap <= _TOLERANCE * null and float(gradient[:, -1].abs().max()) <= _SLOPE_TOLERANCE:
-            return coef
-        if white is None or n_products >= _STALE:
-            white = _Whitened.at(features.to(work), weights, probabilities, penalty)
-            if white is None:
+        gradient = point.residual @ columns.T + strength * coef
+        # With the best intercept, what remains is strongly convex in V: no optimum is further below than this.
+        gap = float(gradient.square().sum()) / (2.0 * strength) if point.exact else np.inf
+        if gap <= _TOLERANCE * null:
+            return RidgeSolution(coef, point.intercept)
+        if hessian is None or n_products >= _STALE:
+            hessian = _Curvature.at(columns.to(work), problem.weights, point.probabilities, strength)
+            if hessian is None:
                 break
-        direction, n_products = white.newton_direction(weights, probabilities, gradient)
-        slope, step = float((gradient * direction).sum()), 1.0
+        direction, turn, n_products = hessian.newton_direction(problem.weights, point.probabilities, gradient)
+        slope, moved, step = float((gradient * direction).sum()), direction @ columns, 1.0
+        value = point.loss + 0.5 * strength * float(coef.square().sum())
         while step > _SMALLEST_STEP:
             trial = coef + step * direction
-            trial_value, trial_probabilities = _evaluate(features, targets, weights, penalty, trial)
+            reached = evaluate(problem, products + step * moved, point.intercept + step * turn)
+            trial_value = reached.loss + 0.5 * strength * float(trial.square().sum())
             if trial_value <= value + 1e-4 * step * slope + 1e-15:
                 break
             step /= 2
         if step <= _SMALLEST_STEP:
             break
-        coef, value, probabilities = trial, trial_value, trial_probabilities
+        coef, products, point = trial, products + step * moved, reached
     warnings.warn(
         f"The ridge head stopped within {gap / null:.1e} of its optimum, relative to the objective of zero "
         f"coefficients, instead of {_TOLERANCE:.0e}. Lower C, or scale the features.",
         ConvergenceWarning,
         stacklevel=2,
     )
-    return coef
-
-
-def _evaluate(
-    features: Tensor, targets: Tensor, weights: Tensor, penalty: Tensor, coef: Tensor
-) -> tuple[float, Tensor]:
-    """The objective over C * sum_i s_i, and the class probabilities."""
-    scores = coef @ features
-    normalizer = torch.logsumexp(scores, 0)
-    value = weights @ (normalizer - (scores * targets).sum(0)) + 0.5 * (coef.square() @ penalty).sum()
-    return float(value), (scores - normalizer).exp_()
+    return RidgeSolution(coef, point.intercept)
 
 
 @dataclass(frozen=True, slots=True)
-class _Whitened:
-    """Features in which the Hessian is the identity, if every sample has one curvature h for all classes.
+class _Curvature:
+    """The Hessian as conjugate gradients need it: products with features, and an approximate inverse.
 
-    With M = F diag(h) F' + diag(penalty) = LL' these are L^-1 F. Beyond 4096 features only the diagonal of M is used.
+    The inverse is that of M = F diag(h) F' + diag(penalty), the Hessian if every sample had one curvature h for all
+    classes. Beyond 4096 features only the diagonal of M is inverted.
     """
 
-    factor: Tensor
     features: Tensor
-    curvature: Tensor
     penalty: Tensor
+    inverse: Tensor
 
     @classmethod
-    def at(cls, features: Tensor, weights: Tensor, probabilities: Tensor, penalty: Tensor) -> _Whitened | None:
-        work = features.dtype
+    def at(cls, columns: Tensor, weights: Tensor, probabilities: Tensor, strength: float) -> _Curvature | None:
+        features = torch.cat([columns, torch.ones_like(columns[:1])])
+        penalty = torch.full_like(features[:, 0], strength)
+        penalty[-1] = 0.0
         mean = (probabilities * (1.0 - probabilities)).sum(0) / (len(probabilities) - 1)
-        curvature = (weights * mean.clamp_min(_LEAST_CURVATURE)).to(work)
+        curvature = (weights * mean.clamp_min(_LEAST_CURVATURE)).to(features.dtype)
         if len(features) > _LARGEST_FACTOR:
-            scale = (features.square() @ curvature + penalty.to(work)).sqrt()
-            return cls(scale, features / scale[:, None], curvature, penalty.to(work) / scale.square())
-        squared = (features * curvature) @ features.T
-        squared.diagonal().add_(penalty.to(work))
-        factor = _factor(squared, 0.0)
-        if factor is None:
-            return None
-        white = torch.linalg.solve_triangular(factor, features, upper=False)
-        return cls(factor, white, curvature, torch.zeros(0, device=features.device))
+            return cls(features, penalty, 1.0 / (features.square() @ curvature + penalty))
+        squared = torch.diag(penalty)
+        _add_products(squared, features * curvature.sqrt())
+        factor = _factor(squared, torch.finfo(features.dtype).eps)
+        return None if factor is None else cls(features, penalty, torch.cholesky_inverse(factor))
 
-    def _back(self, right: Tensor) -> Tensor:
-        """L^-1 applied to rows."""
-        if self.factor.ndim == 1:
-            return right / self.factor
-        solved: Tensor = torch.linalg.solve_triangular(self.factor, right.T, upper=False)
-        return solved.T
+    def _precondition(self, rows: Tensor) -> Tensor:
+        return rows * self.inverse if self.inverse.ndim == 1 else rows @ self.inverse
 
-    def _forth(self, solution: Tensor) -> Tensor:
-        """L'^-1 applied to rows."""
-        if self.factor.ndim == 1:
-            return solution / self.factor
-        solved: Tensor = torch.linalg.solve_triangular(self.factor.T, solution.T, upper=True)
-        return solved.T
+    def newton_direction(self, weights: Tensor, probabilities: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Minus the inverse Hessian times the gradient, roughly; that of the intercept; how many products it took.
 
-    def newton_direction(self, weights: Tensor, probabilities: Tensor, gradient: Tensor) -> tuple[Tensor, int]:
-        """Minus the inverse Hessian times the gradient, roughly, and how many products that took."""
+        The gradient in the intercept is zero.
+        """
         work = self.features.dtype
         likely, weighted = probabilities.to(work), (weights * probabilities).to(work)
-        residual = self._back(-gradient.to(work)).contiguous()
-        solution = torch.zeros_like(residual)
-        search, size = residual.clone(), float(residual.square().sum())
+        residual = torch.nn.functional.pad(-gradient.to(work), (0, 1))
+        solution, search = torch.zeros_like(residual), self._precondition(residual)
+        size = float((residual * search).sum())
         goal = _FORCING**2 * size
         n_products = 0
         while n_products < _CG_STEPS:
             n_products += 1
             scores = search @ self.features
             bent = weighted * (scores - (likely * scores).sum(0))
-            if self.factor.ndim == 1:
-                product = torch.addcmul(bent @ self.features.T, search, self.penalty)
-            else:
-                product = search + (bent - self.curvature * scores) @ self.features.T
+            product = torch.addcmul(bent @ self.features.T, search, self.penalty)
             curvature = float((search * product).sum())
             if not curvature > 0.0:
                 break
             step = size / curvature
             solution.add_(search, alpha=step)
             residual.sub_(product, alpha=step)
-            previous, size = size, float(residual.square().sum())
-            if size <= goal:
+            scaled = self._precondition(residual)
+            previous, size = size, float((residual * scaled).sum())
+            if not size > goal:
                 break
-            search = residual + (size / previous) * search
-        return self._forth(solution).double(), n_products
+            search = scaled.add_(search, alpha=size / previous)
+        direction = solution.double()
+        return direction[:, :-1], direction[:, -1], n_products

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from estimators.group_lasso.operators import column_moments, memory_limit
 from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
-from estimators.heads import SampleSpace, fit_ridge_head, sample_space
+from estimators.heads import RidgeSolution, SampleSpace, fit_ridge_head, sample_space
 from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
 
 _HELD_SHARE = 4
@@ -146,7 +146,7 @@ class RidgeHead:
         self._mean = torch.zeros(kept.shape[1], dtype=torch.float64, device=device)
         self._scale = torch.ones_like(self._mean)
         self._space = self._gather()
-        self._solution: Tensor | None = None
+        self._solution: RidgeSolution | None = None
 
     def _gather(self) -> SampleSpace:
         weights = self._weight / self._weight.sum()
@@ -164,7 +164,8 @@ class RidgeHead:
     def _blocks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         for index, block in self._kept.blocks():
             rows = block if self._whole else block[self._rows]
-            tensor = torch.tensor(rows, device=self._device)
+            # Torch warns where it shares memory that it may not write to, as joblib maps it for its workers.
+            tensor = torch.from_numpy(rows if rows.flags.writeable else rows.copy()).to(self._device)
             yield (index if isinstance(index, slice) else torch.as_tensor(index)), tensor
 
     def fit(self, C: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -178,7 +179,7 @@ class RidgeHead:
             -inf for classes left out.
         """
         self._solution = fit_ridge_head(self._space.columns, self._targets, self._weight, C, self._solution, self._work)
-        weights = self._solution[:, :-1]
+        weights = self._solution.coef
         if self._space.factor is None:
             solved = weights.T * self._scale[:, None]
         else:
@@ -193,5 +194,5 @@ class RidgeHead:
         coef = np.zeros((self._kept.shape[1], self._n_classes))
         intercept = np.full(self._n_classes, -np.inf)
         coef[:, self._present] = solved.cpu().numpy()
-        intercept[self._present] = (self._solution[:, -1] - self._mean @ solved).cpu().numpy()
+        intercept[self._present] = (self._solution.intercept - self._mean @ solved).cpu().numpy()
         return coef, intercept
