@@ -21,7 +21,7 @@ from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import ColumnSource
 from estimators.inputs import Training, check_features, check_training
-from estimators.kept import KeptFeatures, RidgeHead, held_bytes
+from estimators.kept import KeptFeatures, held_bytes, ridge_head
 from estimators.normalization import (
     NORMALIZATIONS,
     LayerScaled,
@@ -263,7 +263,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         if self.head == "path" or not len(self.selected_features_):
             coef, intercept = path.coef(-1)[self.selected_features_], path.intercepts[-1]
         else:
-            coef, intercept = self._fit_head(training, random)
+            coef, intercept = self._fit_head(training, path, random)
         self._set_linear(coef, intercept)
 
     def _take_path(self, training: Training, path: GroupLassoPath) -> None:
@@ -324,21 +324,13 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         return np.asarray(np.linalg.norm(coef, axis=1))
 
     def _fit_head(
-        self, training: Training, random: np.random.RandomState
+        self, training: Training, path: GroupLassoPath, random: np.random.RandomState
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Fresh head on the kept features: (n_selected, n_classes), (n_classes,)."""
-        kept = self._kept(training.features, self.selected_features_, training.layers)
-        n_classes = len(training.classes)
         if self.head == "ridge":
-            ridge = RidgeHead(
-                kept,
-                training.codes,
-                n_classes,
-                training.sample_weight,
-                standardizes(self.normalization),
-                resolve_device(self.device),
-            )
-            return ridge.fit(self.C)
+            limit, device = held_bytes(self.max_memory), resolve_device(self.device)
+            return ridge_head(training, path, self.selected_features_, self.normalization, device, limit).fit(self.C)
+        kept = self._kept(training.features, self.selected_features_, training.layers)
         values = kept.values()
         mean, scale = np.zeros(kept.shape[1]), np.ones(kept.shape[1])
         if standardizes(self.normalization):
@@ -346,7 +338,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         solved, offset = train(
             (values - mean) * scale,
             training.codes,
-            n_classes,
+            len(training.classes),
             sample_weight=training.sample_weight,
             learning_rate=self.learning_rate,
             n_steps=self.max_iter,

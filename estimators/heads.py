@@ -1,12 +1,13 @@
 """The linear head on kept features: L2 multinomial logistic regression in the smaller of sample and feature space.
 
-With fewer samples than features the solution is a combination of rows: only their products ZZ' are needed, whose
-Cholesky factor L stands for the features. Newton's method takes its steps from preconditioned conjugate gradients, in
-the precision the features came in, and looks at where they lead in float64.
+With fewer samples than features the solution V is a combination of rows, A'Z: only their products ZZ' are needed. In
+either space the scores are coordinates times a matrix. Newton's method takes its steps from preconditioned conjugate
+gradients, in the precision the features came in, and looks at where they lead in float64. The intercept is eliminated.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,43 +17,46 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from estimators.group_lasso.problem import Problem, evaluate, null_objective, null_probabilities
+from estimators.group_lasso.problem import Problem, evaluate, intercept_hessian, null_objective, null_probabilities
 
 _TOLERANCE = 1e-6
 _MAX_ITER = 100
 _CG_STEPS = 30
 _STALE = 20
-_FORCING = 0.3
+_FORCING = 0.2
+_LOOSEST = 0.5
 _SMALLEST_STEP = 1e-6
 _LEAST_CURVATURE = 1e-6
 _JITTER = 1e-7
-_LARGEST_FACTOR = 4096
+_LARGEST_INVERSE = 4096
 _PANEL = 256
 
 
 @dataclass(frozen=True, slots=True)
-class SampleSpace:
-    """Features Z (n_samples, n_features) as as many numbers per sample as there are samples or features, the fewer.
+class HeadSpace:
+    """Features Z (n_samples, n_features) as the head needs them.
 
     Attributes
     ----------
-    columns : Tensor of shape (size, n_samples), float64
-        Z' itself, or L' with LL' = ZZ'.
-    factor : Tensor of shape (n_samples, n_samples), float64, or None
-        L, where it stands for Z.
+    matrix : Tensor of shape (size, n_samples), float64
+        What coordinates (n_classes, size) are multiplied with for scores: Z', where they are V', or ZZ', where they
+        are A'.
+    dual : bool
+        Whether it is ZZ'.
     """
 
-    columns: Tensor
-    factor: Tensor | None
+    matrix: Tensor
+    dual: bool
 
-    def duals(self, coef: Tensor) -> Tensor:
-        """A with Z V = ZZ'A, so that V = Z'A, from the coefficients (n_classes, size) of L, (n_samples, n_classes)."""
-        assert self.factor is not None
-        solved: Tensor = torch.linalg.solve_triangular(self.factor.T, coef.T, upper=True)
-        return solved
+    def pull(self, residual: Tensor) -> Tensor:
+        """The gradient in the coordinates (in those of V = A'Z up to a factor ZZ') from that in the scores."""
+        return residual if self.dual else residual @ self.matrix.T
+
+    def to(self, dtype: torch.dtype) -> HeadSpace:
+        return HeadSpace(self.matrix.to(dtype), self.dual)
 
 
-def sample_space(blocks: Iterable[tuple[slice | Tensor, Tensor]], n_samples: int, n_features: int) -> SampleSpace:
+def head_space(blocks: Iterable[tuple[slice | Tensor, Tensor]], n_samples: int, n_features: int) -> HeadSpace:
     """Gather features by blocks of columns.
 
     Parameters
@@ -60,23 +64,29 @@ def sample_space(blocks: Iterable[tuple[slice | Tensor, Tensor]], n_samples: int
     blocks : iterable of (columns, block of shape (n_samples, width))
         Standardised as they are to be penalised, float32 or float64; products are made in that precision.
     n_samples, n_features : int
+
+    Raises
+    ------
+    ValueError
+        If products of features overflow.
     """
-    gathered: Tensor | None = None
-    size = min(n_features, n_samples)
+    dual, gathered = n_features > n_samples, None
     for index, block in blocks:
         if gathered is None:
+            size = min(n_features, n_samples)
             gathered = torch.zeros((size, n_samples), dtype=torch.float64, device=block.device)
-        if n_features <= n_samples:
-            gathered[index] = block.T.double()
-        else:
+        if dual:
             _add_products(gathered, block)
+        else:
+            gathered[index] = block.T.double()
     assert gathered is not None
-    if n_features <= n_samples:
-        return SampleSpace(gathered, None)
-    factor = _factor(gathered, _JITTER)
-    if factor is None:
-        raise ValueError("The kept features are too large for the ridge head: their products overflow. Scale them.")
-    return SampleSpace(factor.T.contiguous(), factor)
+    if dual:
+        gathered = torch.tril(gathered) + torch.tril(gathered, -1).T
+        definite = _shift_to_definite(gathered, _JITTER)
+        if definite is None:
+            raise ValueError("The kept features are too large for the ridge head: their products overflow. Scale them.")
+        gathered = definite[0]
+    return HeadSpace(gathered, dual)
 
 
 def _add_products(total: Tensor, rows: Tensor) -> None:
@@ -86,19 +96,18 @@ def _add_products(total: Tensor, rows: Tensor) -> None:
         total[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
 
 
-def _factor(lower: Tensor, jitter: float) -> Tensor | None:
-    """Cholesky factor of a matrix, of which the lower triangle is read.
+def _shift_to_definite(matrix: Tensor, jitter: float) -> tuple[Tensor, Tensor] | None:
+    """The matrix, whose diagonal has been raised until it has a Cholesky factor, and that factor.
 
-    As little is added to the diagonal as it takes, at least ``jitter`` times its mean.
+    By as little as it takes, at least ``jitter`` times the diagonal's mean.
     """
-    mean = float(lower.diagonal().mean().clamp_min(torch.finfo(lower.dtype).tiny))
+    mean = float(matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny))
     for _ in range(10):
-        factor: Tensor
-        shifted = lower.clone()
+        shifted = matrix.clone()
         shifted.diagonal().add_(jitter * mean)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not int(failed):
-            return factor
+            return shifted, factor
         jitter = max(_JITTER, 10.0 * jitter)
     return None
 
@@ -109,20 +118,27 @@ class RidgeSolution:
 
     Attributes
     ----------
-    coef : Tensor of shape (n_classes, size), float64
+    coordinates : Tensor of shape (n_classes, size), float64
     intercept : Tensor of shape (n_classes,), float64
+    residual : Tensor of shape (n_classes, n_samples), float64
+        s_i (P_i - Y_i) / sum_i s_i.
+    inverse : Tensor or None
+        The last preconditioner, if one was made.
     """
 
-    coef: Tensor
+    coordinates: Tensor
     intercept: Tensor
+    residual: Tensor
+    inverse: Tensor | None
 
 
 def fit_ridge_head(
-    columns: Tensor,
+    space: HeadSpace,
     targets: Tensor,
     sample_weight: Tensor,
     C: float,
     start: RidgeSolution | None = None,
+    similar: RidgeSolution | None = None,
     work: torch.dtype = torch.float64,
 ) -> RidgeSolution:
     """Minimise C * sum_i s_i CE(y_i, V z_i + c) + ||V||_F^2 / 2, as scikit-learn's LogisticRegression does.
@@ -131,8 +147,8 @@ def fit_ridge_head(
 
     Parameters
     ----------
-    columns : Tensor of shape (size, n_samples), float64
-        Z', or what `sample_space` made of it.
+    space : HeadSpace
+        From `head_space`.
     targets : Tensor of shape (n_classes, n_samples), float64
         Y', one-hot; two classes or more, all present.
     sample_weight : Tensor of shape (n_samples,), float64
@@ -140,7 +156,9 @@ def fit_ridge_head(
     C : float
         Inverse strength of the penalty.
     start : RidgeSolution, default=None
-        A solution for a similar C.
+        A solution in this space for another C.
+    similar : RidgeSolution, default=None
+        A solution for this C and these samples with other features.
     work : torch.dtype, default=torch.float64
         Of the conjugate gradients: float32 is twice as fast and loses nothing, as the gradient is in float64.
 
@@ -158,101 +176,132 @@ def fit_ridge_head(
     problem = Problem(targets, sample_weight / total, 0.0, True)
     strength = (2.0 if len(targets) == 2 else 1.0) / (C * total)
     null = null_objective(problem)
-    if start is None:
-        frequencies = null_probabilities(problem).log()
-        start = RidgeSolution(torch.zeros((len(targets), len(columns))).to(columns), frequencies - frequencies.mean())
-    coef, products = start.coef, start.coef @ columns
-    point = evaluate(problem, products, start.intercept)
-    hessian: _Curvature | None = None
-    n_products, gap = _STALE, np.inf
+    inverse: Tensor | None = None
+    if similar is not None:
+        # At the optimum the gradient vanishes: pull(R) = -strength * V.
+        coordinates, intercept = space.pull(similar.residual) / -strength, similar.intercept
+        if space.dual and similar.inverse is not None and similar.inverse.shape[-1] == len(space.matrix):
+            inverse = similar.inverse
+    elif start is not None:
+        coordinates, intercept = start.coordinates, start.intercept
+    else:
+        coordinates = torch.zeros((len(targets), len(space.matrix))).to(space.matrix)
+        intercept = null_probabilities(problem).log()
+    products = coordinates @ space.matrix
+    point = evaluate(problem, products, intercept)
+    rough = space.to(work)
+    n_products = 0 if inverse is not None else _STALE
+    gap = np.inf
     for _ in range(_MAX_ITER):
-        gradient = point.residual @ columns.T + strength * coef
+        gradient = space.pull(point.residual) + strength * coordinates
+        images = gradient @ space.matrix if space.dual else gradient
         # With the best intercept, what remains is strongly convex in V: no optimum is further below than this.
-        gap = float(gradient.square().sum()) / (2.0 * strength) if point.exact else np.inf
+        gap = abs(float((gradient * images).sum())) / (2.0 * strength) if point.exact else np.inf
         if gap <= _TOLERANCE * null:
-            return RidgeSolution(coef, point.intercept)
-        if hessian is None or n_products >= _STALE:
-            hessian = _Curvature.at(columns.to(work), problem.weights, point.probabilities, strength)
-            if hessian is None:
-                break
-        direction, turn, n_products = hessian.newton_direction(problem.weights, point.probabilities, gradient)
-        slope, moved, step = float((gradient * direction).sum()), direction @ columns, 1.0
-        value = point.loss + 0.5 * strength * float(coef.square().sum())
+            return RidgeSolution(coordinates, point.intercept, point.residual, inverse)
+        if n_products >= _STALE:
+            inverse = _rough_inverse(rough, problem.weights, point.probabilities, strength)
+        if inverse is None:
+            break
+        forcing = max(_FORCING, min(_LOOSEST, math.sqrt(_TOLERANCE * null / gap)))
+        direction, n_products = _newton_direction(
+            rough, problem, point.probabilities, strength, inverse, gradient, forcing
+        )
+        moved, step = direction @ space.matrix, 1.0
+        slope = float((gradient * (moved if space.dual else direction)).sum())
+        value = point.loss + _ridge(space, coordinates, products, strength)
         while step > _SMALLEST_STEP:
-            trial = coef + step * direction
-            reached = evaluate(problem, products + step * moved, point.intercept + step * turn)
-            trial_value = reached.loss + 0.5 * strength * float(trial.square().sum())
+            trial, trial_products = coordinates + step * direction, products + step * moved
+            reached = evaluate(problem, trial_products, point.intercept)
+            trial_value = reached.loss + _ridge(space, trial, trial_products, strength)
             if trial_value <= value + 1e-4 * step * slope + 1e-15:
                 break
             step /= 2
         if step <= _SMALLEST_STEP:
             break
-        coef, products, point = trial, products + step * moved, reached
+        coordinates, products, point = trial, trial_products, reached
     warnings.warn(
         f"The ridge head stopped within {gap / null:.1e} of its optimum, relative to the objective of zero "
         f"coefficients, instead of {_TOLERANCE:.0e}. Lower C, or scale the features.",
         ConvergenceWarning,
         stacklevel=2,
     )
-    return RidgeSolution(coef, point.intercept)
+    return RidgeSolution(coordinates, point.intercept, point.residual, inverse)
 
 
-@dataclass(frozen=True, slots=True)
-class _Curvature:
-    """The Hessian as conjugate gradients need it: products with features, and an approximate inverse.
+def _ridge(space: HeadSpace, coordinates: Tensor, products: Tensor, strength: float) -> float:
+    """strength / 2 * ||V||_F^2."""
+    return 0.5 * strength * float((coordinates * (products if space.dual else coordinates)).sum())
 
-    The inverse is that of M = F diag(h) F' + diag(penalty), the Hessian if every sample had one curvature h for all
-    classes. Beyond 4096 features only the diagonal of M is inverted.
+
+def _rough_inverse(space: HeadSpace, weights: Tensor, probabilities: Tensor, strength: float) -> Tensor | None:
+    """Inverse of what the Hessian would be if every sample had one curvature h for all classes.
+
+    That is (Z'HZ + strength)^-1 for V and (ZZ'H + strength)^-1 for A, to be multiplied from the right. Beyond a size of
+    4096 it is that of the diagonal. None if rounding makes it indefinite.
     """
+    matrix = space.matrix
+    mean = (probabilities * (1.0 - probabilities)).sum(0) / (len(probabilities) - 1)
+    curvature = (weights * mean.clamp_min(_LEAST_CURVATURE)).to(matrix.dtype)
+    if len(matrix) > _LARGEST_INVERSE:
+        diagonal = matrix.diagonal() * curvature if space.dual else matrix.square() @ curvature
+        return 1.0 / (diagonal + strength)
+    root = curvature.sqrt()
+    if space.dual:
+        bent = matrix * root * root[:, None]
+    else:
+        bent = torch.zeros((len(matrix), len(matrix))).to(matrix)
+        _add_products(bent, matrix * root)
+    bent.diagonal().add_(strength)
+    definite = _shift_to_definite(bent, torch.finfo(matrix.dtype).eps)
+    if definite is None:
+        return None
+    inverse = torch.cholesky_inverse(definite[1])
+    return inverse * root / root[:, None] if space.dual else inverse
 
-    features: Tensor
-    penalty: Tensor
-    inverse: Tensor
 
-    @classmethod
-    def at(cls, columns: Tensor, weights: Tensor, probabilities: Tensor, strength: float) -> _Curvature | None:
-        features = torch.cat([columns, torch.ones_like(columns[:1])])
-        penalty = torch.full_like(features[:, 0], strength)
-        penalty[-1] = 0.0
-        mean = (probabilities * (1.0 - probabilities)).sum(0) / (len(probabilities) - 1)
-        curvature = (weights * mean.clamp_min(_LEAST_CURVATURE)).to(features.dtype)
-        if len(features) > _LARGEST_FACTOR:
-            return cls(features, penalty, 1.0 / (features.square() @ curvature + penalty))
-        squared = torch.diag(penalty)
-        _add_products(squared, features * curvature.sqrt())
-        factor = _factor(squared, torch.finfo(features.dtype).eps)
-        return None if factor is None else cls(features, penalty, torch.cholesky_inverse(factor))
+def _newton_direction(
+    space: HeadSpace,
+    problem: Problem,
+    probabilities: Tensor,
+    strength: float,
+    inverse: Tensor,
+    gradient: Tensor,
+    forcing: float,
+) -> tuple[Tensor, int]:
+    """Minus the inverse Hessian times the gradient, roughly, and how many products it took."""
+    work = space.matrix.dtype
+    likely, weighted = probabilities.to(work), (problem.weights * probabilities).to(work)
+    balance = torch.linalg.inv(intercept_hessian(problem, probabilities)).to(work)
 
-    def _precondition(self, rows: Tensor) -> Tensor:
-        return rows * self.inverse if self.inverse.ndim == 1 else rows @ self.inverse
+    def bend(scores: Tensor) -> Tensor:
+        """The loss's Hessian times scores whose intercept follows."""
+        bent = weighted * (scores - (likely * scores).sum(0))
+        shift = balance @ bent.sum(1)
+        return bent.sub_(weighted * (shift[:, None] - shift @ likely))
 
-    def newton_direction(self, weights: Tensor, probabilities: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Minus the inverse Hessian times the gradient, roughly; that of the intercept; how many products it took.
+    def precondition(rows: Tensor) -> tuple[Tensor, Tensor, float]:
+        ahead = rows * inverse if inverse.ndim == 1 else rows @ inverse
+        scores = ahead @ space.matrix
+        return ahead, scores, float((rows * (scores if space.dual else ahead)).sum())
 
-        The gradient in the intercept is zero.
-        """
-        work = self.features.dtype
-        likely, weighted = probabilities.to(work), (weights * probabilities).to(work)
-        residual = torch.nn.functional.pad(-gradient.to(work), (0, 1))
-        solution, search = torch.zeros_like(residual), self._precondition(residual)
-        size = float((residual * search).sum())
-        goal = _FORCING**2 * size
-        n_products = 0
-        while n_products < _CG_STEPS:
-            n_products += 1
-            scores = search @ self.features
-            bent = weighted * (scores - (likely * scores).sum(0))
-            product = torch.addcmul(bent @ self.features.T, search, self.penalty)
-            curvature = float((search * product).sum())
-            if not curvature > 0.0:
-                break
-            step = size / curvature
-            solution.add_(search, alpha=step)
-            residual.sub_(product, alpha=step)
-            scaled = self._precondition(residual)
-            previous, size = size, float((residual * scaled).sum())
-            if not size > goal:
-                break
-            search = scaled.add_(search, alpha=size / previous)
-        direction = solution.double()
-        return direction[:, :-1], direction[:, -1], n_products
+    residual = -gradient.to(work)
+    solution = torch.zeros_like(residual)
+    search, scores, size = precondition(residual)
+    goal = forcing**2 * size
+    n_products = 0
+    while n_products < _CG_STEPS:
+        n_products += 1
+        product = space.pull(bend(scores)).add_(search, alpha=strength)
+        curvature = float((product * (scores if space.dual else search)).sum())
+        if not curvature > 0.0:
+            break
+        step = size / curvature
+        solution.add_(search, alpha=step)
+        residual.sub_(product, alpha=step)
+        previous = size
+        ahead, ahead_scores, size = precondition(residual)
+        if not size > goal:
+            break
+        search, scores = ahead.add_(search, alpha=size / previous), ahead_scores.add_(scores, alpha=size / previous)
+    return solution.double(), n_products

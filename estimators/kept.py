@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from estimators.group_lasso.operators import column_moments, memory_limit
+from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
-from estimators.heads import RidgeSolution, SampleSpace, fit_ridge_head, sample_space
-from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
+from estimators.heads import HeadSpace, RidgeSolution, fit_ridge_head, head_space
+from estimators.inputs import Training
+from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms, scales_layers, standardizes
 
 _HELD_SHARE = 4
 
@@ -96,11 +98,11 @@ class KeptFeatures:
 
     def scores(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
         """Linear scores for coefficients (n_kept, n_outputs), (n_samples, n_outputs) float64."""
-        total = np.zeros((self.shape[0], len(intercept)))
+        total = torch.zeros((self.shape[0], len(intercept)), dtype=torch.float64)
+        # By torch like all else: the threads of numpy's BLAS would go on waiting for work beside torch's.
         for index, block in self.blocks():
-            total += block.astype(np.float64, copy=False) @ coef[index]
-        total += intercept
-        return total
+            total += torch.from_numpy(block.astype(np.float64)) @ torch.from_numpy(coef[index])
+        return total.numpy() + intercept
 
     def values(self) -> NDArray[np.float64]:
         """All of them, (n_samples, n_kept) float64."""
@@ -108,6 +110,41 @@ class KeptFeatures:
         for index, block in self.blocks():
             gathered[:, index] = block
         return gathered
+
+
+def ridge_head(
+    training: Training,
+    path: GroupLassoPath,
+    selected: NDArray[np.int64],
+    normalization: str | None,
+    device: torch.device,
+    max_bytes: float = np.inf,
+) -> RidgeHead:
+    """The head on the features that a path selected from a training set.
+
+    Parameters
+    ----------
+    training : Training
+    path : GroupLassoPath
+        Solved on it.
+    selected : ndarray of shape (n_kept,), int64
+        Sorted, not empty.
+    normalization : {"standard", "layer", "layer+standard"} or None
+    device : torch.device
+    max_bytes : float, default=infinity
+        As in `KeptFeatures`.
+    """
+    scaling = "kept" if scales_layers(normalization) else ""
+    moments = (path.center[selected], path.inverse_scale[selected]) if normalization == "standard" else None
+    return RidgeHead(
+        KeptFeatures(training.features, selected, training.layers, scaling, max_bytes),
+        training.codes,
+        len(training.classes),
+        training.sample_weight,
+        standardizes(normalization),
+        device,
+        moments,
+    )
 
 
 class RidgeHead:
@@ -124,6 +161,13 @@ class RidgeHead:
     standardize : bool
         Penalise the coefficients of features with zero mean and unit variance.
     device : torch.device
+    moments : (mean, inverse standard deviation), each of shape (n_kept,), float64, default=None
+        Of the kept features, where they are known.
+
+    Attributes
+    ----------
+    solution : RidgeSolution or None
+        For the last C.
     """
 
     def __init__(
@@ -134,6 +178,7 @@ class RidgeHead:
         sample_weight: NDArray[np.float64],
         standardize: bool,
         device: torch.device,
+        moments: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
     ) -> None:
         self._kept, self._n_classes, self._device = kept, n_classes, device
         self._rows = np.flatnonzero(sample_weight > 0)
@@ -143,23 +188,28 @@ class RidgeHead:
         self._targets = torch.nn.functional.one_hot(torch.as_tensor(present_codes, device=device)).T.double()
         self._standardize = standardize
         self._work = torch.float32 if kept.precision > np.finfo(np.float64).eps else torch.float64
-        self._mean = torch.zeros(kept.shape[1], dtype=torch.float64, device=device)
-        self._scale = torch.ones_like(self._mean)
+        self._known_moments = not standardize or moments is not None
+        if standardize and moments is not None:
+            self._mean, self._scale = (torch.as_tensor(moment, device=device) for moment in moments)
+        else:
+            self._mean = torch.zeros(kept.shape[1], dtype=torch.float64, device=device)
+            self._scale = torch.ones_like(self._mean)
         self._space = self._gather()
-        self._solution: RidgeSolution | None = None
+        self.solution: RidgeSolution | None = None
 
-    def _gather(self) -> SampleSpace:
+    def _gather(self) -> HeadSpace:
         weights = self._weight / self._weight.sum()
 
         def standardized() -> Iterator[tuple[slice | Tensor, Tensor]]:
             for index, block in self._blocks():
-                if self._standardize:
+                if not self._known_moments:
                     mean, sd = column_moments(block.T.double(), weights, self._kept.precision)
                     self._mean[index], self._scale[index] = mean, torch.where(sd > 0.0, 1.0 / sd, 0.0)
-                    block = (block - mean.to(block.dtype)) * self._scale[index].to(block.dtype)
+                if self._standardize:
+                    block = (block - self._mean[index].to(block.dtype)) * self._scale[index].to(block.dtype)
                 yield index, block
 
-        return sample_space(standardized(), len(self._rows), self._kept.shape[1])
+        return head_space(standardized(), len(self._rows), self._kept.shape[1])
 
     def _blocks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         for index, block in self._kept.blocks():
@@ -168,8 +218,14 @@ class RidgeHead:
             tensor = torch.from_numpy(rows if rows.flags.writeable else rows.copy()).to(self._device)
             yield (index if isinstance(index, slice) else torch.as_tensor(index)), tensor
 
-    def fit(self, C: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def fit(self, C: float, similar: RidgeSolution | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve for one C, starting from the solution for the C before.
+
+        Parameters
+        ----------
+        C : float
+        similar : RidgeSolution, default=None
+            A ``solution`` for this C of a head with other features, to start from instead.
 
         Returns
         -------
@@ -178,21 +234,20 @@ class RidgeHead:
         intercept : ndarray of shape (n_classes,), float64
             -inf for classes left out.
         """
-        self._solution = fit_ridge_head(self._space.columns, self._targets, self._weight, C, self._solution, self._work)
-        weights = self._solution.coef
-        if self._space.factor is None:
-            solved = weights.T * self._scale[:, None]
-        else:
-            duals = self._space.duals(weights)
-            total = duals.sum(0)
+        self.solution = fit_ridge_head(self._space, self._targets, self._weight, C, self.solution, similar, self._work)
+        coordinates, intercept = self.solution.coordinates, self.solution.intercept
+        if self._space.dual:
+            total = coordinates.sum(1)
             solved = torch.empty((self._kept.shape[1], len(self._targets)), dtype=torch.float64, device=self._device)
             for index, block in self._blocks():
-                product = (block.T @ duals.to(block.dtype)).double()
+                product = (coordinates.to(block.dtype) @ block).double()
                 if self._standardize:
-                    product = (product - torch.outer(self._mean[index], total)) * self._scale[index].square()[:, None]
-                solved[index] = product
+                    product.sub_(torch.outer(total, self._mean[index])).mul_(self._scale[index].square())
+                solved[index] = product.T
+        else:
+            solved = coordinates.T * self._scale[:, None]
         coef = np.zeros((self._kept.shape[1], self._n_classes))
-        intercept = np.full(self._n_classes, -np.inf)
+        offset = np.full(self._n_classes, -np.inf)
         coef[:, self._present] = solved.cpu().numpy()
-        intercept[self._present] = (self._solution.intercept - self._mean @ solved).cpu().numpy()
-        return coef, intercept
+        offset[self._present] = (intercept - self._mean @ solved).cpu().numpy()
+        return coef, offset

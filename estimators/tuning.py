@@ -27,9 +27,10 @@ from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
+from estimators.heads import RidgeSolution
 from estimators.inputs import Training, check_features, check_training
-from estimators.kept import KeptFeatures, RidgeHead, held_bytes, in_memory
-from estimators.normalization import scales_layers, standardizes
+from estimators.kept import KeptFeatures, held_bytes, in_memory, ridge_head
+from estimators.normalization import scales_layers
 from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, select_features, warn_nothing_selected
 from estimators.solving import PathOptions, solve_path
 
@@ -71,7 +72,7 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
     """Fit candidates: one path per normalization, one gathering of features per selection, C from small to large."""
     device, limit = resolve_device(options.device), held_bytes(options.max_memory)
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
-    features = in_memory(training.features, limit)
+    held = replace(training, features=in_memory(training.features, limit))
     for normalization in dict.fromkeys(candidate.normalization for candidate in candidates):
         group = [candidate for candidate in candidates if candidate.normalization == normalization]
         alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
@@ -80,23 +81,24 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
         )
         scaling = "kept" if scales_layers(normalization) else ""
         selections: dict[bytes, list[Candidate]] = {}
-        for candidate in sorted(group, key=lambda candidate: candidate.C):
+        for candidate in sorted(
+            group, key=lambda candidate: (str(candidate.keep_fraction), -candidate.alpha, candidate.C)
+        ):
             selected = select_features(paths[candidate.alpha], -1, candidate.keep_fraction)
             selections.setdefault(selected.tobytes(), []).append(candidate)
+        solutions: dict[tuple[float | None, float], RidgeSolution] = {}
         for key, same in selections.items():
             selected = np.frombuffer(key, dtype=np.int64)
             head = None
             if len(selected):
-                head = RidgeHead(
-                    KeptFeatures(features, selected, training.layers, scaling),
-                    training.codes,
-                    len(training.classes),
-                    training.sample_weight,
-                    standardizes(normalization),
-                    device,
-                )
-            for C, alike in itertools.groupby(same, key=lambda candidate: candidate.C):
-                coef, intercept = _null_model(training) if head is None else head.fit(C)
+                head = ridge_head(held, paths[same[0].alpha], selected, normalization, device)
+            for C, alike in itertools.groupby(
+                sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
+            ):
+                like = (same[0].keep_fraction, C)
+                coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
+                if head is not None:
+                    solutions[like] = head.solution
                 for candidate in alike:
                     yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
                     if progress is not None:
