@@ -1,4 +1,4 @@
-"""Solved paths kept on disk and shared between processes: a file per problem, replaced whole, one writer at a time."""
+"""Solutions kept on disk and shared between processes: a file per problem, replaced whole, one writer at a time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import uuid
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import joblib
 import numpy as np
@@ -18,27 +19,17 @@ import xxhash
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import FeatureMatrix, iterate_blocks
 
-_FORMAT = "head2toe path 1"
+_FORMAT = "head2toe 1"
 _POLL_SECONDS = 0.02
 
-
-@dataclass(frozen=True)
-class SolvedRatios:
-    """Solutions for some fractions of alpha_max, both in decreasing order."""
-
-    ratios: NDArray[np.float64]
-    path: GroupLassoPath
-
-    def join(self, other: SolvedRatios) -> SolvedRatios:
-        ratios = np.concatenate([self.ratios, other.ratios])
-        return SolvedRatios(np.sort(ratios)[::-1], self.path.join(other.path))
+Solution = TypeVar("Solution")
+Arrays: TypeAlias = dict[str, NDArray[Any]]
 
 
 def cache_directory(memory: Any) -> Path | None:
-    """Where solved paths are kept: the folder itself, or that of a joblib.Memory; None for no caching.
+    """Where solutions are kept: the folder itself, or that of a joblib.Memory; None for no caching.
 
     Raises
     ------
@@ -86,19 +77,28 @@ def problem_key(*parts: str | NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Codec(Generic[Solution]):
+    """How a solution becomes arrays and comes back; what is missing there or wrong raises KeyError or the like."""
+
+    pack: Callable[[Solution], Arrays]
+    unpack: Callable[[Arrays], Solution]
+
+
 def cached(
     directory: Path,
     key: str,
-    enough: Callable[[SolvedRatios], bool],
-    solve: Callable[[SolvedRatios | None], SolvedRatios],
-) -> SolvedRatios:
+    codec: Codec[Solution],
+    enough: Callable[[Solution], bool],
+    solve: Callable[[Solution | None], Solution],
+) -> Solution:
     """What is stored under ``key``, completed by ``solve`` where it is not enough; others who want it wait meanwhile.
 
     Where the folder cannot be written to, what was solved is returned and a warning says so. A damaged file is
     computed anew.
     """
     file = directory / f"{key}.npz"
-    stored = _load(file)
+    stored = _load(file, codec)
     if stored is not None and enough(stored):
         return stored
     try:
@@ -109,12 +109,12 @@ def cached(
         _warn_unwritable(directory, error)
         return solve(stored)
     try:
-        stored = _load(file)
+        stored = _load(file, codec)
         if stored is not None and enough(stored):
             return stored
         complete = solve(stored)
         try:
-            _save(file, complete)
+            _save(file, codec.pack(complete))
         except OSError as error:
             _warn_unwritable(directory, error)
         return complete
@@ -124,42 +124,32 @@ def cached(
 
 def _warn_unwritable(directory: Path, error: OSError) -> None:
     warnings.warn(
-        f"The solved path is not kept: memory={str(directory)!r} cannot be written to ({error.strerror or error}). "
+        f"What was solved is not kept: memory={str(directory)!r} cannot be written to ({error.strerror or error}). "
         "Later fits will solve it again.",
         UserWarning,
         stacklevel=4,
     )
 
 
-_LISTS = ("active", "standardized_coefs")
-
-
-def _save(file: Path, solved: SolvedRatios) -> None:
-    path = solved.path
-    arrays = {field.name: np.asarray(getattr(path, field.name)) for field in fields(path) if field.name not in _LISTS}
-    arrays |= {name: np.concatenate(getattr(path, name)) for name in _LISTS}
-    arrays |= {"ratios": solved.ratios, "n_active": np.array([len(active) for active in path.active])}
+def _save(file: Path, arrays: Arrays) -> None:
     temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
+    named: Any = arrays
     try:
         with temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
+            np.savez(stream, **named)
         temporary.replace(file)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _load(file: Path) -> SolvedRatios | None:
+def _load(file: Path, codec: Codec[Solution]) -> Solution | None:
     try:
         with np.load(file, allow_pickle=False) as archive:
-            arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
-        borders = np.cumsum(arrays.pop("n_active"))[:-1]
-        lists: Any = {name: np.split(arrays.pop(name), borders) for name in _LISTS}
-        ratios, alpha_max = arrays.pop("ratios"), float(arrays.pop("alpha_max"))
-        return SolvedRatios(ratios, GroupLassoPath(alpha_max=alpha_max, **arrays, **lists))
+            return codec.unpack({name: archive[name] for name in archive.files})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         warnings.warn(
             f"{file} cannot be used ({type(error).__name__}: {error}) and is computed again.", UserWarning, stacklevel=4
         )

@@ -21,7 +21,7 @@ from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import ColumnSource
 from estimators.inputs import Training, check_features, check_training
-from estimators.kept import KeptFeatures, held_bytes, ridge_head
+from estimators.kept import KeptFeatures, held_bytes
 from estimators.normalization import (
     NORMALIZATIONS,
     LayerScaled,
@@ -30,6 +30,7 @@ from estimators.normalization import (
     standardizes,
     weighted_moments,
 )
+from estimators.refit import fit_ridge
 from estimators.selection import (
     PATH_CONSTRAINTS,
     SelectedFeatures,
@@ -94,7 +95,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         features with the same penalty, of strength ``alpha * alpha_max_``, by Adam on batches of 128 for ``max_iter``
         steps.
     head : {"ridge", "path", "adam"}, default="ridge"
-        "ridge" fits L2 logistic regression on the kept features, to 1e-6 of its objective; "path" uses the group
+        "ridge" fits L2 logistic regression on the kept features, to 1e-8 of its objective; "path" uses the group
         lasso's own coefficients (with ``keep_fraction``, those of the kept features; not with ``solver="adam"``);
         "adam" is the published head, trained on the kept features for ``max_iter`` steps without a penalty.
     C : float, default=1.0
@@ -329,7 +330,8 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         """Fresh head on the kept features: (n_selected, n_classes), (n_classes,)."""
         if self.head == "ridge":
             limit, device = held_bytes(self.max_memory), resolve_device(self.device)
-            return ridge_head(training, path, self.selected_features_, self.normalization, device, limit).fit(self.C)
+            selected = self.selected_features_
+            return fit_ridge(training, path, selected, self.normalization, self.C, device, limit, self.memory)
         kept = self._kept(training.features, self.selected_features_, training.layers)
         values = kept.values()
         mean, scale = np.zeros(kept.shape[1]), np.ones(kept.shape[1])

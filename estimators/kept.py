@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from estimators.group_lasso.operators import column_moments, memory_limit
-from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.heads import HeadSpace, RidgeSolution, fit_ridge_head, head_space
-from estimators.inputs import Training
-from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms, scales_layers, standardizes
+from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
 
 _HELD_SHARE = 4
 
@@ -110,41 +108,6 @@ class KeptFeatures:
         for index, block in self.blocks():
             gathered[:, index] = block
         return gathered
-
-
-def ridge_head(
-    training: Training,
-    path: GroupLassoPath,
-    selected: NDArray[np.int64],
-    normalization: str | None,
-    device: torch.device,
-    max_bytes: float = np.inf,
-) -> RidgeHead:
-    """The head on the features that a path selected from a training set.
-
-    Parameters
-    ----------
-    training : Training
-    path : GroupLassoPath
-        Solved on it.
-    selected : ndarray of shape (n_kept,), int64
-        Sorted, not empty.
-    normalization : {"standard", "layer", "layer+standard"} or None
-    device : torch.device
-    max_bytes : float, default=infinity
-        As in `KeptFeatures`.
-    """
-    scaling = "kept" if scales_layers(normalization) else ""
-    moments = (path.center[selected], path.inverse_scale[selected]) if normalization == "standard" else None
-    return RidgeHead(
-        KeptFeatures(training.features, selected, training.layers, scaling, max_bytes),
-        training.codes,
-        len(training.classes),
-        training.sample_weight,
-        standardizes(normalization),
-        device,
-        moments,
-    )
 
 
 class RidgeHead:

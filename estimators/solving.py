@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import joblib
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from estimators.cache import SolvedRatios, cache_directory, cached, fingerprint, problem_key
+from estimators.cache import Arrays, Codec, cache_directory, cached, fingerprint, problem_key
 from estimators.group_lasso.path import group_lasso_path, warn_unconverged
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath
@@ -25,6 +25,18 @@ from estimators.normalization import LayerScaled, inverse_layer_norms, scales_la
 
 _CHAIN = 0.85 ** np.arange(500)
 _SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class SolvedRatios:
+    """Solutions for some fractions of alpha_max, both in decreasing order."""
+
+    ratios: NDArray[np.float64]
+    path: GroupLassoPath
+
+    def join(self, other: SolvedRatios) -> SolvedRatios:
+        ratios = np.concatenate([self.ratios, other.ratios])
+        return SolvedRatios(np.sort(ratios)[::-1], self.path.join(other.path))
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ def solve_path(training: Training, ratios: Sequence[float], options: PathOptions
         return _complete(training, together, options, solved)
 
     directory = cache_directory(options.memory)
-    solved = solve(None) if directory is None else cached(directory, _key(training, options), enough, solve)
+    solved = solve(None) if directory is None else cached(directory, _key(training, options), _CODEC, enough, solve)
     if not fresh:
         known = solved.path.take(np.flatnonzero(np.isin(solved.ratios, together)).tolist())
         warn_unconverged(known, options.tol, options.max_iter)
@@ -135,6 +147,27 @@ def _key(training: Training, options: PathOptions) -> str:
     layers = training.layers if scales_layers(options.normalization) else np.zeros(0, dtype=np.int64)
     settings = f"{options.normalization} {float(options.l1_ratio)!r} {float(options.tol)!r} {int(options.max_iter)}"
     return problem_key(fingerprint(training.features), training.codes, weight / weight.sum(), layers, settings)
+
+
+_LISTS = ("active", "standardized_coefs")
+
+
+def _pack(solved: SolvedRatios) -> Arrays:
+    path = solved.path
+    arrays = {field.name: np.asarray(getattr(path, field.name)) for field in fields(path) if field.name not in _LISTS}
+    arrays |= {name: np.concatenate(getattr(path, name)) for name in _LISTS}
+    return arrays | {"ratios": solved.ratios, "n_active": np.array([len(active) for active in path.active])}
+
+
+def _unpack(arrays: Arrays) -> SolvedRatios:
+    borders = np.cumsum(arrays.pop("n_active"))[:-1]
+    lists: Any = {name: np.split(arrays.pop(name), borders) for name in _LISTS}
+    ratios, alpha_max = arrays.pop("ratios"), float(arrays.pop("alpha_max"))
+    numbers: Any = arrays
+    return SolvedRatios(ratios, GroupLassoPath(alpha_max=alpha_max, **numbers, **lists))
+
+
+_CODEC = Codec(_pack, _unpack)
 
 
 @contextmanager

@@ -29,8 +29,9 @@ from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
 from estimators.inputs import Training, check_features, check_training
-from estimators.kept import KeptFeatures, held_bytes, in_memory, ridge_head
+from estimators.kept import KeptFeatures, held_bytes, in_memory
 from estimators.normalization import scales_layers
+from estimators.refit import ridge_head
 from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, select_features, warn_nothing_selected
 from estimators.solving import PathOptions, solve_path
 
@@ -97,7 +98,7 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
             ):
                 like = (same[0].keep_fraction, C)
                 coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
-                if head is not None:
+                if head is not None and head.solution is not None:
                     solutions[like] = head.solution
                 for candidate in alike:
                     yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
