@@ -8,7 +8,6 @@ from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from estimators.heads import fit_ridge_head
 from estimators.kept import KeptFeatures, RidgeHead
 
 
@@ -75,29 +74,51 @@ def test_standardising_within_is_standardising_before(n, d):
     np.testing.assert_array_equal(coef[3], 0)
 
 
-def test_a_solution_is_the_same_from_any_start():
-    X, y, weight = make_problem(5, n=30, d=80, k=3)
-    kept = KeptFeatures(X, np.arange(80), np.zeros(80, dtype=np.int64), "")
-    head = RidgeHead(kept, y, 3, weight, True, torch.device("cpu"))
-    head.fit(100.0)
-    again, offset = head.fit(0.1)
+@pytest.mark.parametrize("d", [10, 80])
+def test_a_solution_is_the_same_from_any_start(d):
+    X, y, weight = make_problem(5, n=30, d=d, k=3)
+    kept = KeptFeatures(X, np.arange(d), np.zeros(d, dtype=np.int64), "")
+    fewer = KeptFeatures(X, np.arange(d - 3), np.zeros(d, dtype=np.int64), "")
+    head, similar = (RidgeHead(columns, y, 3, weight, True, torch.device("cpu")) for columns in (kept, fewer))
     cold, cold_offset = fit(X, y, weight, 0.1, standardized=True)
-    np.testing.assert_allclose(X @ again + offset, X @ cold + cold_offset, atol=2e-3)
+    head.fit(100.0)
+    similar.fit(0.1)
+    for start in (None, similar.solution):
+        coef, offset = head.fit(0.1, start)
+        np.testing.assert_allclose(X @ coef + offset, X @ cold + cold_offset, atol=3e-4)
 
 
-def test_columns_beyond_the_largest_factor_are_solved_with_a_diagonal(monkeypatch):
-    X, y, weight = make_problem(6, n=60, d=10, k=3)
+def test_known_moments_are_those_of_the_features():
+    X, y, weight = make_problem(9, n=30, d=80, k=3)
+    expected, offset = fit(X, y, weight, 0.1, standardized=True)
+    mean = weight @ X / weight.sum()
+    deviation = np.sqrt(weight @ (X - mean) ** 2 / weight.sum())
+    kept = KeptFeatures(X, np.arange(80), np.zeros(80, dtype=np.int64), "")
+    coef, intercept = RidgeHead(kept, y, 3, weight, True, torch.device("cpu"), (mean, 1 / deviation)).fit(0.1)
+    np.testing.assert_allclose(coef, expected, atol=1e-9)
+    np.testing.assert_allclose(intercept, offset, atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 10), (30, 80)])
+def test_columns_beyond_the_largest_inverse_are_solved_with_a_diagonal(n, d, monkeypatch):
+    X, y, weight = make_problem(6, n=n, d=d, k=3)
     expected, _ = fit(X, y, weight, 1.0)
-    monkeypatch.setattr("estimators.heads._LARGEST_FACTOR", 5)
+    monkeypatch.setattr("estimators.heads._LARGEST_INVERSE", 5)
     coef, _ = fit(X, y, weight, 1.0)
-    np.testing.assert_allclose(coef, expected, atol=1e-2 * np.abs(expected).max())
+    np.testing.assert_allclose(coef, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_no_convergence_is_a_warning():
+def test_no_convergence_is_a_warning(monkeypatch):
     X, y, weight = make_problem(7)
-    columns, targets = torch.as_tensor(X.T.copy()) * 1e160, torch.eye(3, dtype=torch.float64)[:, y]
+    monkeypatch.setattr("estimators.heads._MAX_ITER", 2)
     with pytest.warns(ConvergenceWarning, match="ridge head stopped"):
-        fit_ridge_head(columns, targets, torch.as_tensor(weight), 1.0)
+        fit(X, y, weight, 1.0)
+
+
+def test_products_that_overflow_are_an_error():
+    X, y, weight = make_problem(7, n=20, d=30)
+    with pytest.raises(ValueError, match="too large for the ridge head"):
+        fit(X * 1e160, y, weight, 1.0)
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 10), (30, 80)])
