@@ -85,7 +85,7 @@ def test_a_solution_is_the_same_from_any_start(d):
     similar.fit(0.1)
     for start in (None, similar.solution):
         coef, offset = head.fit(0.1, start)
-        np.testing.assert_allclose(X @ coef + offset, X @ cold + cold_offset, atol=3e-4)
+        np.testing.assert_allclose(X @ coef + offset, X @ cold + cold_offset, atol=1e-3)
 
 
 def test_known_moments_are_those_of_the_features():
