@@ -18,23 +18,18 @@ Prints tables; --json and --plot write the figures and a picture.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import HERE, SUITE, WEIGHTS, fill_store, launch, machine, peak_mb, suite_features, synthetic
 from numpy.typing import NDArray
 
-HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).resolve()
 TASKS = ("sign_digits", "digits", "sprites_orientation")
 RATIO, N_ALPHAS = 0.005, 40
 
@@ -42,8 +37,8 @@ RATIO, N_ALPHAS = 0.005, 40
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", default=[], help="solvers, growth, pass, disk; default: all")
-    parser.add_argument("--suite", type=Path, default=HERE.parents[1] / "shared/data/suite")
-    parser.add_argument("--weights", type=Path, default=HERE.parents[1] / "shared/data/weights")
+    parser.add_argument("--suite", type=Path, default=SUITE)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--peer", type=Path, help="python of an environment that has adelie")
     parser.add_argument("--threads", type=int, default=2)
@@ -77,18 +72,6 @@ def main() -> None:
         plot(figures, args.plot)
 
 
-def machine(threads: int) -> str:
-    import torch
-
-    name = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    packages = " ".join(f"{package} {version(package)}" for package in ("torch", "numpy", "scikit-learn"))
-    return f"{name}, {os.cpu_count()} cores, {threads} threads, {gpu}; python {platform.python_version()} {packages}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -100,40 +83,12 @@ def features(task: str, args: argparse.Namespace, work: Path) -> Path:
     if path.exists():
         return path
     if there:
-        from h2t_store import extract
-
-        suite = np.load(args.suite / f"{task}.npz")
-        matrix = extract(
-            (suite["X_train"], suite["y_train"]),
-            model=f"{HERE.parent / 'tests/tiny_models.py'}:resnet56",
-            checkpoint=args.weights / "resnet56_cifar10.safetensors",
-            store=work / "features.zarr",
-            name=task,
-            img_size=32,
-            taps="layer?.*.conv?:in,layer3.8,linear",
-        )
-        np.savez(path, X=np.asarray(matrix), y=suite["y_train"])
+        matrix = suite_features(task, "train", args.suite, args.weights, work)
+        np.savez(path, X=np.asarray(matrix), y=matrix.y)
     else:
         X, y = synthetic(1000, 21_434, 16 if "sprites" in task else 10, seed=TASKS.index(task))
         np.savez(path, X=X, y=y)
     return path
-
-
-def synthetic(
-    n_samples: int, n_features: int, n_classes: int, seed: int = 0
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Rectified mixtures of a few latent factors, as correlated as a network's features; classes shift the factors."""
-    rng = np.random.default_rng(seed)
-    y = np.arange(n_samples) % n_classes
-    latent = rng.normal(size=(n_samples, 64)).astype(np.float32)
-    latent += 0.8 * rng.normal(size=(n_classes, 64)).astype(np.float32)[y]
-    X = np.empty((n_samples, n_features), np.float32)
-    for start in range(0, n_features, 4096):
-        block = X[:, start : start + 4096]
-        mixing = rng.normal(size=(64, block.shape[1])).astype(np.float32)
-        mixing *= rng.random(mixing.shape) < 0.15
-        block[:] = np.maximum(latent @ mixing + rng.standard_normal(block.shape, dtype=np.float32), 0)
-    return X, y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,12 +274,6 @@ def run_disk(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def peak_mb() -> float:
-    """Most memory this process ever had, in megabytes of 10^6 bytes (getrusage would count its parent's, too)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-
-
 WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "ours": run_ours,
     "saga": run_saga,
@@ -332,20 +281,6 @@ WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "growth": run_growth,
     "disk": run_disk,
 }
-
-
-def launch(spec: dict[str, Any], python: str = sys.executable, script: Path = Path(__file__)) -> dict[str, Any]:
-    threads = str(spec["threads"])
-    environment = os.environ | {
-        "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": str(HERE.parent)
-    }  # fmt: skip
-    done = subprocess.run(
-        [python, str(script), "--worker", json.dumps(spec)], capture_output=True, text=True, env=environment
-    )
-    if done.returncode:
-        raise SystemExit(f"{spec['run']} failed:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,15 +311,19 @@ def solvers(args: argparse.Namespace, work: Path) -> dict[str, Any]:
                 out = work / f"{task}_{name.replace(' ', '_').replace(',', '')}.npz"
                 spec = common | plan | {"out": str(out)}
                 peer = plan["run"] == "adelie"
-                result = launch(spec, str(args.peer), HERE / "adelie_worker.py") if peer else launch(spec)
+                result = launch(spec, HERE / "adelie_worker.py", str(args.peer)) if peer else launch(spec, SCRIPT)
                 rows[name]["seconds"].append(result.pop("seconds"))
                 rows[name] |= result
                 if not repeat:
                     rows[name] |= judge(data, out)
         out = work / f"{task}_adam.npz"
         single = {"data": str(data), "threads": args.threads, "alpha": middle, "out": str(out)}
-        rows["published Adam, 500 steps, one alpha"] = launch(single | {"run": "adam", "steps": 500}) | judge(data, out)
-        rows["SAGA L1 (another penalty), one alpha"] = launch(single | {"run": "saga", "max_iter": 30}) | {"gap": None}
+        rows["published Adam, 500 steps, one alpha"] = launch(single | {"run": "adam", "steps": 500}, SCRIPT) | judge(
+            data, out
+        )
+        rows["SAGA L1 (another penalty), one alpha"] = launch(single | {"run": "saga", "max_iter": 30}, SCRIPT) | {
+            "gap": None
+        }
         for row in rows.values():
             row["seconds"] = row["seconds"] if isinstance(row["seconds"], list) else [row["seconds"]]
             row["median"] = statistics.median(row["seconds"])
@@ -450,7 +389,7 @@ def growth(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             rows = []
             for value in values:
                 spec = base | {factor: value, "run": "growth", "threads": args.threads, "active": 100, "device": device}
-                rows.append({factor: value} | launch(spec))
+                rows.append({factor: value} | launch(spec, SCRIPT))
                 print(f"{device} {rows[-1]}", flush=True)
             logs = np.log([[row[factor], row["seconds"]] for row in rows if row[factor] >= base[factor]]).T
             exponent = float(np.polyfit(*logs, 1)[0]) if logs.shape[1] > 1 else float("nan")
@@ -503,7 +442,7 @@ def disk(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     if not (store / "big").exists():
         fill_store(store, n_samples, n_features)
     spec = {"run": "disk", "store": str(store), "threads": args.threads}
-    streamed = launch(spec | {"max_memory": "1GB"})
+    streamed = launch(spec | {"max_memory": "1GB"}, SCRIPT)
     print(
         f"\nX of {n_samples} x {n_features} float16 on disk ({args.gigabytes:g} GB), 8 alphas to 0.3 alpha_max, "
         "tol 1e-5"
@@ -513,7 +452,7 @@ def disk(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         f"{streamed['peak_mb_of_imports']:.0f}), {streamed['passes']} passes, gap {streamed['gap']:.1e}",
         flush=True,
     )
-    resident = launch(spec | {"max_memory": "1TB"})
+    resident = launch(spec | {"max_memory": "1TB"}, SCRIPT)
     difference = float(
         np.abs(np.subtract(streamed["objective"], resident["objective"])).max() / resident["objective"][0]
     )
@@ -522,43 +461,6 @@ def disk(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         f"objectives differ by {difference:.1e} of P(0, b0)"
     )
     return {"streamed": streamed, "in_memory": resident, "objective_difference": difference}
-
-
-def fill_store(path: Path, n_samples: int, n_features: int) -> None:
-    """A store of synthetic features, written by row blocks as an extraction is."""
-    from h2t_store.layout import ExtractionHeader, Layer
-    from h2t_store.store import FeatureStore
-
-    width, rows, n_classes = 4096, 500, 10
-    edges = [*range(0, n_features, width), n_features]
-    layers = tuple(Layer(f"layer{i}", a, b, (b - a,)) for i, (a, b) in enumerate(pairwise(edges)))
-    provenance = {"inputs": {"model": "synthetic"}, "environment": {}}
-    header = ExtractionHeader(n_samples, rows, "float16", tuple(map(str, range(n_classes))), layers, provenance)
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, n_classes, n_samples)
-    extraction = FeatureStore(path, create=True).begin("big", header, y, [str(i) for i in range(n_samples)])
-    mixing = rng.normal(size=(64, width)).astype(np.float32)
-    centers = 0.5 * rng.normal(size=(n_classes, 64)).astype(np.float32)
-    for block, values in enumerate(row_blocks(rng, y, rows, layers, mixing, centers)):
-        norms = [np.linalg.norm(values[:, at.start : at.stop].astype(np.float32), axis=1) for at in layers]
-        extraction.write_block(block, values, np.stack(norms, axis=1))
-    extraction.finish()
-
-
-def row_blocks(
-    rng: np.random.Generator, y: NDArray[np.int64], rows: int, layers: Any, mixing: Any, centers: Any
-) -> Iterator[NDArray[np.float16]]:
-    for start in range(0, len(y), rows):
-        labels = y[start : start + rows]
-        latent = rng.normal(size=(len(labels), 64)).astype(np.float32) + centers[labels]
-        values = np.empty((len(labels), layers[-1].stop), np.float16)
-        for i, layer in enumerate(layers):
-            chosen = (np.arange(64) + i) % 7 < 3
-            mixed = 0.3 * latent[:, chosen] @ np.roll(mixing, 7 * i, axis=1)[chosen, : layer.stop - layer.start]
-            values[:, layer.start : layer.stop] = np.maximum(
-                mixed + rng.standard_normal(mixed.shape, dtype=np.float32), 0
-            )
-        yield values
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:

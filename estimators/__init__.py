@@ -1,8 +1,17 @@
 """Head2Toe as scikit-learn: a matrix of features in, a sparse and certified classifier out."""
 
 from estimators.classifier import Head2ToeClassifier
+from estimators.display import Head2ToeLayersDisplay, Head2ToePathDisplay
 from estimators.group_lasso import GroupLassoPath, group_lasso_path
 from estimators.selection import Head2ToeSelector
 from estimators.tuning import Head2ToeClassifierCV
 
-__all__ = ["GroupLassoPath", "Head2ToeClassifier", "Head2ToeClassifierCV", "Head2ToeSelector", "group_lasso_path"]
+__all__ = [
+    "GroupLassoPath",
+    "Head2ToeClassifier",
+    "Head2ToeClassifierCV",
+    "Head2ToeLayersDisplay",
+    "Head2ToePathDisplay",
+    "Head2ToeSelector",
+    "group_lasso_path",
+]

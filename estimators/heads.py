@@ -17,7 +17,14 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from estimators.group_lasso.problem import Problem, evaluate, intercept_hessian, null_objective, null_probabilities
+from estimators.group_lasso.problem import (
+    Problem,
+    evaluate,
+    intercept_hessian,
+    loss,
+    null_objective,
+    null_probabilities,
+)
 
 _TOLERANCE = 1e-8
 _MAX_ITER = 100
@@ -173,15 +180,19 @@ def fit_ridge_head(
     problem = Problem(targets, sample_weight / total, 0.0, True)
     strength = (2.0 if len(targets) == 2 else 1.0) / (C * total)
     null = null_objective(problem)
+    zero = torch.zeros((len(targets), len(space.matrix))).to(space.matrix)
+    starts = [(zero, null_probabilities(problem).log())]
+    if start is not None:
+        starts.append((start.coordinates, start.intercept))
     if similar is not None:
         # At the optimum the gradient vanishes: pull(R) = -strength * V.
-        coordinates, intercept = space.pull(similar.residual) / -strength, similar.intercept
-    elif start is not None:
-        coordinates, intercept = start.coordinates, start.intercept
-    else:
-        coordinates = torch.zeros((len(targets), len(space.matrix))).to(space.matrix)
-        intercept = null_probabilities(problem).log()
-    products = coordinates @ space.matrix
+        starts.append((space.pull(similar.residual) / -strength, similar.intercept))
+    best = math.inf
+    for guess, offset in starts:
+        scores = guess @ space.matrix
+        value = loss(problem, scores + offset[:, None]) + _ridge(space, guess, scores, strength)
+        if value < best:
+            best, coordinates, intercept, products = value, guess, offset, scores
     point = evaluate(problem, products, intercept)
     rough = space.to(work)
     preconditioner: _Preconditioner | None = None

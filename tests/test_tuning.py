@@ -1,0 +1,618 @@
+"""Head2ToeClassifierCV: the same as a grid search, at a lower price, and what it does with odd folds and scores."""
+
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+from _estimator_data import make_problem
+from joblib import parallel_config
+from sklearn.exceptions import ConvergenceWarning, NotFittedError, UnsetMetadataPassedError
+from sklearn.metrics import accuracy_score, get_scorer, make_scorer
+from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSplit, StratifiedKFold, cross_validate
+from sklearn.utils.estimator_checks import check_estimator
+
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV, solving
+
+SMALL = dict(alphas=(0.5, 0.2), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
+N = 60
+
+
+def problem(seed=0, k=3, n=N):
+    X, y, weight = make_problem(seed, n=n, d=25, k=k)
+    return X.astype(np.float32), y, weight
+
+
+def searched(model, **others):
+    """The grid search over the same candidates."""
+    grid = {
+        "alpha": list(model.alphas),
+        "keep_fraction": list(model.keep_fractions),
+        "C": list(model.Cs),
+        "normalization": list(model.normalizations),
+    }
+    estimator = Head2ToeClassifier(class_weight=model.class_weight, tol=model.tol, l1_ratio=model.l1_ratio)
+    return GridSearchCV(estimator, grid, cv=model.cv, scoring=model.scoring, error_score="raise", **others)
+
+
+def by_params(results, name):
+    """One entry of ``cv_results_`` by candidate."""
+    return {tuple(sorted(p.items(), key=str)): value for p, value in zip(results["params"], results[name], strict=True)}
+
+
+def assert_same_scores(ours, theirs, atol, n_splits=3):
+    names = [f"split{number}_test_score" for number in range(n_splits)]
+    for name in [*names, "mean_test_score", "std_test_score"]:
+        a, b = by_params(ours, name), by_params(theirs, name)
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([a[key] for key in b], list(b.values()), atol=atol, err_msg=name)
+
+
+def best_by_the_rule(model):
+    """The best candidate as documented: score, then fewer features, then smaller C."""
+    results = model.cv_results_
+    order = np.lexsort((results["param_C"], results["mean_n_features"], -results["mean_test_score"]))
+    return int(order[0])
+
+
+class Scripted:
+    """A scorer that gives the next number of a script, whatever was predicted."""
+
+    def __init__(self, *folds):
+        self.numbers = [number for fold in folds for number in fold]
+
+    def __call__(self, estimator, X, y):
+        return self.numbers.pop(0)
+
+
+def scripted(alphas, *folds, **params):
+    """A search over alphas, strongest first, whose candidates have the given scores."""
+    X, y, _ = problem(30)
+    scorer = Scripted(*folds)
+    model = Head2ToeClassifierCV(
+        alphas=alphas, keep_fractions=(None,), Cs=(1.0,), cv=len(folds), scoring=scorer, **params
+    ).fit(X, y)
+    assert scorer.numbers == []
+    assert (np.diff(model.cv_results_["mean_n_features"]) > 0).all()
+    return model
+
+
+def test_scikit_learns_common_checks_pass():
+    results = check_estimator(Head2ToeClassifierCV(**SMALL), on_fail=None, on_skip=None)
+    assert [(r["check_name"], r["exception"]) for r in results if r["status"] not in ("passed", "skipped")] == []
+    assert sum(r["status"] == "passed" for r in results) > 50
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("scoring", [None, "neg_log_loss"])
+def test_it_finds_what_a_grid_search_finds(k, scoring):
+    X, y, _ = problem(0, k=k)
+    model = Head2ToeClassifierCV(
+        alphas=[0.6, 0.3, 0.1],
+        keep_fractions=[None, 0.1, 1.0],
+        Cs=[0.01, 1.0],
+        normalizations=["standard", None],
+        cv=StratifiedKFold(3, shuffle=True, random_state=1),
+        scoring=scoring,
+    ).fit(X, y)
+    search = searched(model).fit(X, y)
+    assert len(model.cv_results_["params"]) == 36
+    # Heads are solved from other starts to 1e-8 of their objective: at most one sample may change sides.
+    assert_same_scores(model.cv_results_, search.cv_results_, atol=1e-3 if scoring else 1.01 / 20)
+    assert model.best_index_ == best_by_the_rule(model)
+    assert model.best_params_ == model.cv_results_["params"][model.best_index_]
+    assert model.best_score_ == model.cv_results_["mean_test_score"][model.best_index_]
+    assert model.best_score_ == pytest.approx(search.best_score_, abs=1e-3 if scoring else 1.01 / 60)
+    if scoring:
+        assert model.best_params_ == search.best_params_
+
+
+def test_results_are_a_table():
+    X, y, _ = problem(1)
+    model = Head2ToeClassifierCV(**SMALL, normalizations=("standard", None)).fit(X, y)
+    table = pd.DataFrame(model.cv_results_)
+    expected = {"params", "param_C", "param_alpha", "param_keep_fraction", "param_normalization", "mean_test_score"}
+    expected |= {"std_test_score", "rank_test_score", "mean_n_features", *(f"split{i}_test_score" for i in range(3))}
+    assert set(table.columns) == expected
+    assert len(table) == 16
+    for row in table.itertuples():
+        assert row.params == {
+            "C": row.param_C,
+            "alpha": row.param_alpha,
+            "keep_fraction": row.param_keep_fraction,
+            "normalization": row.param_normalization,
+        }
+    folds = table[[f"split{i}_test_score" for i in range(3)]]
+    np.testing.assert_allclose(table["mean_test_score"], folds.mean(axis=1))
+    np.testing.assert_allclose(table["std_test_score"], folds.std(axis=1, ddof=0))
+    ranks = table["mean_test_score"].rank(method="min", ascending=False).astype(int)
+    np.testing.assert_array_equal(table["rank_test_score"], ranks)
+    kept = table["param_keep_fraction"] == 0.2
+    assert (table["mean_n_features"][kept] == 5).all()
+    assert table["param_C"].dtype == table["param_alpha"].dtype == float
+
+
+def test_the_best_estimator_is_the_classifier_with_the_best_parameters():
+    for seed, k in ((2, 3), (3, 2)):
+        X, y, weight = problem(seed, k=k)
+        model = Head2ToeClassifierCV(**SMALL, normalizations=("standard", "layer+standard"), n_averaged=4)
+        model.fit(X, y, sample_weight=weight)
+        best = model.best_estimator_
+        alone = Head2ToeClassifier(**model.best_params_).fit(X, y, sample_weight=weight)
+        assert isinstance(best, Head2ToeClassifier)
+        assert best is model.estimators_[0]
+        assert {name: best.get_params()[name] for name in model.best_params_} == model.best_params_
+        np.testing.assert_array_equal(best.selected_features_, alone.selected_features_)
+        np.testing.assert_array_equal(best.feature_scores_, alone.feature_scores_)
+        np.testing.assert_allclose(best.decision_function(X), alone.decision_function(X), atol=2e-3)
+        np.testing.assert_array_equal(best.predict(X), alone.predict(X))
+        assert (best.alpha_max_, best.duality_gap_, best.n_iter_) == (
+            alone.alpha_max_,
+            alone.duality_gap_,
+            alone.n_iter_,
+        )
+        assert set(vars(best)) == set(vars(alone))
+        again = Head2ToeClassifier(**best.get_params()).fit(X, y, sample_weight=weight)
+        np.testing.assert_array_equal(again.predict(X), best.predict(X))
+
+
+@pytest.mark.parametrize("normalization", ["standard", "layer"])
+@pytest.mark.parametrize("k", [2, 4])
+def test_scores_are_averaged_over_the_best_candidates(k, normalization):
+    X, y, _ = problem(4, k=k)
+    model = Head2ToeClassifierCV(**SMALL, normalizations=(normalization,), n_averaged=3).fit(X, y)
+    results = model.cv_results_
+    order = np.lexsort((results["param_C"], results["mean_n_features"], -results["mean_test_score"]))[:3]
+    assert [estimator.alpha for estimator in model.estimators_] == results["param_alpha"][order].tolist()
+    assert [estimator.C for estimator in model.estimators_] == results["param_C"][order].tolist()
+    scores = [estimator.decision_function(X) for estimator in model.estimators_]
+    np.testing.assert_allclose(model.decision_function(X), np.mean(scores, axis=0), atol=1e-9)
+    assert model.decision_function(X).shape == ((N,) if k == 2 else (N, k))
+    assert np.abs(scores[0] - model.decision_function(X)).max() > 1e-6
+    union = sorted(set().union(*(estimator.selected_features_.tolist() for estimator in model.estimators_)))
+    assert model.selected_features_.tolist() == union
+    np.testing.assert_allclose(model.feature_scores_, np.mean([e.feature_scores_ for e in model.estimators_], axis=0))
+    assert model.n_iter_ == max(estimator.n_iter_ for estimator in model.estimators_)
+    P = model.predict_proba(X)
+    np.testing.assert_allclose(P.sum(axis=1), 1)
+    np.testing.assert_array_equal(model.predict(X), model.classes_[P.argmax(axis=1)])
+    assert model.score(X, y) == accuracy_score(y, model.predict(X)) > 0.6
+
+
+def test_one_averaged_is_the_best_alone_and_many_are_all_there_are():
+    X, y, _ = problem(5)
+    alone = Head2ToeClassifierCV(**SMALL, n_averaged=1).fit(X, y)
+    assert len(alone.estimators_) == 1
+    np.testing.assert_allclose(alone.decision_function(X), alone.best_estimator_.decision_function(X), rtol=1e-12)
+    np.testing.assert_array_equal(alone.selected_features_, alone.best_estimator_.selected_features_)
+    assert len(Head2ToeClassifierCV(**SMALL, n_averaged=100).fit(X, y).estimators_) == 8
+
+
+def test_equal_scores_are_ranked_by_fewer_features_then_by_smaller_penalty():
+    model = scripted((0.7, 0.3, 0.1), [0.5, 0.5, 0.5], [0.25, 0.25, 0.25], n_averaged=3)
+    assert model.best_params_["alpha"] == 0.7
+    assert [estimator.alpha for estimator in model.estimators_] == [0.7, 0.3, 0.1]
+    assert model.cv_results_["rank_test_score"].tolist() == [1, 1, 1]
+    X, y, _ = problem(30)
+    same = Head2ToeClassifierCV(
+        alphas=(0.3,), keep_fractions=(None,), Cs=(1.0, 0.01, 0.1), cv=2, scoring=lambda *_: 1.0, n_averaged=3
+    ).fit(X, y)
+    assert [estimator.C for estimator in same.estimators_] == [0.01, 0.1, 1.0]
+    assert same.best_params_["C"] == 0.01
+
+
+def test_means_that_differ_by_rounding_only_are_equal():
+    # BUG: 0.3, 0.2, 0.1 and 0.1, 0.2, 0.3 have means that differ in the last bit, which beats fewer features.
+    model = scripted((0.7, 0.1), [0.3, 0.1], [0.2, 0.2], [0.1, 0.3], n_averaged=1)
+    assert model.best_params_["alpha"] == 0.7
+
+
+def test_one_standard_error_prefers_the_fewest_features_within_it():
+    # The best, 0.1, has mean 0.9 and standard error 0.1 / sqrt(3) = 0.058.
+    script = (0.7, 0.3, 0.1), [0.84, 0.85, 0.9], [0.84, 0.85, 0.8], [0.84, 0.85, 1.0]
+    plain = scripted(*script, n_averaged=1)
+    assert plain.best_params_["alpha"] == 0.1
+    careful = scripted(*script, one_standard_error=True, n_averaged=3)
+    assert careful.best_params_["alpha"] == 0.3
+    assert careful.best_score_ == pytest.approx(0.85)
+    assert [estimator.alpha for estimator in careful.estimators_] == [0.3, 0.1, 0.7]
+    assert careful.cv_results_["rank_test_score"].tolist() == [3, 2, 1]
+    fewest = scripted(
+        (0.7, 0.3, 0.1), [0.843, 0.85, 0.9], [0.843, 0.85, 0.8], [0.843, 0.85, 1.0], one_standard_error=True
+    )
+    assert fewest.best_params_["alpha"] == 0.7
+
+
+def test_scorers_by_name_and_by_function_are_those_of_scikit_learn():
+    X, y, _ = problem(6, k=2)
+    for scoring in ("roc_auc", "f1", "neg_log_loss", get_scorer("balanced_accuracy"), lambda e, X, y: e.score(X, y)):
+        model = Head2ToeClassifierCV(**SMALL, scoring=scoring).fit(X, y)
+        assert_same_scores(model.cv_results_, searched(model, refit=False).fit(X, y).cv_results_, atol=0.051)
+        assert callable(model.scorer_)
+    names = np.where(y == 1, "yes", "no")
+    f1 = make_scorer(sklearn.metrics.f1_score, pos_label="yes")
+    by_name = Head2ToeClassifierCV(**SMALL, scoring=f1).fit(X, names).cv_results_
+    np.testing.assert_allclose(
+        by_name["mean_test_score"], Head2ToeClassifierCV(**SMALL, scoring="f1").fit(X, y).cv_results_["mean_test_score"]
+    )
+
+
+def test_scorers_see_the_rows_and_labels_of_the_fold():
+    X, y, _ = problem(7)
+    seen, splits = [], list(StratifiedKFold(3).split(X, y))
+
+    def scorer(estimator, X, y):
+        seen.append((np.asarray(X), y))
+        assert estimator.predict_proba(X).shape == (20, 3)
+        np.testing.assert_allclose(estimator.predict_log_proba(X), np.log(estimator.predict_proba(X)))
+        return 0.0
+
+    names = np.array(["c", "a", "b"])[y]
+    Head2ToeClassifierCV(**SMALL, scoring=scorer).fit(X, names)
+    for fold, (_, test) in enumerate(splits):
+        of_fold = seen[fold * len(seen) // 3]
+        np.testing.assert_array_equal(of_fold[0], X[test])
+        np.testing.assert_array_equal(of_fold[1], names[test])
+
+
+@pytest.mark.parametrize("one_standard_error", [False, True])
+def test_candidates_without_a_score_come_last(one_standard_error):
+    nan = np.nan
+    model = scripted(
+        (0.7, 0.3, 0.1),
+        [nan, 0.5, 0.9],
+        [nan, 0.5, nan],
+        one_standard_error=one_standard_error,
+        n_averaged=2,
+    )
+    assert model.best_params_["alpha"] == 0.3
+    assert model.best_score_ == 0.5
+    assert model.cv_results_["rank_test_score"].tolist() == [2, 1, 2]
+    assert [estimator.alpha for estimator in model.estimators_] == [0.3, 0.7]
+
+
+def test_no_score_at_all_is_an_error():
+    with pytest.raises(ValueError, match="is nan for all candidates; choose scoring or cv"):
+        scripted((0.7, 0.1), [np.nan, np.nan], [np.nan, np.nan])
+
+
+def test_folds_may_be_a_number_a_splitter_or_indices():
+    X, y, _ = problem(8)
+    expected = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    assert expected.n_splits_ == 3
+    splits = list(StratifiedKFold(3).split(X, y))
+    masks = [tuple(np.isin(np.arange(N), part) for part in split) for split in splits]
+    lists = [tuple(part.tolist() for part in split) for split in splits]
+    for cv in (StratifiedKFold(3), splits, lists, masks, iter(splits), np.int64(3)):
+        model = Head2ToeClassifierCV(**{**SMALL, "cv": cv}).fit(X, y)
+        for name in ("mean_test_score", "split2_test_score", "mean_n_features"):
+            np.testing.assert_array_equal(model.cv_results_[name], expected.cv_results_[name])
+    assert Head2ToeClassifierCV(**{**SMALL, "cv": None}).fit(X, y).n_splits_ == 5
+    shuffled = Head2ToeClassifierCV(**{**SMALL, "cv": ShuffleSplit(2, random_state=0)}).fit(X, y)
+    assert shuffled.n_splits_ == 2
+    assert "split2_test_score" not in shuffled.cv_results_
+
+
+def test_no_folds_at_all_is_an_error_that_names_cv():
+    # BUG: "not enough values to unpack"; an iterator that was used up by an earlier fit does the same.
+    X, y, _ = problem(8)
+    with pytest.raises(ValueError, match="cv"):
+        Head2ToeClassifierCV(**{**SMALL, "cv": []}).fit(X, y)
+
+
+def test_groups_go_to_the_splitter():
+    X, y, _ = problem(9)
+    groups = np.arange(N) % 6
+    model = Head2ToeClassifierCV(**{**SMALL, "cv": GroupKFold(3)})
+    found = model.fit(X, y, groups=groups).cv_results_
+    given = Head2ToeClassifierCV(**{**SMALL, "cv": list(GroupKFold(3).split(X, y, groups))}).fit(X, y).cv_results_
+    np.testing.assert_array_equal(found["mean_test_score"], given["mean_test_score"])
+    with pytest.raises(ValueError, match="groups"):
+        model.fit(X, y)
+
+
+def test_unknown_arguments_of_fit_are_refused():
+    X, y, _ = problem(9)
+    with pytest.raises(ValueError, match=r"fit takes colour, size only with metadata routing: sklearn\.set_config"):
+        Head2ToeClassifierCV(**SMALL).fit(X, y, size=3, colour="red", groups=None)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_metadata_are_routed_to_scorer_and_splitter(weighted):
+    X, y, weight = problem(10)
+    weight, groups = weight**2, np.arange(N) % 6
+    with sklearn.config_context(enable_metadata_routing=True):
+        scorer = make_scorer(accuracy_score).set_score_request(sample_weight=weighted)
+        model = Head2ToeClassifierCV(**{**SMALL, "cv": GroupKFold(3)}, scoring=scorer)
+        model.fit(X, y, sample_weight=weight, groups=groups)
+        search = searched(model, refit=False)
+        search.estimator.set_fit_request(sample_weight=True)
+        search.fit(X, y, sample_weight=weight, groups=groups)
+        assert_same_scores(model.cv_results_, search.cv_results_, atol=0.1)
+    splits = list(GroupKFold(3).split(X, y, groups))
+    for number, (train, test) in enumerate(splits):
+        for params, score in zip(
+            model.cv_results_["params"], model.cv_results_[f"split{number}_test_score"], strict=True
+        ):
+            fitted = Head2ToeClassifier(**params).fit(X[train], y[train], sample_weight=weight[train])
+            expected = fitted.score(X[test], y[test], sample_weight=weight[test] if weighted else None)
+            assert score == pytest.approx(expected, abs=1e-9)
+    plain = Head2ToeClassifierCV(**{**SMALL, "cv": splits}).fit(X, y, sample_weight=weight)
+    same = np.allclose(plain.cv_results_["mean_test_score"], model.cv_results_["mean_test_score"])
+    assert same == weighted
+
+
+def test_metadata_that_nobody_asked_for_are_an_error():
+    X, y, weight = problem(10)
+    with sklearn.config_context(enable_metadata_routing=True):
+        with pytest.raises(UnsetMetadataPassedError, match="sample_weight"):
+            Head2ToeClassifierCV(**SMALL, scoring="accuracy").fit(X, y, sample_weight=weight)
+        with pytest.raises(TypeError, match="colour"):
+            Head2ToeClassifierCV(**SMALL).fit(X, y, colour=y)
+
+
+def test_metadata_reach_a_search_inside_a_cross_validation():
+    X, y, weight = problem(11)
+    groups = np.arange(N) % 6
+    with sklearn.config_context(enable_metadata_routing=True):
+        scorer = make_scorer(accuracy_score).set_score_request(sample_weight=True)
+        model = Head2ToeClassifierCV(**{**SMALL, "cv": GroupKFold(2)}, scoring=scorer)
+        model.set_fit_request(sample_weight=True)
+        outer = KFold(2)
+        params = {"sample_weight": weight, "groups": groups}
+        found = cross_validate(
+            model, X, y, cv=outer, params=params, scoring=scorer, return_estimator=True, error_score="raise"
+        )
+        for (train, test), score, fitted in zip(outer.split(X), found["test_score"], found["estimator"], strict=True):
+            alone = Head2ToeClassifierCV(**model.get_params())
+            alone.fit(X[train], y[train], sample_weight=weight[train], groups=groups[train])
+            np.testing.assert_array_equal(alone.decision_function(X), fitted.decision_function(X))
+            assert score == pytest.approx(accuracy_score(y[test], alone.predict(X[test]), sample_weight=weight[test]))
+
+
+@pytest.mark.parametrize("scoring", [lambda e, X, y: e.score(X, y), "adjusted_rand_score"], ids=["function", "name"])
+def test_a_scorer_that_takes_no_weights_is_given_none(scoring):
+    # BUG: TypeError about sample_weight, where GridSearchCV gives weights only to scorers that take them.
+    X, y, weight = problem(12)
+    model = Head2ToeClassifierCV(**SMALL, scoring=scoring)
+    search = searched(model, refit=False).fit(X, y, sample_weight=weight)
+    assert_same_scores(model.fit(X, y, sample_weight=weight).cv_results_, search.cv_results_, atol=0.1)
+
+
+def test_weights_go_to_the_fits_and_to_the_scores():
+    X, y, weight = problem(12)
+    weight = weight**3
+    model = Head2ToeClassifierCV(**SMALL).fit(X, y, sample_weight=weight)
+    search = searched(model, refit=False).fit(X, y, sample_weight=weight)
+    assert_same_scores(model.cv_results_, search.cv_results_, atol=1e-9)
+    unweighted = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    assert not np.allclose(unweighted.cv_results_["mean_test_score"], model.cv_results_["mean_test_score"])
+    again = Head2ToeClassifierCV(**SMALL).fit(np.r_[X, X[:5] + 100], np.r_[y, [0] * 5], np.r_[weight, np.zeros(5)])
+    alone = Head2ToeClassifier(**again.best_params_).fit(X, y, sample_weight=weight)
+    np.testing.assert_array_equal(again.best_estimator_.predict(X), alone.predict(X))
+
+
+def test_a_class_rarer_than_the_folds_is_learned_all_the_same():
+    X, y, _ = problem(13)
+    y = np.where(y == 2, 1, y)
+    y[:1] = 2
+    X[:1] += 50
+    with pytest.warns(UserWarning, match="The least populated class in y has only 1 member"):
+        model = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    assert model.n_splits_ == 3
+    assert model.classes_.tolist() == [0, 1, 2]
+    assert model.predict_proba(X).shape == (N, 3)
+    assert np.isfinite(model.cv_results_["mean_test_score"]).all()
+    assert np.isfinite(model.decision_function(X)).all()
+    assert model.predict(X[:1]).tolist() == [2]
+
+
+def test_where_every_class_is_rarer_than_the_folds_there_are_fewer():
+    X, _, _ = problem(14, n=12)
+    y = np.arange(12) // 3
+    X[np.arange(12), y] += 20
+    with pytest.warns(UserWarning, match="cv=5 is more than any class has samples; 3 folds are used. Lower cv"):
+        model = Head2ToeClassifierCV(**{**SMALL, "cv": 5}).fit(X, y)
+    assert model.n_splits_ == 3
+    assert model.score(X, y) == 1
+    with pytest.raises(ValueError, match="n_splits=5 cannot be greater than the number of members in each class"):
+        Head2ToeClassifierCV(**{**SMALL, "cv": StratifiedKFold(5)}).fit(X, y)
+    with pytest.raises(ValueError, match="y must hold a class with two samples or more"):
+        Head2ToeClassifierCV(**SMALL).fit(X, np.arange(12))
+
+
+def test_a_fold_that_trains_on_one_class_predicts_it_and_warns():
+    X, y, _ = problem(15, k=2)
+    only = np.flatnonzero(y == 1)[:10]
+    rest = np.setdiff1d(np.arange(N), only)
+    folds = [(only, rest), (rest, only), *StratifiedKFold(2).split(X, y)]
+    with pytest.warns(UserWarning, match=r"fold 1/4, only one class to train on, which is predicted everywhere"):
+        model = Head2ToeClassifierCV(**{**SMALL, "cv": folds}).fit(X, y)
+    assert (model.cv_results_["split0_test_score"] == np.mean(y[rest] == 1)).all()
+    without = Head2ToeClassifierCV(**{**SMALL, "cv": folds[1:]}).fit(X, y)
+    for number in range(3):
+        ours, theirs = f"split{number + 1}_test_score", f"split{number}_test_score"
+        np.testing.assert_array_equal(model.cv_results_[ours], without.cv_results_[theirs])
+
+
+def test_a_class_missing_from_a_training_fold_is_not_predicted_there():
+    X, y, _ = problem(16)
+    train, test = np.flatnonzero(y != 1), np.flatnonzero(y == 1)
+    model = Head2ToeClassifierCV(**{**SMALL, "cv": [(train, test), (test[:5].tolist() + train.tolist(), test)]})
+    model.fit(X, y)
+    assert (model.cv_results_["split0_test_score"] == 0).all()
+    assert model.cv_results_["split1_test_score"].max() > 0
+
+
+def test_nothing_selected_predicts_the_frequencies():
+    X, y, _ = problem(17)
+    model = Head2ToeClassifierCV(alphas=(1.0,), keep_fractions=(None,), Cs=(0.1, 1.0), cv=3)
+    with pytest.warns(UserWarning, match=r"No feature was selected at alpha=1\.0"):
+        model.fit(X, y)
+    np.testing.assert_allclose(model.predict_proba(X), np.tile(np.bincount(y) / N, (N, 1)))
+    assert (model.cv_results_["mean_n_features"] == 0).all()
+    assert model.best_score_ == pytest.approx(np.bincount(y).max() / N, abs=0.02)
+    assert model.selected_features_.tolist() == []
+
+
+def test_names_and_numbers_of_classes_do_not_matter():
+    X, y, _ = problem(18)
+    expected = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    names = np.array(["ant", "bee", "cow"])[y]
+    model = Head2ToeClassifierCV(**SMALL).fit(X, names)
+    assert model.classes_.tolist() == ["ant", "bee", "cow"]
+    np.testing.assert_array_equal(model.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"])
+    np.testing.assert_array_equal(model.decision_function(X), expected.decision_function(X))
+    np.testing.assert_array_equal(
+        model.predict(X), names[np.argmax(y[:, None] == np.arange(3), axis=0)][expected.predict(X)]
+    )
+
+
+def test_the_order_of_rows_and_of_classes_does_not_change_the_best_score():
+    X, y, _ = problem(19)
+    folds = list(StratifiedKFold(3).split(X, y))
+    expected = Head2ToeClassifierCV(**{**SMALL, "cv": folds}, tol=1e-5).fit(X, y)
+    order = np.random.default_rng(0).permutation(N)
+    place = np.argsort(order)
+    moved = [(place[train], place[test]) for train, test in folds]
+    relabelled = np.array([7, 2, 5])[y[order]]
+    model = Head2ToeClassifierCV(**{**SMALL, "cv": moved}, tol=1e-5).fit(X[order], relabelled)
+    assert model.best_score_ == pytest.approx(expected.best_score_, abs=1e-12)
+    np.testing.assert_allclose(model.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"])
+
+
+def test_balanced_classes_are_those_of_a_grid_search():
+    X, y, _ = problem(20)
+    y = np.where(np.arange(N) % 10 < 7, 0, 1 + (np.arange(N) % 10 == 9))
+    X[:, :3] += np.eye(3, dtype=np.float32)[y]
+    model = Head2ToeClassifierCV(**SMALL, class_weight="balanced", scoring="balanced_accuracy").fit(X, y)
+    assert_same_scores(model.cv_results_, searched(model, refit=False).fit(X, y).cv_results_, atol=1e-9)
+    plain = Head2ToeClassifierCV(**SMALL, scoring="balanced_accuracy").fit(X, y)
+    assert not np.allclose(plain.cv_results_["mean_test_score"], model.cv_results_["mean_test_score"])
+    assert model.best_estimator_.class_weight == "balanced"
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_folds_worked_on_at_the_same_time_give_the_same(backend):
+    X, y, weight = problem(21)
+    expected = Head2ToeClassifierCV(**SMALL).fit(X, y, sample_weight=weight)
+    with parallel_config(backend=backend):
+        model = Head2ToeClassifierCV(**SMALL, n_jobs=2).fit(X, y, sample_weight=weight)
+    for name, values in expected.cv_results_.items():
+        np.testing.assert_array_equal(model.cv_results_[name], values, err_msg=name)
+    np.testing.assert_array_equal(model.decision_function(X), expected.decision_function(X))
+
+
+@pytest.fixture
+def solved_ratios(monkeypatch):
+    """The fractions of alpha_max that are solved for, one list per call of the solver."""
+    calls, solver = [], solving.group_lasso_path
+
+    def counted(X, y, *, alpha_ratios, **others):
+        calls.append(np.asarray(alpha_ratios).tolist())
+        return solver(X, y, alpha_ratios=alpha_ratios, **others)
+
+    monkeypatch.setattr(solving, "group_lasso_path", counted)
+    return calls
+
+
+def test_every_fold_and_normalization_costs_one_path(solved_ratios):
+    X, y, _ = problem(22)
+    Head2ToeClassifierCV(
+        alphas=(0.85**2, 0.85**6), Cs=(0.1, 1.0, 10.0), normalizations=("standard", None), cv=3, n_averaged=1
+    ).fit(X, y)
+    # Three folds with two normalizations, and the best on all samples.
+    assert len(solved_ratios) == 7
+    assert sorted(map(len, solved_ratios[:6])) == [7] * 6
+
+
+def test_a_search_with_memory_solves_nothing_twice(tmp_path, solved_ratios):
+    X, y, _ = problem(23)
+    expected = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    model = Head2ToeClassifierCV(**SMALL, memory=tmp_path).fit(X, y)
+    solved_ratios.clear()
+    again = Head2ToeClassifierCV(**SMALL, memory=tmp_path).fit(X, y)
+    assert solved_ratios == []
+    Head2ToeClassifier(**again.best_params_, memory=tmp_path).fit(X, y)
+    assert solved_ratios == []
+    for fitted in (model, again):
+        np.testing.assert_array_equal(fitted.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"])
+        np.testing.assert_array_equal(fitted.decision_function(X), expected.decision_function(X))
+    more = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.5, 0.2, 0.15)}, memory=tmp_path).fit(X, y)
+    assert max(ratio for call in solved_ratios for ratio in call) < 0.2
+    fresh = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.5, 0.2, 0.15)}).fit(X, y)
+    np.testing.assert_array_equal(more.cv_results_["mean_test_score"], fresh.cv_results_["mean_test_score"])
+
+
+def test_verbose_lines_name_the_fold(capsys):
+    X, y, _ = problem(24)
+    Head2ToeClassifierCV(**SMALL, verbose=1, n_averaged=2).fit(X, y)
+    lines = capsys.readouterr().out.splitlines()
+    alphas = re.compile(r"(fold \d/3|all samples), alpha \d+/\d+ = .* alphas/s, .* left")
+    candidates = re.compile(r"(fold \d/3|all samples), (\d+)/(\d+) candidates: .* candidates/s, .* left")
+    found = [(alphas.fullmatch(line), candidates.fullmatch(line)) for line in lines]
+    assert all(any(pair) for pair in found), lines
+    for label, total in (("fold 1/3", 8), ("fold 2/3", 8), ("fold 3/3", 8), ("all samples", 2)):
+        assert any(path and path[1] == label for path, _ in found)
+        done = [int(match[2]) for _, match in found if match and match[1] == label]
+        assert done == list(range(1, total + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("alphas", (), "alphas must hold at least one value"),
+        ("keep_fractions", [], "keep_fractions must hold at least one value"),
+        ("Cs", np.array([]), "Cs must hold at least one value"),
+        ("normalizations", (), "normalizations must hold at least one value"),
+        ("alphas", (0.5, 0.0), r"'alpha' parameter of Head2ToeClassifierCV must be .* Got 0\.0"),
+        ("alphas", (np.nan,), r"'alpha' parameter of Head2ToeClassifierCV must be .* Got nan"),
+        ("alphas", (None,), r"'alpha' parameter of Head2ToeClassifierCV must be .* Got None"),
+        ("alphas", 0.5, r"'alphas' parameter of Head2ToeClassifierCV must be an array-like\. Got 0\.5"),
+        ("keep_fractions", (None, 2), r"'keep_fraction' parameter of Head2ToeClassifierCV must be .* Got 2"),
+        ("Cs", (1.0, -1.0), r"'C' parameter of Head2ToeClassifierCV must be .* Got -1\.0"),
+        ("normalizations", ("foo",), "'normalization' parameter of Head2ToeClassifierCV must be .* Got 'foo'"),
+        ("normalizations", "standard", "'normalizations' parameter of Head2ToeClassifierCV must be an array-like"),
+        ("n_averaged", 0, "'n_averaged' parameter of Head2ToeClassifierCV must be .* Got 0"),
+        ("scoring", "acuracy", "'scoring' parameter of Head2ToeClassifierCV must be .* Got 'acuracy'"),
+        ("one_standard_error", "yes", "'one_standard_error' parameter of Head2ToeClassifierCV must be .* Got 'yes'"),
+        ("cv", "three", "'cv' parameter of Head2ToeClassifierCV must be .* Got 'three'"),
+        ("l1_ratio", 0.0, r"'l1_ratio' parameter of Head2ToeClassifierCV must be .* Got 0\.0"),
+        ("memory", 5, "memory must be None, a folder"),
+    ],
+)
+def test_a_bad_parameter_is_named_with_what_was_given(name, values, said):
+    X, y, _ = problem(25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=said):
+            Head2ToeClassifierCV(**{**SMALL, name: values}).fit(X, y)
+
+
+def test_values_given_twice_are_tried_once():
+    X, y, _ = problem(26)
+    model = Head2ToeClassifierCV(alphas=[0.5, 0.5], keep_fractions=[None, None], Cs=np.array([1, 1.0]), cv=2).fit(X, y)
+    assert len(model.cv_results_["params"]) == 1
+
+
+def test_an_unconverged_path_warns():
+    X, y, _ = problem(27)
+    with pytest.warns(ConvergenceWarning, match="did not reach tol=1e-12"):
+        Head2ToeClassifierCV(**SMALL, tol=1e-12, max_iter=1).fit(X, y)
+
+
+def test_other_errors_say_what_is_wrong():
+    X, y, _ = problem(28)
+    with pytest.raises(NotFittedError):
+        Head2ToeClassifierCV().predict(X)
+    with pytest.raises(ValueError, match="at least two classes"):
+        Head2ToeClassifierCV(**SMALL).fit(X, np.zeros(N))
+    with pytest.raises(ValueError, match="requires y to be passed"):
+        Head2ToeClassifierCV(**SMALL).fit(X, None)
+    with pytest.raises(ValueError, match="X has 24 features, but Head2ToeClassifierCV is expecting 25"):
+        Head2ToeClassifierCV(**SMALL).fit(X, y).predict(X[:, 1:])
+    X[7, 3] = np.inf
+    with pytest.raises(ValueError, match="NaN or infinity in column 3"):
+        Head2ToeClassifierCV(**SMALL).fit(X, y)
