@@ -118,7 +118,7 @@ def run_grid(spec: dict[str, Any]) -> dict[str, Any]:
         X, y = data["X"], data["y"]
     if spec["name"] == "Head2ToeClassifierCV":
         search: Any = Head2ToeClassifierCV(
-            alphas=GRID["alpha"], keep_fractions=GRID["keep_fraction"], Cs=GRID["C"], n_averaged=1
+            alphas=GRID["alpha"], keep_fractions=GRID["keep_fraction"], Cs=GRID["C"], refit="best"
         )
     else:
         memory = spec["memory"] if "memory" in spec["name"] else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -35,6 +35,7 @@ from estimators.selection import (
     PATH_CONSTRAINTS,
     SelectedFeatures,
     count_kept,
+    last_layers_features,
     select_features,
     warn_nothing_selected,
 )
@@ -96,8 +97,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         steps.
     head : {"ridge", "path", "adam"}, default="ridge"
         "ridge" fits L2 logistic regression on the kept features, to 1e-8 of its objective; "path" uses the group
-        lasso's own coefficients (with ``keep_fraction``, those of the kept features; not with ``solver="adam"``);
-        "adam" is the published head, trained on the kept features for ``max_iter`` steps without a penalty.
+        lasso's own coefficients (with ``keep_fraction`` or ``last_layers``, those of the kept features; not with
+        ``solver="adam"``); "adam" is the published head, trained on the kept features for ``max_iter`` steps without
+        a penalty.
     C : float, default=1.0
         Inverse penalty of the ridge head, as in scikit-learn's LogisticRegression.
     class_weight : dict, "balanced" or None, default=None
@@ -122,6 +124,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         Start and order of the samples in Adam's trainings; the other solvers are deterministic.
     verbose : int, default=0
         Print a line per alpha of the path.
+    last_layers : int or None, default=None
+        Keep all features of so many last layers instead, whatever ``alpha`` says: a linear probe. A plain array is one
+        layer. Not with ``keep_fraction``, nor with ``solver="adam"``.
 
     Attributes
     ----------
@@ -168,6 +173,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(Real, 0, 1, closed="right")],
         "keep_fraction": [Interval(Real, 0, 1, closed="right"), None],
+        "last_layers": [Interval(Integral, 1, None, closed="left"), None],
         "normalization": [StrOptions(set(NORMALIZATIONS)), None],
         "solver": [StrOptions({"newton", "adam"})],
         "head": [StrOptions({"ridge", "path", "adam"})],
@@ -196,6 +202,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         n_jobs: int | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
+        last_layers: int | None = None,
     ) -> None:
         self.alpha = alpha
         self.l1_ratio = l1_ratio
@@ -214,6 +221,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
+        self.last_layers = last_layers
 
     def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Select features and fit the head.
@@ -275,7 +283,10 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self.duality_gap_ = float(path.relative_gap[-1])
         self.n_iter_ = int(path.n_iter.max())
         self.feature_scores_ = path.row_norms(-1)
-        self.selected_features_ = select_features(path, -1, self.keep_fraction)
+        if self.last_layers is None:
+            self.selected_features_ = select_features(path, -1, self.keep_fraction)
+        else:
+            self.selected_features_ = last_layers_features(training.layers, self.last_layers)
         self._layer_scaling = ""
         if scales_layers(self.normalization):
             self._layer_scaling = "whole" if self.head == "path" else "kept"
@@ -287,6 +298,11 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self.coef_, self.intercept_ = np.ascontiguousarray(coef.T), intercept
 
     def _check_combination(self) -> None:
+        if self.last_layers is not None and (self.keep_fraction is not None or self.solver == "adam"):
+            raise ValueError(
+                f"last_layers={self.last_layers} decides what is kept and goes neither with keep_fraction nor with "
+                f"solver='adam', got keep_fraction={self.keep_fraction} and solver={self.solver!r}."
+            )
         if self.solver == "newton":
             return
         if self.keep_fraction is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from estimators.selection import SelectedFeatures
 from estimators.tuning import Head2ToeClassifierCV
 
 # Okabe and Ito's colours without yellow, which white swallows; a marker each, so that greyscale tells them apart too.
+Kept: TypeAlias = tuple[float | None, int | None]
+
 _STYLES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -164,13 +166,14 @@ class Head2ToePathDisplay:
     ----------
     alphas : array-like of shape (n_alphas,), float
         Decreasing.
-    keep_fractions : sequence of float or None, of length n_keep_fractions
-    mean_scores, std_scores : array-like of shape (n_keep_fractions, n_alphas), float
+    kept : sequence of (keep_fraction, last_layers), of length n_kept
+        What decides which features are kept, besides alpha: one of the two, or neither.
+    mean_scores, std_scores : array-like of shape (n_kept, n_alphas), float
         Over the folds.
-    n_features : array-like of shape (n_keep_fractions, n_alphas), float
+    n_features : array-like of shape (n_kept, n_alphas), float
         Mean over the folds.
     best_params : dict
-        ``alpha``, ``keep_fraction``, ``C`` and ``normalization`` of the chosen candidate.
+        ``alpha``, ``keep_fraction``, ``last_layers``, ``C`` and ``normalization`` of the chosen candidate.
     best_score, best_n_features : float
         Its means over the folds.
     score_name : str
@@ -194,7 +197,7 @@ class Head2ToePathDisplay:
         self,
         *,
         alphas: Any,
-        keep_fractions: Sequence[float | None],
+        kept: Sequence[Kept],
         mean_scores: Any,
         std_scores: Any,
         n_features: Any,
@@ -204,7 +207,7 @@ class Head2ToePathDisplay:
         score_name: str,
     ) -> None:
         self.alphas = alphas
-        self.keep_fractions = keep_fractions
+        self.kept = kept
         self.mean_scores = mean_scores
         self.std_scores = std_scores
         self.n_features = n_features
@@ -243,11 +246,11 @@ class Head2ToePathDisplay:
         results, best, scoring = estimator_cv.cv_results_, estimator_cv.best_params_, estimator_cv.scoring or "accuracy"
         shown = [params for params in results["params"] if params["normalization"] == best["normalization"]]
         alphas = sorted({params["alpha"] for params in shown}, reverse=True)
-        keep_fractions = list(dict.fromkeys(params["keep_fraction"] for params in shown))
-        over_C = _best_over_C(results, best["normalization"], alphas, keep_fractions)
+        kept = list(dict.fromkeys(map(_kept, shown)))
+        over_C = _best_over_C(results, best["normalization"], alphas, kept)
         return cls(
             alphas=np.array(alphas),
-            keep_fractions=keep_fractions,
+            kept=kept,
             mean_scores=results["mean_test_score"][over_C],
             std_scores=results["std_test_score"][over_C],
             n_features=results["mean_n_features"][over_C],
@@ -292,7 +295,7 @@ class Head2ToePathDisplay:
 
     def _offsets(self, matplotlib: Any) -> list[Any]:
         """Transforms that set the lines apart sideways, the first to the left, without changing their data."""
-        n_lines, alphas = len(self.keep_fractions), np.log10(self.alphas)
+        n_lines, alphas = len(self.kept), np.log10(self.alphas)
         gaps = -np.diff(alphas)
         step = min(0.008 * _decades(alphas), 0.6 * gaps.min(initial=np.inf) / n_lines)
         return [
@@ -306,11 +309,11 @@ class Head2ToePathDisplay:
         colour, marker = _STYLES[index % len(_STYLES)]
         dashes = _DASHES[index // len(_STYLES) % len(_DASHES)]
         style: dict[str, Any] = dict(color=colour, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.2)
-        label = _keep_label(self.keep_fractions[index])
+        label = _keep_label(*self.kept[index])
         means, spread = self.mean_scores[index], self.std_scores[index]
         score.errorbar(self.alphas, means, yerr=spread, label=label, elinewidth=0.8, transform=over, **style)
         count.plot(self.alphas, self.n_features[index], transform=under, **style)
-        if self.keep_fractions[index] == self.best_params["keep_fraction"]:
+        if self.kept[index] == _kept(self.best_params):
             star: dict[str, Any] = dict(marker="*", markersize=13, color=colour, markeredgecolor="black", zorder=5)
             alpha = self.best_params["alpha"]
             score.plot([alpha], [self.best_score], transform=over, **star)
@@ -321,7 +324,7 @@ class Head2ToePathDisplay:
         best = self.best_params
         return (
             f"chosen: {self.best_score:.3g} with {self.best_n_features:.4g} features\n"
-            f"alpha={best['alpha']:.3g}, {_keep_label(best['keep_fraction'])}, C={best['C']:.3g}"
+            f"alpha={best['alpha']:.3g}, {_keep_label(*_kept(best))}, C={best['C']:.3g}"
         )
 
     def _score_range(self) -> tuple[float, float]:
@@ -395,19 +398,25 @@ def _head(ax: Any, title: str, n_columns: int) -> None:
 
 
 def _best_over_C(
-    results: dict[str, Any], normalization: str | None, alphas: Sequence[float], keep_fractions: Sequence[float | None]
+    results: dict[str, Any], normalization: str | None, alphas: Sequence[float], kept: Sequence[Kept]
 ) -> NDArray[np.int64]:
-    """Positions in ``cv_results_`` of the candidates with the best C, (n_keep_fractions, n_alphas)."""
+    """Positions in ``cv_results_`` of the candidates with the best C, (n_kept, n_alphas)."""
     best: dict[tuple[Any, Any], int] = {}
     means = np.nan_to_num(results["mean_test_score"], nan=-np.inf)
     for index, params in enumerate(results["params"]):
-        point = params["keep_fraction"], params["alpha"]
+        point = _kept(params), params["alpha"]
         if params["normalization"] == normalization and means[index] > means[best.setdefault(point, index)]:
             best[point] = index
-    return np.array([[best[keep_fraction, alpha] for alpha in alphas] for keep_fraction in keep_fractions])
+    return np.array([[best[keep, alpha] for alpha in alphas] for keep in kept])
 
 
-def _keep_label(keep_fraction: float | None) -> str:
+def _kept(params: dict[str, Any]) -> Kept:
+    return params["keep_fraction"], params["last_layers"]
+
+
+def _keep_label(keep_fraction: float | None, last_layers: int | None) -> str:
+    if last_layers is not None:
+        return "last layer" if last_layers == 1 else f"last {last_layers} layers"
     if keep_fraction is None:
         return "nonzero weights"
     return "all features" if keep_fraction == 1 else f"top {100 * keep_fraction:g} %"

@@ -78,6 +78,11 @@ def select_features(path: GroupLassoPath, index: int, keep_fraction: float | Non
     return np.sort(rank_features(path, index)[: count_kept(keep_fraction, path.n_features)])
 
 
+def last_layers_features(layers: NDArray[np.int64], last_layers: int) -> NDArray[np.int64]:
+    """All features of the last layers, sorted; ``layers`` is the (n_features,) layer of each feature."""
+    return np.flatnonzero(layers > layers.max() - last_layers)
+
+
 def count_kept(keep_fraction: float, n_features: int) -> int:
     """ceil(keep_fraction * n_features), at least 1."""
     # The products 0.07 * 100 and 0.29 * 100 are off by an ulp; that must not add a feature.

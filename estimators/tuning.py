@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import log_softmax, logsumexp
 from scipy.stats import rankdata
 from sklearn import get_config
 from sklearn.base import BaseEstimator
 from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils import Bunch
-from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
+from sklearn.utils._param_validation import StrOptions, validate_parameter_constraints
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import _check_method_params, check_is_fitted
@@ -30,9 +31,16 @@ from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
 from estimators.inputs import Training, check_features, check_training
 from estimators.kept import KeptFeatures, held_bytes, in_memory
+from estimators.mixture import mixture_weights
 from estimators.normalization import scales_layers
 from estimators.refit import ridge_head
-from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, select_features, warn_nothing_selected
+from estimators.selection import (
+    PATH_CONSTRAINTS,
+    SelectedFeatures,
+    last_layers_features,
+    select_features,
+    warn_nothing_selected,
+)
 from estimators.solving import PathOptions, solve_path
 
 
@@ -44,7 +52,13 @@ class Candidate:
     normalization: str | None
     alpha: float
     keep_fraction: float | None
+    last_layers: int | None
     C: float
+
+    @property
+    def kept(self) -> tuple[float | None, int | None]:
+        """What decides which features are kept, besides alpha."""
+        return self.keep_fraction, self.last_layers
 
     @property
     def params(self) -> dict[str, Any]:
@@ -53,8 +67,15 @@ class Candidate:
             "C": self.C,
             "alpha": self.alpha,
             "keep_fraction": self.keep_fraction,
+            "last_layers": self.last_layers,
             "normalization": self.normalization,
         }
+
+    def select(self, path: GroupLassoPath, layers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Features kept at the end of the path, sorted."""
+        if self.last_layers is not None:
+            return last_layers_features(layers, self.last_layers)
+        return select_features(path, -1, self.keep_fraction)
 
 
 @dataclass(frozen=True)
@@ -82,12 +103,11 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
         )
         scaling = "kept" if scales_layers(normalization) else ""
         selections: dict[bytes, list[Candidate]] = {}
-        for candidate in sorted(
-            group, key=lambda candidate: (str(candidate.keep_fraction), -candidate.alpha, candidate.C)
-        ):
-            selected = select_features(paths[candidate.alpha], -1, candidate.keep_fraction)
+        ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
+        for candidate in ordered:
+            selected = candidate.select(paths[candidate.alpha], training.layers)
             selections.setdefault(selected.tobytes(), []).append(candidate)
-        solutions: dict[tuple[float | None, float], RidgeSolution] = {}
+        solutions: dict[tuple[Any, float], RidgeSolution] = {}
         for key, same in selections.items():
             selected = np.frombuffer(key, dtype=np.int64)
             head = None
@@ -96,7 +116,7 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
             for C, alike in itertools.groupby(
                 sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
             ):
-                like = (same[0].keep_fraction, C)
+                like = (same[0].kept, C)
                 coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
                 if head is not None and head.solution is not None:
                     solutions[like] = head.solution
@@ -135,8 +155,8 @@ def _score_fold(
     scorer: Any,
     score_params: dict[str, Any],
     options: PathOptions,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Scores of all candidates on one fold, and how many features each kept."""
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Scores of all candidates on one fold, how many features each kept, and the likelihood of the held-out labels."""
     part = replace(
         training,
         features=training.features[train],
@@ -147,6 +167,13 @@ def _score_fold(
     values = in_memory(held_out, held_bytes(options.max_memory))
     params = _check_method_params(training.features, params=score_params, indices=test)
     scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
+    likelihood = np.empty((len(candidates), len(test)))
+
+    def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
+        answers = _Answers(training.classes, kept.scores(coef, intercept))
+        probabilities = answers.predict_proba(held_out)[np.arange(len(test)), training.codes[test]]
+        return float(scorer(answers, held_out, labels, **params)), probabilities
+
     if len(np.unique(part.codes[part.sample_weight > 0])) < 2:
         warnings.warn(
             f"{options.label}only one class to train on, which is predicted everywhere. Choose cv so that every fold "
@@ -154,24 +181,26 @@ def _score_fold(
             UserWarning,
             stacklevel=2,
         )
-        null = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "").scores(*_null_model(part))
-        scores[:], n_features[:] = float(scorer(_Answers(training.classes, null), held_out, labels, **params)), 0
-        return scores, n_features
-    previous: tuple[NDArray[np.float64] | None, float] = (None, np.nan)
+        nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "")
+        scores[:], likelihood[:] = judge(nothing, *_null_model(part))
+        n_features[:] = 0
+        return scores, n_features, likelihood
+    previous: NDArray[np.float64] | None = None
     for fit in fit_candidates(part, candidates, options):
-        if previous[0] is not fit.coef:
-            kept = KeptFeatures(values, fit.selected, training.layers, fit.scaling)
-            answers = _Answers(training.classes, kept.scores(fit.coef, fit.intercept))
-            previous = fit.coef, float(scorer(answers, held_out, labels, **params))
-        scores[fit.candidate.index], n_features[fit.candidate.index] = previous[1], len(fit.selected)
-    return scores, n_features
+        index = fit.candidate.index
+        if previous is not fit.coef:
+            previous = fit.coef
+            judged = judge(KeptFeatures(values, fit.selected, training.layers, fit.scaling), fit.coef, fit.intercept)
+        scores[index], likelihood[index] = judged
+        n_features[index] = len(fit.selected)
+    return scores, n_features, likelihood
 
 
 class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  # type: ignore[misc]
-    """Head2Toe with strength, number of features, penalty and normalization chosen by cross-validation.
+    """Head2Toe with strength, number of features, penalty and normalization decided by cross-validation.
 
-    Every fold solves one group-lasso path per normalization, which serves all other candidates. The best candidates
-    are fitted again on all samples, and their scores averaged.
+    Every fold solves one group-lasso path per normalization, which serves all other candidates. Those that predict the
+    held-out samples best together are fitted again on all samples, and their probabilities mixed.
 
     Parameters
     ----------
@@ -181,6 +210,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         Tried at every strength. None keeps the features with nonzero weight, 1.0 keeps all.
     Cs : sequence of float, default=(0.001, 0.01, 0.1, 1.0)
         Inverse penalties of the ridge head.
+    last_layers : sequence of int, default=(1, 2)
+        Tried as well, at every C: all features of so many last layers, which are linear probes. Those that would be
+        all layers are left out; a plain array is one layer.
     normalizations : sequence of {"standard", "layer", "layer+standard"} or None, default=("standard",)
         As in `Head2ToeClassifier`.
     l1_ratio : float in (0, 1], default=1.0
@@ -190,11 +222,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         the largest class has.
     scoring : str, callable or None, default=None
         What a scorer of scikit-learn may be; None is accuracy.
-    one_standard_error : bool, default=False
-        Among the candidates whose mean score is within one standard error of the best, prefer those with the fewest
-        features.
-    n_averaged : int, default=5
-        How many candidates, from the best down, share in predictions. 1 fits the best alone.
+    refit : {"mixture", "best", "one_standard_error"}, default="mixture"
+        What is fitted on all samples. "mixture" is those candidates, with those weights, whose mixed probabilities
+        make the held-out labels most likely (`mixture_weights`): one candidate chosen by its score is a matter of luck
+        where many are about as good. "best" is the candidate with the best mean score. "one_standard_error" is the one
+        with the fewest features among those within a standard error of the best.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes; they multiply ``sample_weight``.
     tol : float, default=1e-3
@@ -218,15 +250,17 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         One entry per candidate, for ``pandas.DataFrame(cv_results_)``: ``params``, ``param_*``, ``split*_test_score``,
         ``mean_test_score``, ``std_test_score``, ``rank_test_score``, ``mean_n_features``.
     best_index_ : int
-        The best candidate's place in ``cv_results_``.
+        Place in ``cv_results_`` of the best candidate, or of the one that "one_standard_error" chose.
     best_params_ : dict
-        Its ``alpha``, ``keep_fraction``, ``C`` and ``normalization``.
+        Its ``alpha``, ``keep_fraction``, ``last_layers``, ``C`` and ``normalization``.
     best_score_ : float
         Its mean score over the folds.
     best_estimator_ : Head2ToeClassifier
-        The best candidate alone, fitted on all samples.
+        That candidate alone, fitted on all samples.
     estimators_ : list of Head2ToeClassifier
-        The candidates that are averaged, best first.
+        The candidates that predict, heaviest first: ``[best_estimator_]`` without a mixture.
+    weights_ : ndarray of shape (n_estimators,), float64
+        Their weights.
     scorer_ : callable
     n_splits_ : int
     n_iter_ : int
@@ -238,7 +272,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     selected_features_ : ndarray of shape (n_selected,), int64
         Sorted columns that prediction reads: those of all ``estimators_``.
     feature_scores_ : ndarray of shape (n_features_in_,), float64
-        Mean of the ``feature_scores_`` of ``estimators_``.
+        Weighted mean of the ``feature_scores_`` of ``estimators_``.
     feature_layers_ : ndarray of shape (n_features_in_,), int64
         Position in ``layer_names_`` of each feature's layer.
     layer_names_ : ndarray of shape (n_layers,), object
@@ -261,11 +295,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         "alphas": ["array-like"],
         "keep_fractions": ["array-like"],
         "Cs": ["array-like"],
+        "last_layers": ["array-like"],
         "normalizations": ["array-like"],
         "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
-        "one_standard_error": ["boolean"],
-        "n_averaged": [Interval(Integral, 1, None, closed="left")],
+        "refit": [StrOptions({"mixture", "best", "one_standard_error"})],
         **PATH_CONSTRAINTS,
     }
 
@@ -274,12 +308,12 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         alphas: Sequence[float] = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
         keep_fractions: Sequence[float | None] = (None, 0.02, 0.1, 0.3, 1.0),
         Cs: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+        last_layers: Sequence[int] = (1, 2),
         normalizations: Sequence[str | None] = ("standard",),
         l1_ratio: float = 1.0,
         cv: Any = 5,
         scoring: Any = None,
-        one_standard_error: bool = False,
-        n_averaged: int = 5,
+        refit: str = "mixture",
         class_weight: dict[Any, float] | str | None = None,
         tol: float = 1e-3,
         max_iter: int = 1000,
@@ -292,12 +326,12 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         self.alphas = alphas
         self.keep_fractions = keep_fractions
         self.Cs = Cs
+        self.last_layers = last_layers
         self.normalizations = normalizations
         self.l1_ratio = l1_ratio
         self.cv = cv
         self.scoring = scoring
-        self.one_standard_error = one_standard_error
-        self.n_averaged = n_averaged
+        self.refit = refit
         self.class_weight = class_weight
         self.tol = tol
         self.max_iter = max_iter
@@ -336,13 +370,13 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             If a path does not reach ``tol``, or a head does not converge.
         """
         self._validate_params()
-        candidates = self._candidates()
         training = check_training(self, X, y, sample_weight, self.class_weight)
+        candidates = self._candidates(len(training.layer_names))
         routed = self._route(sample_weight, params)
         splits = self._splits(training, routed.splitter.split)
         self.scorer_, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
         options = PathOptions.of(self, normalization=None)
-        columns = Parallel(n_jobs=self.n_jobs)(
+        folds = Parallel(n_jobs=self.n_jobs)(
             delayed(_score_fold)(
                 training,
                 train,
@@ -354,21 +388,29 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             )
             for number, (train, test) in enumerate(splits, 1)
         )
-        scores, n_features = (np.array(part) for part in zip(*columns, strict=True))
-        order = self._rank(candidates, scores, n_features)
-        chosen = order[: self.n_averaged].tolist()
-        fits = fit_candidates(
-            training, [candidates[index] for index in chosen], replace(options, label="all samples, ")
-        )
+        scores, n_features = (np.array([fold[part] for fold in folds]) for part in (0, 1))
+        self.best_index_ = self._choose(candidates, scores, n_features)
+        self.best_params_ = candidates[self.best_index_].params
+        self.best_score_ = float(scores[:, self.best_index_].mean())
+        weights = np.zeros(len(candidates))
+        if self.refit == "mixture":
+            held_out = np.concatenate([test for _, test in splits])
+            likelihood = np.concatenate([fold[2] for fold in folds], axis=1)
+            weights = mixture_weights(likelihood, training.sample_weight[held_out])
+        else:
+            weights[self.best_index_] = 1.0
+        mixed = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist()
+        chosen = [candidates[index] for index in dict.fromkeys([*mixed, self.best_index_])]
+        fits = fit_candidates(training, chosen, replace(options, label="all samples, "))
         fitted = {fit.candidate.index: self._estimator(training, fit) for fit in fits}
-        self.estimators_ = [fitted[index] for index in chosen]
-        self.best_index_, self.best_estimator_ = int(order[0]), self.estimators_[0]
-        self.best_params_ = candidates[order[0]].params
-        self.best_score_ = float(scores[:, order[0]].mean())
+        self.best_estimator_ = fitted[self.best_index_]
+        self.estimators_, self.weights_ = [fitted[index] for index in mixed], weights[mixed]
         self.classes_ = training.classes
         self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
         self.n_iter_ = max(estimator.n_iter_ for estimator in self.estimators_)
-        self.feature_scores_ = np.mean([estimator.feature_scores_ for estimator in self.estimators_], axis=0)
+        self.feature_scores_ = np.average(
+            [estimator.feature_scores_ for estimator in self.estimators_], axis=0, weights=self.weights_
+        )
         self.selected_features_ = np.unique(
             np.concatenate([estimator.selected_features_ for estimator in self.estimators_])
         )
@@ -378,24 +420,26 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             )
         return self
 
-    def _candidates(self) -> list[Candidate]:
-        parameters = {
-            "normalization": "normalizations",
-            "alpha": "alphas",
-            "keep_fraction": "keep_fractions",
-            "C": "Cs",
-        }
-        grids = []
-        for name, plural in parameters.items():
-            values = list(getattr(self, plural))
-            if not values:
-                raise ValueError(f"{plural} must hold at least one value, got none.")
-            for value in values:
-                validate_parameter_constraints(
-                    {name: Head2ToeClassifier._parameter_constraints[name]}, {name: value}, type(self).__name__
-                )
-            grids.append(list(dict.fromkeys(values)))
-        return [Candidate(index, *values) for index, values in enumerate(itertools.product(*grids))]
+    def _candidates(self, n_layers: int) -> list[Candidate]:
+        normalizations = self._grid("normalization", self.normalizations)
+        alphas, Cs = self._grid("alpha", self.alphas), self._grid("C", self.Cs)
+        fractions = self._grid("keep_fraction", self.keep_fractions)
+        probes = [number for number in self._grid("last_layers", self.last_layers, least=0) if number < n_layers]
+        kept = [*((fraction, None) for fraction in fractions), *((None, number) for number in probes)]
+        grid = itertools.product(normalizations, alphas, kept, Cs)
+        return [
+            Candidate(index, normalization, alpha, fraction, number, C)
+            for index, (normalization, alpha, (fraction, number), C) in enumerate(grid)
+        ]
+
+    def _grid(self, name: str, given: Sequence[Any], least: int = 1) -> list[Any]:
+        """Values of one parameter of `Head2ToeClassifier`, each once."""
+        if len(given) < least:
+            raise ValueError(f"The values to try for {name} must be one or more, got none.")
+        constraint = {name: Head2ToeClassifier._parameter_constraints[name]}
+        for value in given:
+            validate_parameter_constraints(constraint, {name: value}, type(self).__name__)
+        return list(dict.fromkeys(given))
 
     def _route(self, sample_weight: ArrayLike | None, params: dict[str, Any]) -> Bunch:
         if get_config()["enable_metadata_routing"]:
@@ -443,10 +487,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         labels = training.classes[training.codes]
         return list(check_cv(cv, labels, classifier=True).split(np.zeros((len(labels), 1)), labels, **params))
 
-    def _rank(
+    def _choose(
         self, candidates: Sequence[Candidate], scores: NDArray[np.float64], n_features: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Candidates from best to worst; sets ``cv_results_``."""
+    ) -> int:
+        """Index of the best candidate; sets ``cv_results_``."""
         mean, spread, size = scores.mean(axis=0), scores.std(axis=0), n_features.mean(axis=0)
         if np.isnan(mean).all():
             raise ValueError(
@@ -465,11 +509,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         results["mean_n_features"] = size
         self.cv_results_ = results
         preferred = -np.nan_to_num(mean, nan=-np.inf)
-        if self.one_standard_error:
+        if self.refit == "one_standard_error":
             best = np.nanargmax(mean)
             margin = scores[:, best].std(ddof=min(1, len(scores) - 1)) / np.sqrt(len(scores))
             preferred = np.where(mean >= mean[best] - margin, -np.inf, preferred)
-        return np.lexsort(([candidate.C for candidate in candidates], size, preferred))
+        return int(np.lexsort(([candidate.C for candidate in candidates], size, preferred))[0])
 
     def _estimator(self, training: Training, fit: Fit) -> Head2ToeClassifier:
         """A candidate as the classifier it stands for."""
@@ -484,7 +528,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         return estimator
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Scores of the classes, averaged over ``estimators_``; of the second class only where there are two.
+        """Logarithms of the mixed probabilities, or the scores of the only estimator.
+
+        Where there are two classes, the score of the second over the first.
 
         Parameters
         ----------
@@ -504,9 +550,15 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         features = check_features(self, X, reset=False)
         union = self.selected_features_
         columns, layers = in_memory(features[:, union], held_bytes(self.max_memory)), self.feature_layers_[union]
-        total: Any = 0.0
-        for estimator in self.estimators_:
-            positions = np.searchsorted(union, estimator.selected_features_)
-            total = total + estimator._scores(columns, positions, layers)
-        scores: NDArray[np.float64] = total / len(self.estimators_)
-        return scores[:, 0] if len(self.classes_) == 2 else scores
+        scores = [
+            estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
+            for estimator in self.estimators_
+        ]
+        if len(self.classes_) == 2:
+            scores = [np.hstack([np.zeros_like(one), one]) for one in scores]
+        if len(scores) > 1:
+            logarithms = log_softmax(np.array(scores), axis=-1)
+            mixed = logsumexp(logarithms, axis=0, b=self.weights_[:, None, None])
+        else:
+            mixed = scores[0]
+        return np.asarray(mixed[:, 1] - mixed[:, 0] if len(self.classes_) == 2 else mixed)

@@ -164,7 +164,7 @@ def test_a_search_solves_every_alpha_of_every_fold_once(tmp_path, solved_ratios)
     X, y, _ = problem(4)
     grid = {
         "alpha": [0.5, 0.1, 0.2],
-        "keep_fraction": [None, 0.2, 1.0],
+        "keep_fraction": [None, 0.2],
         "C": [0.1, 1.0],
         "head": ["ridge", "path"],
     }
@@ -175,7 +175,7 @@ def test_a_search_solves_every_alpha_of_every_fold_once(tmp_path, solved_ratios)
     assert sorted(solved) == sorted([*wanted, *wanted])
     solved_ratios.clear()
     fresh = GridSearchCV(Head2ToeClassifier(), grid, cv=2, refit=False, error_score="raise").fit(X, y)
-    assert sum(map(len, solved_ratios)) > 10 * len(solved)
+    assert sum(map(len, solved_ratios)) > 8 * len(solved)
     for name, value in kept.cv_results_.items():
         if not name.endswith("_time"):
             np.testing.assert_array_equal(value, fresh.cv_results_[name], err_msg=name)
@@ -208,9 +208,9 @@ def test_heads_on_all_features_are_not_mixed_up(tmp_path):
     ]
     for repeat in range(2):
         for variant in variants:
-            for features in (X, FakeFeatures(X, WIDTHS), FakeFeatures(X, (10, 20))):
+            for features in (FakeFeatures(X, WIDTHS), FakeFeatures(X, (10, 20))):
                 for labels in (y, (y + 1) % 3):
-                    model = Head2ToeClassifier(keep_fraction=1.0, alpha=0.5, **variant)
+                    model = Head2ToeClassifier(keep_fraction=1.0, alpha=0.85, **variant)
                     expected = model.fit(features, labels, sample_weight=weight).coef_
                     model.set_params(memory=tmp_path).fit(features, labels, sample_weight=weight)
                     np.testing.assert_array_equal(model.coef_, expected, err_msg=f"{repeat} {variant}")
@@ -318,7 +318,7 @@ class Interrupt(KeyboardInterrupt):
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path, monkeypatch, solved_ratios):
     X, y, _ = problem(10)
     search = Head2ToeClassifierCV(
-        alphas=(0.5, 0.2), keep_fractions=(None,), Cs=(1.0,), cv=3, n_averaged=1, memory=tmp_path, verbose=1
+        alphas=(0.5, 0.2), keep_fractions=(None,), Cs=(1.0,), cv=3, refit="best", memory=tmp_path, verbose=1
     )
     points, report = [], solving.PathProgress.__call__
 

@@ -15,6 +15,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSpli
 from sklearn.utils.estimator_checks import check_estimator
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, solving
+from estimators.mixture import mixture_weights
 
 SMALL = dict(alphas=(0.5, 0.2), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
 N = 60
@@ -80,7 +81,9 @@ def scripted(alphas, *folds, **params):
 
 
 def test_scikit_learns_common_checks_pass():
-    results = check_estimator(Head2ToeClassifierCV(**SMALL), on_fail=None, on_skip=None)
+    results = check_estimator(
+        Head2ToeClassifierCV(alphas=(0.1,), keep_fractions=(None,), cv=2), on_fail=None, on_skip=None
+    )
     assert [(r["check_name"], r["exception"]) for r in results if r["status"] not in ("passed", "skipped")] == []
     assert sum(r["status"] == "passed" for r in results) > 50
 
@@ -90,15 +93,15 @@ def test_scikit_learns_common_checks_pass():
 def test_it_finds_what_a_grid_search_finds(k, scoring):
     X, y, _ = problem(0, k=k)
     model = Head2ToeClassifierCV(
-        alphas=[0.6, 0.3, 0.1],
-        keep_fractions=[None, 0.1, 1.0],
+        alphas=[0.6, 0.2],
+        keep_fractions=[None, 0.2],
         Cs=[0.01, 1.0],
         normalizations=["standard", None],
         cv=StratifiedKFold(3, shuffle=True, random_state=1),
         scoring=scoring,
     ).fit(X, y)
     search = searched(model).fit(X, y)
-    assert len(model.cv_results_["params"]) == 36
+    assert len(model.cv_results_["params"]) == 16
     # Heads are solved from other starts to 1e-8 of their objective: at most one sample may change sides.
     assert_same_scores(model.cv_results_, search.cv_results_, atol=1e-3 if scoring else 1.01 / 20)
     assert model.best_index_ == best_by_the_rule(model)
@@ -117,13 +120,8 @@ def test_results_are_a_table():
     expected |= {"std_test_score", "rank_test_score", "mean_n_features", *(f"split{i}_test_score" for i in range(3))}
     assert set(table.columns) == expected
     assert len(table) == 16
-    for row in table.itertuples():
-        assert row.params == {
-            "C": row.param_C,
-            "alpha": row.param_alpha,
-            "keep_fraction": row.param_keep_fraction,
-            "normalization": row.param_normalization,
-        }
+    for number, params in enumerate(model.cv_results_["params"]):
+        assert {name: model.cv_results_[f"param_{name}"][number] for name in params} == params
     folds = table[[f"split{i}_test_score" for i in range(3)]]
     np.testing.assert_allclose(table["mean_test_score"], folds.mean(axis=1))
     np.testing.assert_allclose(table["std_test_score"], folds.std(axis=1, ddof=0))
@@ -137,12 +135,12 @@ def test_results_are_a_table():
 def test_the_best_estimator_is_the_classifier_with_the_best_parameters():
     for seed, k in ((2, 3), (3, 2)):
         X, y, weight = problem(seed, k=k)
-        model = Head2ToeClassifierCV(**SMALL, normalizations=("standard", "layer+standard"), n_averaged=4)
+        model = Head2ToeClassifierCV(**SMALL, normalizations=("standard", "layer+standard"), refit="best")
         model.fit(X, y, sample_weight=weight)
         best = model.best_estimator_
         alone = Head2ToeClassifier(**model.best_params_).fit(X, y, sample_weight=weight)
         assert isinstance(best, Head2ToeClassifier)
-        assert best is model.estimators_[0]
+        assert model.estimators_ == [best]
         assert {name: best.get_params()[name] for name in model.best_params_} == model.best_params_
         np.testing.assert_array_equal(best.selected_features_, alone.selected_features_)
         np.testing.assert_array_equal(best.feature_scores_, alone.feature_scores_)
@@ -160,82 +158,135 @@ def test_the_best_estimator_is_the_classifier_with_the_best_parameters():
 
 @pytest.mark.parametrize("normalization", ["standard", "layer"])
 @pytest.mark.parametrize("k", [2, 4])
-def test_scores_are_averaged_over_the_best_candidates(k, normalization):
+def test_probabilities_are_mixed_with_the_weights(k, normalization):
     X, y, _ = problem(4, k=k)
-    model = Head2ToeClassifierCV(**SMALL, normalizations=(normalization,), n_averaged=3).fit(X, y)
-    results = model.cv_results_
-    order = np.lexsort((results["param_C"], results["mean_n_features"], -results["mean_test_score"]))[:3]
-    assert [estimator.alpha for estimator in model.estimators_] == results["param_alpha"][order].tolist()
-    assert [estimator.C for estimator in model.estimators_] == results["param_C"][order].tolist()
-    scores = [estimator.decision_function(X) for estimator in model.estimators_]
-    np.testing.assert_allclose(model.decision_function(X), np.mean(scores, axis=0), atol=1e-9)
-    assert model.decision_function(X).shape == ((N,) if k == 2 else (N, k))
-    assert np.abs(scores[0] - model.decision_function(X)).max() > 1e-6
-    union = sorted(set().union(*(estimator.selected_features_.tolist() for estimator in model.estimators_)))
-    assert model.selected_features_.tolist() == union
-    np.testing.assert_allclose(model.feature_scores_, np.mean([e.feature_scores_ for e in model.estimators_], axis=0))
-    assert model.n_iter_ == max(estimator.n_iter_ for estimator in model.estimators_)
+    model = Head2ToeClassifierCV(**SMALL, normalizations=(normalization,)).fit(X, y)
+    assert 1 < len(model.estimators_) == len(model.weights_) <= 8
+    assert (model.weights_ > 0).all()
+    assert (np.diff(model.weights_) <= 0).all()
+    assert model.weights_.sum() == pytest.approx(1)
+    parts = [estimator.predict_proba(X) for estimator in model.estimators_]
     P = model.predict_proba(X)
-    np.testing.assert_allclose(P.sum(axis=1), 1)
+    np.testing.assert_allclose(P, np.tensordot(model.weights_, parts, 1), atol=1e-9)
+    assert np.abs(P - parts[0]).max() > 1e-6
+    scores = model.decision_function(X)
+    assert scores.shape == ((N,) if k == 2 else (N, k))
+    np.testing.assert_allclose(scores, np.log(P[:, 1] / P[:, 0]) if k == 2 else np.log(P), atol=1e-7)
+    np.testing.assert_allclose(model.predict_log_proba(X), np.log(P), atol=1e-7)
     np.testing.assert_array_equal(model.predict(X), model.classes_[P.argmax(axis=1)])
     assert model.score(X, y) == accuracy_score(y, model.predict(X)) > 0.6
+    union = sorted(set().union(*(estimator.selected_features_.tolist() for estimator in model.estimators_)))
+    assert model.selected_features_.tolist() == union
+    feature_scores = [estimator.feature_scores_ for estimator in model.estimators_]
+    np.testing.assert_allclose(model.feature_scores_, model.weights_ @ feature_scores, atol=1e-12)
+    assert model.n_iter_ == max(estimator.n_iter_ for estimator in model.estimators_)
+    for estimator in model.estimators_:
+        alone = Head2ToeClassifier(**estimator.get_params()).fit(X, y)
+        np.testing.assert_allclose(estimator.predict_proba(X), alone.predict_proba(X), atol=1e-3)
 
 
-def test_one_averaged_is_the_best_alone_and_many_are_all_there_are():
+def test_the_mixture_makes_the_held_out_labels_most_likely():
+    X, y, weight = problem(5)
+    folds = StratifiedKFold(3)
+    model = Head2ToeClassifierCV(**{**SMALL, "cv": folds}).fit(X, y, sample_weight=weight)
+    likelihood = np.empty((8, N))
+    for number, params in enumerate(model.cv_results_["params"]):
+        for train, test in folds.split(X, y):
+            alone = Head2ToeClassifier(**params).fit(X[train], y[train], sample_weight=weight[train])
+            likelihood[number, test] = alone.predict_proba(X[test])[np.arange(len(test)), y[test]]
+
+    def mean_log(mixture):
+        return np.average(np.log(mixture @ likelihood), weights=weight)
+
+    mixture, shared = np.zeros(8), ("alpha", "keep_fraction", "C", "normalization")
+    for estimator, share in zip(model.estimators_, model.weights_, strict=True):
+        mixture[model.cv_results_["params"].index({name: estimator.get_params()[name] for name in shared})] = share
+    rng = np.random.default_rng(0)
+    others = [*np.eye(8), np.full(8, 1 / 8), *rng.dirichlet(np.full(8, 0.3), 300)]
+    others += [0.9 * mixture + 0.1 * other for other in others]
+    # Weights below one per cent are dropped, which may cost a little.
+    assert mean_log(mixture) > max(map(mean_log, others)) - 5e-3
+    assert mean_log(mixture) > max(map(mean_log, np.eye(8))) - 1e-3
+
+
+def test_mixture_weights_of_simple_cases():
+    one = np.ones(4)
+    np.testing.assert_allclose(mixture_weights(np.array([[0.5, 0.5], [0.5, 0.5]]), one[:2]), [0.5, 0.5])
+    np.testing.assert_allclose(mixture_weights(np.array([[0.9] * 4, [0.1] * 4]), one), [1, 0])
+    # Each is sure of other samples: as many samples as weight, also where the samples are weighted.
+    sure = np.array([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(mixture_weights(sure, one), [0.75, 0.25], atol=1e-3)
+    np.testing.assert_allclose(mixture_weights(sure, np.array([1.0, 0.0, 0.0, 3.0])), [0.25, 0.75], atol=1e-3)
+    np.testing.assert_allclose(mixture_weights(np.zeros((2, 4)), one), [0.5, 0.5])
+
+
+@pytest.mark.parametrize("tiny", [1e-300, 1e-312, 5e-324])
+def test_mixture_weights_bear_labels_that_nobody_thought_possible(tiny):
+    likelihood = np.array([[0.9, 0.8, tiny], [0.1, 0.2, tiny]])
+    np.testing.assert_allclose(mixture_weights(likelihood, np.ones(3)), [1, 0], atol=1e-2)
+
+
+def test_the_best_may_predict_alone():
     X, y, _ = problem(5)
-    alone = Head2ToeClassifierCV(**SMALL, n_averaged=1).fit(X, y)
-    assert len(alone.estimators_) == 1
+    alone = Head2ToeClassifierCV(**SMALL, refit="best").fit(X, y)
+    mixed = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    assert alone.estimators_ == [alone.best_estimator_]
+    assert alone.weights_.tolist() == [1.0]
     np.testing.assert_allclose(alone.decision_function(X), alone.best_estimator_.decision_function(X), rtol=1e-12)
     np.testing.assert_array_equal(alone.selected_features_, alone.best_estimator_.selected_features_)
-    assert len(Head2ToeClassifierCV(**SMALL, n_averaged=100).fit(X, y).estimators_) == 8
+    np.testing.assert_array_equal(alone.feature_scores_, alone.best_estimator_.feature_scores_)
+    assert (mixed.best_params_, mixed.best_score_) == (alone.best_params_, alone.best_score_)
+    # Fitted after others, its head has another start.
+    np.testing.assert_allclose(
+        mixed.best_estimator_.predict_proba(X), alone.best_estimator_.predict_proba(X), atol=1e-3
+    )
 
 
 def test_equal_scores_are_ranked_by_fewer_features_then_by_smaller_penalty():
-    model = scripted((0.7, 0.3, 0.1), [0.5, 0.5, 0.5], [0.25, 0.25, 0.25], n_averaged=3)
+    model = scripted((0.7, 0.3, 0.1), [0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
     assert model.best_params_["alpha"] == 0.7
-    assert [estimator.alpha for estimator in model.estimators_] == [0.7, 0.3, 0.1]
     assert model.cv_results_["rank_test_score"].tolist() == [1, 1, 1]
     X, y, _ = problem(30)
     same = Head2ToeClassifierCV(
-        alphas=(0.3,), keep_fractions=(None,), Cs=(1.0, 0.01, 0.1), cv=2, scoring=lambda *_: 1.0, n_averaged=3
+        alphas=(0.3,), keep_fractions=(None,), Cs=(1.0, 0.01, 0.1), cv=2, scoring=lambda *_: 1.0
     ).fit(X, y)
-    assert [estimator.C for estimator in same.estimators_] == [0.01, 0.1, 1.0]
     assert same.best_params_["C"] == 0.01
 
 
 def test_means_that_differ_by_rounding_only_are_equal():
     # BUG: 0.3, 0.2, 0.1 and 0.1, 0.2, 0.3 have means that differ in the last bit, which beats fewer features.
-    model = scripted((0.7, 0.1), [0.3, 0.1], [0.2, 0.2], [0.1, 0.3], n_averaged=1)
+    model = scripted((0.7, 0.1), [0.3, 0.1], [0.2, 0.2], [0.1, 0.3])
     assert model.best_params_["alpha"] == 0.7
 
 
 def test_one_standard_error_prefers_the_fewest_features_within_it():
     # The best, 0.1, has mean 0.9 and standard error 0.1 / sqrt(3) = 0.058.
     script = (0.7, 0.3, 0.1), [0.84, 0.85, 0.9], [0.84, 0.85, 0.8], [0.84, 0.85, 1.0]
-    plain = scripted(*script, n_averaged=1)
+    plain = scripted(*script, refit="best")
     assert plain.best_params_["alpha"] == 0.1
-    careful = scripted(*script, one_standard_error=True, n_averaged=3)
+    careful = scripted(*script, refit="one_standard_error")
     assert careful.best_params_["alpha"] == 0.3
     assert careful.best_score_ == pytest.approx(0.85)
-    assert [estimator.alpha for estimator in careful.estimators_] == [0.3, 0.1, 0.7]
+    assert [estimator.alpha for estimator in careful.estimators_] == [0.3]
     assert careful.cv_results_["rank_test_score"].tolist() == [3, 2, 1]
     fewest = scripted(
-        (0.7, 0.3, 0.1), [0.843, 0.85, 0.9], [0.843, 0.85, 0.8], [0.843, 0.85, 1.0], one_standard_error=True
+        (0.7, 0.3, 0.1), [0.843, 0.85, 0.9], [0.843, 0.85, 0.8], [0.843, 0.85, 1.0], refit="one_standard_error"
     )
     assert fewest.best_params_["alpha"] == 0.7
 
 
 def test_scorers_by_name_and_by_function_are_those_of_scikit_learn():
     X, y, _ = problem(6, k=2)
+    small = {**SMALL, "keep_fractions": (None,), "cv": 2}
     for scoring in ("roc_auc", "f1", "neg_log_loss", get_scorer("balanced_accuracy"), lambda e, X, y: e.score(X, y)):
-        model = Head2ToeClassifierCV(**SMALL, scoring=scoring).fit(X, y)
-        assert_same_scores(model.cv_results_, searched(model, refit=False).fit(X, y).cv_results_, atol=0.051)
+        model = Head2ToeClassifierCV(**small, scoring=scoring).fit(X, y)
+        assert_same_scores(model.cv_results_, searched(model, refit=False).fit(X, y).cv_results_, atol=0.04, n_splits=2)
         assert callable(model.scorer_)
     names = np.where(y == 1, "yes", "no")
     f1 = make_scorer(sklearn.metrics.f1_score, pos_label="yes")
-    by_name = Head2ToeClassifierCV(**SMALL, scoring=f1).fit(X, names).cv_results_
+    by_name = Head2ToeClassifierCV(**small, scoring=f1).fit(X, names).cv_results_
     np.testing.assert_allclose(
-        by_name["mean_test_score"], Head2ToeClassifierCV(**SMALL, scoring="f1").fit(X, y).cv_results_["mean_test_score"]
+        by_name["mean_test_score"], Head2ToeClassifierCV(**small, scoring="f1").fit(X, y).cv_results_["mean_test_score"]
     )
 
 
@@ -257,20 +308,18 @@ def test_scorers_see_the_rows_and_labels_of_the_fold():
         np.testing.assert_array_equal(of_fold[1], names[test])
 
 
-@pytest.mark.parametrize("one_standard_error", [False, True])
-def test_candidates_without_a_score_come_last(one_standard_error):
+@pytest.mark.parametrize("refit", ["mixture", "best", "one_standard_error"])
+def test_candidates_without_a_score_come_last(refit):
     nan = np.nan
     model = scripted(
         (0.7, 0.3, 0.1),
         [nan, 0.5, 0.9],
         [nan, 0.5, nan],
-        one_standard_error=one_standard_error,
-        n_averaged=2,
+        refit=refit,
     )
     assert model.best_params_["alpha"] == 0.3
     assert model.best_score_ == 0.5
     assert model.cv_results_["rank_test_score"].tolist() == [2, 1, 2]
-    assert [estimator.alpha for estimator in model.estimators_] == [0.3, 0.7]
 
 
 def test_no_score_at_all_is_an_error():
@@ -280,17 +329,18 @@ def test_no_score_at_all_is_an_error():
 
 def test_folds_may_be_a_number_a_splitter_or_indices():
     X, y, _ = problem(8)
-    expected = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    small = {**SMALL, "Cs": (1.0,), "keep_fractions": (None,)}
+    expected = Head2ToeClassifierCV(**small).fit(X, y)
     assert expected.n_splits_ == 3
     splits = list(StratifiedKFold(3).split(X, y))
     masks = [tuple(np.isin(np.arange(N), part) for part in split) for split in splits]
     lists = [tuple(part.tolist() for part in split) for split in splits]
     for cv in (StratifiedKFold(3), splits, lists, masks, iter(splits), np.int64(3)):
-        model = Head2ToeClassifierCV(**{**SMALL, "cv": cv}).fit(X, y)
+        model = Head2ToeClassifierCV(**{**small, "cv": cv}).fit(X, y)
         for name in ("mean_test_score", "split2_test_score", "mean_n_features"):
             np.testing.assert_array_equal(model.cv_results_[name], expected.cv_results_[name])
-    assert Head2ToeClassifierCV(**{**SMALL, "cv": None}).fit(X, y).n_splits_ == 5
-    shuffled = Head2ToeClassifierCV(**{**SMALL, "cv": ShuffleSplit(2, random_state=0)}).fit(X, y)
+    assert Head2ToeClassifierCV(**{**small, "cv": None}).fit(X, y).n_splits_ == 5
+    shuffled = Head2ToeClassifierCV(**{**small, "cv": ShuffleSplit(2, random_state=0)}).fit(X, y)
     assert shuffled.n_splits_ == 2
     assert "split2_test_score" not in shuffled.cv_results_
 
@@ -521,11 +571,22 @@ def solved_ratios(monkeypatch):
 def test_every_fold_and_normalization_costs_one_path(solved_ratios):
     X, y, _ = problem(22)
     Head2ToeClassifierCV(
-        alphas=(0.85**2, 0.85**6), Cs=(0.1, 1.0, 10.0), normalizations=("standard", None), cv=3, n_averaged=1
+        alphas=(0.85**2, 0.85**6), Cs=(0.1, 1.0, 10.0), normalizations=("standard", None), cv=3, refit="best"
     ).fit(X, y)
     # Three folds with two normalizations, and the best on all samples.
     assert len(solved_ratios) == 7
     assert sorted(map(len, solved_ratios[:6])) == [7] * 6
+
+
+@pytest.mark.parametrize(("seed", "C"), [(11, 100.0), (18, 10.0), (21, 100.0)])
+def test_heads_started_from_similar_ones_converge_as_others_do(seed, C):
+    X, y, _ = problem(seed)
+    grid = dict(alphas=(0.85**2, 0.3), keep_fractions=(None, 1.0), Cs=(C,), normalizations=(None,), cv=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        model = Head2ToeClassifierCV(**grid).fit(X, y)
+        search = searched(model, refit=False).fit(X, y)
+    assert_same_scores(model.cv_results_, search.cv_results_, atol=1.01 / 30, n_splits=2)
 
 
 def test_a_search_with_memory_solves_nothing_twice(tmp_path, solved_ratios):
@@ -548,13 +609,13 @@ def test_a_search_with_memory_solves_nothing_twice(tmp_path, solved_ratios):
 
 def test_verbose_lines_name_the_fold(capsys):
     X, y, _ = problem(24)
-    Head2ToeClassifierCV(**SMALL, verbose=1, n_averaged=2).fit(X, y)
+    Head2ToeClassifierCV(**SMALL, verbose=1, refit="best").fit(X, y)
     lines = capsys.readouterr().out.splitlines()
     alphas = re.compile(r"(fold \d/3|all samples), alpha \d+/\d+ = .* alphas/s, .* left")
     candidates = re.compile(r"(fold \d/3|all samples), (\d+)/(\d+) candidates: .* candidates/s, .* left")
     found = [(alphas.fullmatch(line), candidates.fullmatch(line)) for line in lines]
     assert all(any(pair) for pair in found), lines
-    for label, total in (("fold 1/3", 8), ("fold 2/3", 8), ("fold 3/3", 8), ("all samples", 2)):
+    for label, total in (("fold 1/3", 8), ("fold 2/3", 8), ("fold 3/3", 8), ("all samples", 1)):
         assert any(path and path[1] == label for path, _ in found)
         done = [int(match[2]) for _, match in found if match and match[1] == label]
         assert done == list(range(1, total + 1))
@@ -575,9 +636,8 @@ def test_verbose_lines_name_the_fold(capsys):
         ("Cs", (1.0, -1.0), r"'C' parameter of Head2ToeClassifierCV must be .* Got -1\.0"),
         ("normalizations", ("foo",), "'normalization' parameter of Head2ToeClassifierCV must be .* Got 'foo'"),
         ("normalizations", "standard", "'normalizations' parameter of Head2ToeClassifierCV must be an array-like"),
-        ("n_averaged", 0, "'n_averaged' parameter of Head2ToeClassifierCV must be .* Got 0"),
         ("scoring", "acuracy", "'scoring' parameter of Head2ToeClassifierCV must be .* Got 'acuracy'"),
-        ("one_standard_error", "yes", "'one_standard_error' parameter of Head2ToeClassifierCV must be .* Got 'yes'"),
+        ("refit", "yes", "'refit' parameter of Head2ToeClassifierCV must be .* Got 'yes'"),
         ("cv", "three", "'cv' parameter of Head2ToeClassifierCV must be .* Got 'three'"),
         ("l1_ratio", 0.0, r"'l1_ratio' parameter of Head2ToeClassifierCV must be .* Got 0\.0"),
         ("memory", 5, "memory must be None, a folder"),
