@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ def cache_directory(memory: Any) -> Path | None:
     if memory is None:
         return None
     if isinstance(memory, (str, os.PathLike)) and os.fspath(memory):
-        return Path(os.path.abspath(os.fspath(memory)))
+        return Path(os.path.abspath(os.path.expanduser(os.fspath(memory))))
     if isinstance(memory, joblib.Memory):
         if memory.store_backend is None:
             return None
@@ -147,9 +145,9 @@ def _load(file: Path, codec: Codec[Solution]) -> Solution | None:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return codec.unpack({name: archive[name] for name in archive.files})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
         warnings.warn(
             f"{file} cannot be used ({type(error).__name__}: {error}) and is computed again.", UserWarning, stacklevel=4
         )

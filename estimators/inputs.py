@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,20 +76,27 @@ def check_training(
     check_classification_targets(labels)
     classes, codes = np.unique(labels, return_inverse=True)
     weight = check_sample_weight(sample_weight, len(labels))
-    if class_weight is not None:
-        seen = weight > 0
-        present = np.unique(codes[seen])
-        factors = np.zeros(len(classes))
-        factors[present] = compute_class_weight(
-            class_weight, classes=classes[present], y=labels[seen], sample_weight=weight[seen]
-        )
-        weight = check_sample_weight(weight * factors[codes], len(labels))
     learned = np.unique(codes[weight > 0])
     if len(learned) < 2:
         raise ValueError(
             f"y must hold at least two classes with positive weight, got {len(learned)} class: {classes[learned]}."
         )
-    return Training(features, layer_index(features), layer_names(features), classes, codes, weight)
+    training = Training(features, layer_index(features), layer_names(features), classes, codes, weight)
+    return class_weighted(training, class_weight)
+
+
+def class_weighted(training: Training, class_weight: dict[Any, float] | str | None) -> Training:
+    """With sample weights multiplied by those of the classes; "balanced" counts the samples of this training set."""
+    if class_weight is None:
+        return training
+    codes, weight, classes = training.codes, training.sample_weight, training.classes
+    seen = weight > 0
+    present = np.unique(codes[seen])
+    factors = np.zeros(len(classes))
+    factors[present] = compute_class_weight(
+        class_weight, classes=classes[present], y=classes[codes[seen]], sample_weight=weight[seen]
+    )
+    return replace(training, sample_weight=check_sample_weight(weight * factors[codes], len(codes)))
 
 
 def check_features(estimator: BaseEstimator, X: Any, *, reset: bool) -> FeatureMatrix | NDArray[Any]:

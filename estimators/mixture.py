@@ -38,6 +38,7 @@ def mixture_weights(likelihood: NDArray[np.float64], sample_weight: NDArray[np.f
     if not seen.any():
         return weights
     held_out, share = likelihood[:, seen], sample_weight[seen] / sample_weight[seen].sum()
+    held_out = held_out / held_out.max(axis=0)
     for _ in range(_MAX_ITER):
         growth = held_out @ (share / (weights @ held_out))
         if growth.max() <= 1.0 + _TOLERANCE:

@@ -143,10 +143,11 @@ def _chain_part(solved: SolvedRatios) -> GroupLassoPath:
 
 
 def _key(training: Training, options: PathOptions) -> str:
-    weight = training.sample_weight
+    # Only ratios matter; twelve digits of them are the same whatever the weights were multiplied with.
+    weight = np.round(training.sample_weight / training.sample_weight.max(), 12)
     layers = training.layers if scales_layers(options.normalization) else np.zeros(0, dtype=np.int64)
     settings = f"{options.normalization} {float(options.l1_ratio)!r} {float(options.tol)!r} {int(options.max_iter)}"
-    return problem_key(fingerprint(training.features), training.codes, weight / weight.sum(), layers, settings)
+    return problem_key(fingerprint(training.features), training.codes, weight, layers, settings)
 
 
 _LISTS = ("active", "standardized_coefs")

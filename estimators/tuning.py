@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -29,7 +30,7 @@ from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
-from estimators.inputs import Training, check_features, check_training
+from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import KeptFeatures, held_bytes, in_memory
 from estimators.mixture import mixture_weights
 from estimators.normalization import scales_layers
@@ -103,6 +104,7 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
         )
         scaling = "kept" if scales_layers(normalization) else ""
         selections: dict[bytes, list[Candidate]] = {}
+        # A head starts from that with the same share of features at the alpha above.
         ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
         for candidate in ordered:
             selected = candidate.select(paths[candidate.alpha], training.layers)
@@ -154,6 +156,7 @@ def _score_fold(
     candidates: Sequence[Candidate],
     scorer: Any,
     score_params: dict[str, Any],
+    class_weight: dict[Any, float] | str | None,
     options: PathOptions,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
     """Scores of all candidates on one fold, how many features each kept, and the likelihood of the held-out labels."""
@@ -165,6 +168,7 @@ def _score_fold(
     )
     held_out, labels = training.features[test], training.classes[training.codes[test]]
     values = in_memory(held_out, held_bytes(options.max_memory))
+    part = class_weighted(part, class_weight)
     params = _check_method_params(training.features, params=score_params, indices=test)
     scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
     likelihood = np.empty((len(candidates), len(test)))
@@ -261,7 +265,6 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         The candidates that predict, heaviest first: ``[best_estimator_]`` without a mixture.
     weights_ : ndarray of shape (n_estimators,), float64
         Their weights.
-    scorer_ : callable
     n_splits_ : int
     n_iter_ : int
         Most solver steps that any alpha took in the fits on all samples.
@@ -350,7 +353,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         y : array-like of shape (n_samples,)
             Class labels.
         sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative. Scores are weighted by it too, unless metadata routing says otherwise.
+            Non-negative. Scores are weighted by it too where the scorer takes weights, unless metadata routing says
+            otherwise.
         **params : dict
             What metadata routing takes to the splitter and the scorer, such as ``groups``.
 
@@ -370,11 +374,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             If a path does not reach ``tol``, or a head does not converge.
         """
         self._validate_params()
-        training = check_training(self, X, y, sample_weight, self.class_weight)
+        training = check_training(self, X, y, sample_weight, None)
         candidates = self._candidates(len(training.layer_names))
         routed = self._route(sample_weight, params)
-        splits = self._splits(training, routed.splitter.split)
-        self.scorer_, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
+        splits = self._splits(training, routed.get("splitter", Bunch(split={})).split)
+        scorer, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
         options = PathOptions.of(self, normalization=None)
         folds = Parallel(n_jobs=self.n_jobs)(
             delayed(_score_fold)(
@@ -382,8 +386,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 train,
                 test,
                 candidates,
-                self.scorer_,
+                scorer,
                 routed.scorer.score,
+                self.class_weight,
                 replace(options, label=f"fold {number}/{len(splits)}, "),
             )
             for number, (train, test) in enumerate(splits, 1)
@@ -392,6 +397,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         self.best_index_ = self._choose(candidates, scores, n_features)
         self.best_params_ = candidates[self.best_index_].params
         self.best_score_ = float(scores[:, self.best_index_].mean())
+        training = class_weighted(training, self.class_weight)
         weights = np.zeros(len(candidates))
         if self.refit == "mixture":
             held_out = np.concatenate([test for _, test in splits])
@@ -421,10 +427,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         return self
 
     def _candidates(self, n_layers: int) -> list[Candidate]:
-        normalizations = self._grid("normalization", self.normalizations)
-        alphas, Cs = self._grid("alpha", self.alphas), self._grid("C", self.Cs)
-        fractions = self._grid("keep_fraction", self.keep_fractions)
-        probes = [number for number in self._grid("last_layers", self.last_layers, least=0) if number < n_layers]
+        normalizations = self._grid("normalization", "normalizations")
+        alphas, Cs = self._grid("alpha", "alphas"), self._grid("C", "Cs")
+        fractions = self._grid("keep_fraction", "keep_fractions")
+        probes = [number for number in self._grid("last_layers", "last_layers", least=0) if number < n_layers]
         kept = [*((fraction, None) for fraction in fractions), *((None, number) for number in probes)]
         grid = itertools.product(normalizations, alphas, kept, Cs)
         return [
@@ -432,13 +438,15 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             for index, (normalization, alpha, (fraction, number), C) in enumerate(grid)
         ]
 
-    def _grid(self, name: str, given: Sequence[Any], least: int = 1) -> list[Any]:
-        """Values of one parameter of `Head2ToeClassifier`, each once."""
+    def _grid(self, name: str, plural: str, least: int = 1) -> list[Any]:
+        """Values to try for one parameter of `Head2ToeClassifier`, each once."""
+        given = getattr(self, plural)
         if len(given) < least:
-            raise ValueError(f"The values to try for {name} must be one or more, got none.")
-        constraint = {name: Head2ToeClassifier._parameter_constraints[name]}
+            raise ValueError(f"{plural} must hold at least one value, got none.")
         for value in given:
-            validate_parameter_constraints(constraint, {name: value}, type(self).__name__)
+            validate_parameter_constraints(
+                {plural: Head2ToeClassifier._parameter_constraints[name]}, {plural: value}, type(self).__name__
+            )
         return list(dict.fromkeys(given))
 
     def _route(self, sample_weight: ArrayLike | None, params: dict[str, Any]) -> Bunch:
@@ -451,23 +459,24 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 f"fit takes {', '.join(unknown)} only with metadata routing: "
                 "sklearn.set_config(enable_metadata_routing=True)."
             )
-        score = {} if sample_weight is None else {"sample_weight": sample_weight}
+        scorer = get_scorer(self.scoring or "accuracy")
+        takes_weights = "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters
+        score = {"sample_weight": sample_weight} if sample_weight is not None and takes_weights else {}
         return Bunch(splitter=Bunch(split=params), scorer=Bunch(score=score))
 
     def get_metadata_routing(self) -> MetadataRouter:
         """What `fit` passes on: to the splitter's ``split`` and the scorer's ``score``."""
-        return (
-            MetadataRouter(owner=type(self).__name__)
-            .add_self_request(self)
-            .add(
+        router = MetadataRouter(owner=type(self).__name__).add_self_request(self)
+        router.add(
+            scorer=get_scorer(self.scoring or "accuracy"),
+            method_mapping=MethodMapping().add(caller="fit", callee="score"),
+        )
+        if not isinstance(self.cv, Iterator):  # which would be used up
+            router.add(
                 splitter=check_cv(self.cv, classifier=True),
                 method_mapping=MethodMapping().add(caller="fit", callee="split"),
             )
-            .add(
-                scorer=get_scorer(self.scoring or "accuracy"),
-                method_mapping=MethodMapping().add(caller="fit", callee="score"),
-            )
-        )
+        return router
 
     def _splits(self, training: Training, params: dict[str, Any]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         cv = self.cv
@@ -485,7 +494,12 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 )
             cv = min(largest, wanted)
         labels = training.classes[training.codes]
-        return list(check_cv(cv, labels, classifier=True).split(np.zeros((len(labels), 1)), labels, **params))
+        rows = np.arange(len(labels))
+        splits = check_cv(cv, labels, classifier=True).split(rows[:, None], labels, **params)
+        indices = [(rows[train], rows[test]) for train, test in splits]
+        if not indices:
+            raise ValueError(f"cv must give at least one split, got none from {self.cv!r}.")
+        return indices
 
     def _choose(
         self, candidates: Sequence[Candidate], scores: NDArray[np.float64], n_features: NDArray[np.int64]
@@ -508,6 +522,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         results["rank_test_score"] = rankdata(np.where(np.isnan(mean), np.inf, -mean), method="min").astype(np.int32)
         results["mean_n_features"] = size
         self.cv_results_ = results
+        # Means that only rounding tells apart are equal.
+        mean = np.round(mean, 12)
         preferred = -np.nan_to_num(mean, nan=-np.inf)
         if self.refit == "one_standard_error":
             best = np.nanargmax(mean)

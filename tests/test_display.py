@@ -198,7 +198,7 @@ def test_the_chosen_point_is_marked_and_named(search):
 def test_the_chosen_point_may_lie_below_its_line():
     X, y, _ = make_problem(2, n=60, d=12)
     search = Head2ToeClassifierCV(
-        alphas=(0.3,), keep_fractions=(None,), Cs=(0.03, 1.0), cv=4, one_standard_error=True, device="cpu"
+        alphas=(0.3,), keep_fractions=(None,), Cs=(0.03, 1.0), cv=4, refit="one_standard_error", device="cpu"
     ).fit(X, y)
     assert search.best_score_ < search.cv_results_["mean_test_score"].max()
     score, count = Head2ToePathDisplay.from_estimator(search).ax_
@@ -333,3 +333,13 @@ def test_a_missing_matplotlib_is_named_with_its_extra(search, monkeypatch):
     ):
         with pytest.raises(ImportError, match=r"Display.plot\(\) needs matplotlib: pip install 'head2toe\[plot\]'\."):
             draw()
+
+
+def test_last_layers_are_lines_of_their_own():
+    X, y, _ = make_problem(4, n=60, d=12)
+    search = Head2ToeClassifierCV(alphas=(0.5, 0.2), keep_fractions=(None,), Cs=(1.0,), cv=2, device="cpu")
+    display = Head2ToePathDisplay.from_estimator(search.fit(FakeFeatures(X, (5, 4, 3)), y))
+    score, count = display.ax_
+    labels = [text.get_text() for text in score.get_legend().get_texts()]
+    assert labels == ["nonzero weights", "last layer", "last 2 layers"]
+    assert [list(line.get_ydata()) for line in lines(count)[1:3]] == [[3, 3], [7, 7]]

@@ -394,12 +394,12 @@ def test_a_fit_computes_on_the_threads_asked_for_and_gives_them_back(monkeypatch
         return solver(*args, **kwargs)
 
     monkeypatch.setattr(solving, "group_lasso_path", noted)
-    estimator(n_jobs=before + 1).fit(X, y)
+    estimator(alpha=0.85, n_jobs=before + 1).fit(X, y)
     assert seen == [before + 1]
     assert torch.get_num_threads() == before
     X[3, 3] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity in column 3"):
-        estimator(n_jobs=before + 1).fit(X, y)
+        estimator(alpha=0.85, n_jobs=before + 1).fit(X, y)
     assert torch.get_num_threads() == before
 
 
