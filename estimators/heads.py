@@ -165,7 +165,8 @@ def fit_ridge_head(
     similar : RidgeSolution, default=None
         A solution for this C and these samples with other features.
     work : torch.dtype, default=torch.float64
-        Of the conjugate gradients: float32 is twice as fast and loses nothing, as the gradient is in float64.
+        Of the conjugate gradients: float32 is twice as fast and loses nothing, as the gradient is in float64. Where
+        it is not enough, float64 takes over.
 
     Returns
     -------
@@ -181,19 +182,17 @@ def fit_ridge_head(
     problem = Problem(targets, sample_weight / total, 0.0, True)
     strength = (2.0 if len(targets) == 2 else 1.0) / (C * total)
     null = null_objective(problem)
-    zero = torch.zeros((len(targets), len(space.matrix))).to(space.matrix)
-    starts = [(zero, null_probabilities(problem).log())]
-    if start is not None:
-        starts.append((start.coordinates, start.intercept))
-    if similar is not None:
-        # At the optimum the gradient vanishes: pull(R) = -strength * V.
-        starts.append((space.pull(similar.residual) / -strength, similar.intercept))
-    best = math.inf
-    for guess, offset in starts:
+    coordinates = torch.zeros((len(targets), len(space.matrix))).to(space.matrix)
+    products, intercept = torch.zeros_like(targets), null_probabilities(problem).log()
+    if similar is not None or start is not None:
+        if similar is not None:
+            # At the optimum the gradient vanishes: pull(R) = -strength * V.
+            guess, offset = space.pull(similar.residual) / -strength, similar.intercept
+        elif start is not None:
+            guess, offset = start.coordinates, start.intercept
         scores = guess @ space.matrix
-        value = loss(problem, scores + offset[:, None]) + _ridge(space, guess, scores, strength)
-        if value < best:
-            best, coordinates, intercept, products = value, guess, offset, scores
+        if loss(problem, scores + offset[:, None]) + _ridge(space, guess, scores, strength) < null:
+            coordinates, products, intercept = guess, scores, offset
     point = evaluate(problem, products, intercept)
     rough = space.to(work)
     preconditioner: _Preconditioner | None = None
@@ -233,14 +232,17 @@ def fit_ridge_head(
         if step <= _SMALLEST_STEP:
             break
         coordinates, products, point = trial, trial_products, reached
+    reached_here = RidgeSolution(coordinates, point.intercept, point.residual)
     if gap > _TOLERANCE * null:
+        if not fine:
+            return fit_ridge_head(space, targets, sample_weight, C, reached_here)
         warnings.warn(
             f"The ridge head stopped within {gap / null:.1e} of its optimum, relative to the objective of zero "
             f"coefficients, instead of {_TOLERANCE:.0e}. Lower C, or scale the features.",
             ConvergenceWarning,
             stacklevel=2,
         )
-    return RidgeSolution(coordinates, point.intercept, point.residual)
+    return reached_here
 
 
 def _ridge(space: HeadSpace, coordinates: Tensor, products: Tensor, strength: float) -> float:

@@ -106,9 +106,10 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
         selections: dict[bytes, list[Candidate]] = {}
         # A head starts from that with the same share of features at the alpha above.
         ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
-        for candidate in ordered:
-            selected = candidate.select(paths[candidate.alpha], training.layers)
-            selections.setdefault(selected.tobytes(), []).append(candidate)
+        for _, alike in itertools.groupby(ordered, key=lambda candidate: (candidate.kept, candidate.alpha)):
+            candidates_alike = list(alike)
+            selected = candidates_alike[0].select(paths[candidates_alike[0].alpha], training.layers)
+            selections.setdefault(selected.tobytes(), []).extend(candidates_alike)
         solutions: dict[tuple[Any, float], RidgeSolution] = {}
         for key, same in selections.items():
             selected = np.frombuffer(key, dtype=np.int64)
@@ -462,6 +463,12 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         scorer = get_scorer(self.scoring or "accuracy")
         takes_weights = "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters
         score = {"sample_weight": sample_weight} if sample_weight is not None and takes_weights else {}
+        if sample_weight is not None and not takes_weights:
+            warnings.warn(
+                f"scoring={self.scoring!r} takes no sample_weight: the fits are weighted, their scores are not.",
+                UserWarning,
+                stacklevel=3,
+            )
         return Bunch(splitter=Bunch(split=params), scorer=Bunch(score=score))
 
     def get_metadata_routing(self) -> MetadataRouter:

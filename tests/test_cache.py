@@ -232,7 +232,6 @@ def test_a_damaged_file_is_computed_again_and_replaced(tmp_path, damage):
 
 @pytest.mark.parametrize("mask", [0xFF, 0x01])
 def test_no_changed_byte_of_a_file_gives_another_solution_or_an_error(tmp_path, mask):
-    # BUG: np.load raises TokenError, SyntaxError, RuntimeError and NotImplementedError too, which _load lets through.
     file = whole_file(tmp_path)
     content = file.read_bytes()
     positions = [*range(160), *range(160, len(content) - 160, 997), *range(len(content) - 160, len(content))]

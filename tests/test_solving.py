@@ -285,7 +285,6 @@ def test_what_does_not_decide_a_path_leaves_its_key(tmp_path, keys):
 
 @pytest.mark.parametrize("scale", [3.0, 0.1, 1 / 7])
 def test_weights_scaled_by_any_number_leave_the_key(tmp_path, keys, scale):
-    # BUG: weights are hashed after dividing by their sum, whose rounding depends on the scale.
     X, y, weight = problem(8)
     itself = key_of(keys, X, y, weight, tmp_path)
     assert key_of(keys, X, y, scale * weight, tmp_path) == itself

@@ -225,7 +225,6 @@ def test_mixture_weights_of_simple_cases():
 
 @pytest.mark.parametrize("tiny", [1e-300, 1e-312, 5e-324])
 def test_mixture_weights_bear_labels_that_nobody_thought_possible(tiny):
-    # BUG: share / (weights @ held_out) overflows for denormal likelihoods; the weights are nan.
     likelihood = np.array([[0.9, 0.8, tiny], [0.1, 0.2, tiny]])
     np.testing.assert_allclose(mixture_weights(likelihood, np.ones(3)), [1, 0], atol=1e-2)
 
@@ -258,7 +257,6 @@ def test_equal_scores_are_ranked_by_fewer_features_then_by_smaller_penalty():
 
 
 def test_means_that_differ_by_rounding_only_are_equal():
-    # BUG: 0.3, 0.2, 0.1 and 0.1, 0.2, 0.3 have means that differ in the last bit, which beats fewer features.
     model = scripted((0.7, 0.1), [0.3, 0.1], [0.2, 0.2], [0.1, 0.3])
     assert model.best_params_["alpha"] == 0.7
 
@@ -349,7 +347,6 @@ def test_folds_may_be_a_number_a_splitter_or_indices():
 
 
 def test_folds_may_be_masks_as_for_a_grid_search():
-    # BUG: the likelihood of held-out labels is taken as if test were integers: IndexError.
     X, y, _ = problem(8)
     masks = [tuple(np.isin(np.arange(N), part) for part in split) for split in StratifiedKFold(3).split(X, y)]
     found = Head2ToeClassifierCV(**{**SMALL, "cv": masks}).fit(X, y).cv_results_
@@ -436,7 +433,6 @@ def test_metadata_reach_a_search_inside_a_cross_validation():
 
 @pytest.mark.parametrize("scoring", [lambda e, X, y: e.score(X, y), "adjusted_rand_score"], ids=["function", "name"])
 def test_a_scorer_that_takes_no_weights_is_given_none(scoring):
-    # BUG: TypeError about sample_weight, where GridSearchCV gives weights only to scorers that take them.
     X, y, weight = problem(12)
     model = Head2ToeClassifierCV(**SMALL, scoring=scoring)
     search = searched(model, refit=False).fit(X, y, sample_weight=weight)
