@@ -67,6 +67,16 @@ def synthetic(
     return X, y
 
 
+def big_store(gigabytes: float, work: Path) -> tuple[Path, tuple[int, int]]:
+    """A store of 4000 samples with an extraction "big" of that size in float16, filled once, and its shape."""
+    n_samples = 4000
+    n_features = int(gigabytes * 1e9 / 2 / n_samples)
+    store = work / f"big_{n_features}.zarr"
+    if not (store / "big").exists():
+        fill_store(store, n_samples, n_features)
+    return store, (n_samples, n_features)
+
+
 def fill_store(path: Path, n_samples: int, n_features: int) -> None:
     """A store of synthetic features, written by row blocks as an extraction is."""
     from h2t_store.layout import ExtractionHeader, Layer

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import HERE, SUITE, WEIGHTS, fill_store, launch, machine, peak_mb, suite_features, synthetic
+from common import HERE, SUITE, WEIGHTS, big_store, launch, machine, peak_mb, suite_features, synthetic
 from numpy.typing import NDArray
 
 SCRIPT = Path(__file__).resolve()
@@ -436,11 +436,7 @@ def fastest(work: Callable[[], object], repeat: int = 9) -> float:
 
 
 def disk(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    n_samples = 4000
-    n_features = int(args.gigabytes * 1e9 / 2 / n_samples)
-    store = work / f"big_{n_features}.zarr"
-    if not (store / "big").exists():
-        fill_store(store, n_samples, n_features)
+    store, (n_samples, n_features) = big_store(args.gigabytes, work)
     spec = {"run": "disk", "store": str(store), "threads": args.threads}
     streamed = launch(spec | {"max_memory": "1GB"}, SCRIPT)
     print(

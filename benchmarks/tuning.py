@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import SUITE, WEIGHTS, fill_store, launch, machine, peak_mb, suite_features, synthetic
+from common import SUITE, WEIGHTS, big_store, launch, machine, peak_mb, suite_features, synthetic
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
@@ -163,11 +163,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def memory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    n_samples = 4000
-    n_features = int(args.gigabytes * 1e9 / 2 / n_samples)
-    store = work / f"big_{n_features}.zarr"
-    if not (store / "big").exists():
-        fill_store(store, n_samples, n_features)
+    store, (n_samples, n_features) = big_store(args.gigabytes, work)
     print(f"\nfit on {n_samples} x {n_features} float16 on disk ({args.gigabytes:g} GB), max_memory 1GB", flush=True)
     row = launch({"run": "memory", "store": str(store), "threads": args.threads}, SCRIPT)
     print(

@@ -103,11 +103,13 @@ def cached(
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / f"{key}.lock", poll_interval=_POLL_SECONDS)
         lock.acquire()
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         _warn_unwritable(directory, error)
         return solve(stored)
     try:
-        stored = _load(file, codec)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said before
+            stored = _load(file, codec)
         if stored is not None and enough(stored):
             return stored
         complete = solve(stored)
@@ -120,9 +122,10 @@ def cached(
         lock.release()
 
 
-def _warn_unwritable(directory: Path, error: OSError) -> None:
+def _warn_unwritable(directory: Path, error: OSError | NotImplementedError) -> None:
+    reason = getattr(error, "strerror", None) or error
     warnings.warn(
-        f"What was solved is not kept: memory={str(directory)!r} cannot be written to ({error.strerror or error}). "
+        f"What was solved is not kept: memory={str(directory)!r} cannot be written to ({reason}). "
         "Later fits will solve it again.",
         UserWarning,
         stacklevel=4,

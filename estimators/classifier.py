@@ -104,8 +104,6 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         Inverse penalty of the ridge head, as in scikit-learn's LogisticRegression.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes, as elsewhere in scikit-learn; they multiply ``sample_weight``.
-    learning_rate : float, default=0.01
-        Adam's at the first step; it decays to 0 along a cosine.
     tol : float, default=1e-3
         Duality gap to certify, relative to the objective of zero coefficients. Adam has none.
     max_iter : int, default=1000
@@ -113,8 +111,6 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
     device : str or torch.device, default="auto"
         Where the path is solved, the head fitted and Adam trains: "auto" is CUDA where there is one, else the CPU.
         Fitted attributes are on the host.
-    max_memory : int or str, default=None
-        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
     memory : str, path, joblib.Memory or None, default=None
         Folder where solved paths are kept. Fits on the same rows then solve one path, whatever their ``alpha``,
         ``keep_fraction``, ``head`` and ``C``: what `GridSearchCV` tries costs one path per fold.
@@ -124,6 +120,11 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         Start and order of the samples in Adam's trainings; the other solvers are deterministic.
     verbose : int, default=0
         Print a line per alpha of the path.
+    learning_rate : float, default=0.01
+        Adam's at the first step; it decays to 0 along a cosine.
+    max_memory : int or str, default=None
+        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
+        Adam holds it whole.
     last_layers : int or None, default=None
         Keep all features of so many last layers instead, whatever ``alpha`` says: a linear probe. A plain array is one
         layer. Not with ``keep_fraction``, nor with ``solver="adam"``.
@@ -193,15 +194,15 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         head: str = "ridge",
         C: float = 1.0,
         class_weight: dict[Any, float] | str | None = None,
-        learning_rate: float = 0.01,
         tol: float = 1e-3,
         max_iter: int = 1000,
         device: str | torch.device = "auto",
-        max_memory: int | str | None = None,
         memory: Any = None,
         n_jobs: int | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
+        learning_rate: float = 0.01,
+        max_memory: int | str | None = None,
         last_layers: int | None = None,
     ) -> None:
         self.alpha = alpha
@@ -270,7 +271,8 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         if not len(self.selected_features_):
             warn_nothing_selected(self.alpha, self.alpha_max_, "predictions are the class frequencies")
         if self.head == "path" or not len(self.selected_features_):
-            coef, intercept = path.coef(-1)[self.selected_features_], path.intercepts[-1]
+            coef = path.coef(-1)[self.selected_features_]
+            intercept = path.standardized_intercepts[-1] - path.center[self.selected_features_] @ coef
         else:
             coef, intercept = self._fit_head(training, path, random)
         self._set_linear(coef, intercept)

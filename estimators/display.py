@@ -14,7 +14,6 @@ from estimators.selection import SelectedFeatures
 from estimators.tuning import Head2ToeClassifierCV
 
 # Okabe and Ito's colours without yellow, which white swallows; a marker each, so that greyscale tells them apart too.
-Kept: TypeAlias = tuple[float | None, int | None]
 
 _STYLES = (
     ("#0072B2", "o"),
@@ -25,6 +24,7 @@ _STYLES = (
     ("#56B4E9", "P"),
     ("#000000", "X"),
 )
+Kept: TypeAlias = tuple[float | None, int | None]
 _DASHES = ("-", "--", ":", "-.")
 _MUTED = "#767676"
 _READ = ("selected_features_", "feature_scores_", "feature_layers_", "layer_names_")
@@ -323,7 +323,7 @@ class Head2ToePathDisplay:
     def _chosen_text(self) -> str:
         best = self.best_params
         return (
-            f"chosen: {self.best_score:.3g} with {self.best_n_features:.4g} features\n"
+            f"best single: {self.best_score:.3g} with {self.best_n_features:.4g} features\n"
             f"alpha={best['alpha']:.3g}, {_keep_label(*_kept(best))}, C={best['C']:.3g}"
         )
 

@@ -91,10 +91,13 @@ def class_weighted(training: Training, class_weight: dict[Any, float] | str | No
         return training
     codes, weight, classes = training.codes, training.sample_weight, training.classes
     seen = weight > 0
-    present = np.unique(codes[seen])
+    if not seen.any():
+        return training
+    present = np.unique(codes[seen]) if class_weight == "balanced" else np.arange(len(classes))
+    counted = seen if class_weight == "balanced" else np.ones_like(seen)
     factors = np.zeros(len(classes))
     factors[present] = compute_class_weight(
-        class_weight, classes=classes[present], y=classes[codes[seen]], sample_weight=weight[seen]
+        class_weight, classes=classes[present], y=classes[codes[counted]], sample_weight=weight[counted]
     )
     return replace(training, sample_weight=check_sample_weight(weight * factors[codes], len(codes)))
 

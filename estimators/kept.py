@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from estimators.group_lasso.operators import column_moments, memory_limit
+from estimators.group_lasso.path import full_precision
 from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.heads import HeadSpace, RidgeSolution, fit_ridge_head, head_space
 from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
@@ -99,7 +100,7 @@ class KeptFeatures:
         total = torch.zeros((self.shape[0], len(intercept)), dtype=torch.float64)
         # By torch like all else: the threads of numpy's BLAS would go on waiting for work beside torch's.
         for index, block in self.blocks():
-            total += torch.from_numpy(block.astype(np.float64)) @ torch.from_numpy(coef[index])
+            total += torch.from_numpy(block.astype(np.float64)) @ torch.from_numpy(np.array(coef[index]))
         return total.numpy() + intercept
 
     def values(self) -> NDArray[np.float64]:
@@ -160,6 +161,7 @@ class RidgeHead:
         self._space = self._gather()
         self.solution: RidgeSolution | None = None
 
+    @full_precision()
     def _gather(self) -> HeadSpace:
         weights = self._weight / self._weight.sum()
 
@@ -177,10 +179,12 @@ class RidgeHead:
     def _blocks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         for index, block in self._kept.blocks():
             rows = block if self._whole else block[self._rows]
-            # Torch warns where it shares memory that it may not write to, as joblib maps it for its workers.
-            tensor = torch.from_numpy(rows if rows.flags.writeable else rows.copy()).to(self._device)
+            # Torch takes no negative strides, and warns where it may not write, as joblib maps arrays for its workers.
+            shared = rows.flags.writeable and min(rows.strides) >= 0
+            tensor = torch.from_numpy(rows if shared else rows.copy()).to(self._device)
             yield (index if isinstance(index, slice) else torch.as_tensor(index)), tensor
 
+    @full_precision()
     def fit(self, C: float, similar: RidgeSolution | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve for one C, starting from the solution for the C before.
 

@@ -23,7 +23,7 @@ def ridge_head(
     selected: NDArray[np.int64],
     normalization: str | None,
     device: torch.device,
-    max_bytes: float = np.inf,
+    max_bytes: float,
 ) -> RidgeHead:
     """The head on the features that a path selected from a training set.
 
@@ -36,7 +36,7 @@ def ridge_head(
         Sorted, not empty.
     normalization : {"standard", "layer", "layer+standard"} or None
     device : torch.device
-    max_bytes : float, default=infinity
+    max_bytes : float
         As in `KeptFeatures`.
     """
     scaling = "kept" if scales_layers(normalization) else ""

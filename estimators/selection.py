@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -99,6 +100,12 @@ class SelectedFeatures:
     feature_scores_: NDArray[np.float64]
     feature_layers_: NDArray[np.int64]
     layer_names_: NDArray[Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With ``memory`` as text where it is a path, so that what is saved holds arrays and plain values only."""
+        state: Any = super().__getstate__()
+        path = isinstance(state.get("memory"), os.PathLike)
+        return {**state, "memory": os.fspath(state["memory"])} if path else state
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Names of the selected features, (n_selected,) object.

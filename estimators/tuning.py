@@ -115,7 +115,7 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
             selected = np.frombuffer(key, dtype=np.int64)
             head = None
             if len(selected):
-                head = ridge_head(held, paths[same[0].alpha], selected, normalization, device)
+                head = ridge_head(held, paths[same[0].alpha], selected, normalization, device, limit)
             for C, alike in itertools.groupby(
                 sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
             ):
@@ -131,7 +131,9 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
 
 def _null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """No features: the class frequencies."""
-    counts = np.bincount(training.codes, training.sample_weight, len(training.classes))
+    counts = np.bincount(training.codes, training.sample_weight, len(training.classes)).astype(np.float64)
+    if not counts.any():
+        counts = np.ones(len(training.classes))
     with np.errstate(divide="ignore"):
         return np.zeros((0, len(counts))), np.log(counts / counts.sum())
 
@@ -139,12 +141,15 @@ def _null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.flo
 class _Answers(ScoresClassifier, BaseEstimator):  # type: ignore[misc]
     """What one candidate says about one validation set, for scorers to ask."""
 
-    def __init__(self, classes: NDArray[Any], scores: NDArray[np.float64]) -> None:
-        self.classes_ = classes
-        self._scores = scores
+    def __init__(self, classes: NDArray[Any], scores: NDArray[np.float64], X: Any) -> None:
+        self.classes = self.classes_ = classes
+        self.scores = scores
+        self.X = X
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        return self._scores[:, 1] - self._scores[:, 0] if len(self.classes_) == 2 else self._scores
+        if X is not self.X:
+            raise ValueError("scoring may ask for predictions of the samples it is given only, as they are.")
+        return self.scores[:, 1] - self.scores[:, 0] if len(self.classes) == 2 else self.scores
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -168,16 +173,26 @@ def _score_fold(
         sample_weight=training.sample_weight[train],
     )
     held_out, labels = training.features[test], training.classes[training.codes[test]]
-    values = in_memory(held_out, held_bytes(options.max_memory))
+    limit = held_bytes(options.max_memory)
+    values = in_memory(held_out, limit)
     part = class_weighted(part, class_weight)
     params = _check_method_params(training.features, params=score_params, indices=test)
     scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
     likelihood = np.empty((len(candidates), len(test)))
 
     def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
-        answers = _Answers(training.classes, kept.scores(coef, intercept))
+        answers = _Answers(training.classes, kept.scores(coef, intercept), held_out)
         probabilities = answers.predict_proba(held_out)[np.arange(len(test)), training.codes[test]]
-        return float(scorer(answers, held_out, labels, **params)), probabilities
+        try:
+            score = float(scorer(answers, held_out, labels, **params))
+        except Exception as error:
+            score = np.nan
+            warnings.warn(
+                f"{options.label}scoring failed and counts as nan: {type(error).__name__}: {error}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return score, probabilities
 
     if len(np.unique(part.codes[part.sample_weight > 0])) < 2:
         warnings.warn(
@@ -186,7 +201,7 @@ def _score_fold(
             UserWarning,
             stacklevel=2,
         )
-        nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "")
+        nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "", limit)
         scores[:], likelihood[:] = judge(nothing, *_null_model(part))
         n_features[:] = 0
         return scores, n_features, likelihood
@@ -195,7 +210,8 @@ def _score_fold(
         index = fit.candidate.index
         if previous is not fit.coef:
             previous = fit.coef
-            judged = judge(KeptFeatures(values, fit.selected, training.layers, fit.scaling), fit.coef, fit.intercept)
+            kept = KeptFeatures(values, fit.selected, training.layers, fit.scaling, limit)
+            judged = judge(kept, fit.coef, fit.intercept)
         scores[index], likelihood[index] = judged
         n_features[index] = len(fit.selected)
     return scores, n_features, likelihood
@@ -215,9 +231,6 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         Tried at every strength. None keeps the features with nonzero weight, 1.0 keeps all.
     Cs : sequence of float, default=(0.001, 0.01, 0.1, 1.0)
         Inverse penalties of the ridge head.
-    last_layers : sequence of int, default=(1, 2)
-        Tried as well, at every C: all features of so many last layers, which are linear probes. Those that would be
-        all layers are left out; a plain array is one layer.
     normalizations : sequence of {"standard", "layer", "layer+standard"} or None, default=("standard",)
         As in `Head2ToeClassifier`.
     l1_ratio : float in (0, 1], default=1.0
@@ -226,7 +239,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         An integer is the number of stratified folds. Where no class has that many samples, there are as many folds as
         the largest class has.
     scoring : str, callable or None, default=None
-        What a scorer of scikit-learn may be; None is accuracy.
+        What a scorer of scikit-learn may be; None is accuracy. It may ask for predictions of the samples it is given
+        only, and is given arrays, or a FeatureMatrix. Where it fails, the score is nan, with a warning.
     refit : {"mixture", "best", "one_standard_error"}, default="mixture"
         What is fitted on all samples. "mixture" is those candidates, with those weights, whose mixed probabilities
         make the held-out labels most likely (`mixture_weights`): one candidate chosen by its score is a matter of luck
@@ -248,12 +262,16 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         Folds worked on at the same time, as in `GridSearchCV`.
     verbose : int, default=0
         Print a line per alpha of every fold's path, and per tenth of its candidates.
+    last_layers : sequence of int, default=(1, 2)
+        Tried as well: all features of so many last layers, which are linear probes, the same at every alpha. Those
+        that would be all layers are left out; a plain array is one layer.
 
     Attributes
     ----------
     cv_results_ : dict of str to ndarray
         One entry per candidate, for ``pandas.DataFrame(cv_results_)``: ``params``, ``param_*``, ``split*_test_score``,
-        ``mean_test_score``, ``std_test_score``, ``rank_test_score``, ``mean_n_features``.
+        ``mean_test_score``, ``std_test_score``, ``rank_test_score``, ``mean_n_features``. No times, as candidates share
+        paths.
     best_index_ : int
         Place in ``cv_results_`` of the best candidate, or of the one that "one_standard_error" chose.
     best_params_ : dict
@@ -312,7 +330,6 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         alphas: Sequence[float] = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
         keep_fractions: Sequence[float | None] = (None, 0.02, 0.1, 0.3, 1.0),
         Cs: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
-        last_layers: Sequence[int] = (1, 2),
         normalizations: Sequence[str | None] = ("standard",),
         l1_ratio: float = 1.0,
         cv: Any = 5,
@@ -326,6 +343,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         memory: Any = None,
         n_jobs: int | None = None,
         verbose: int = 0,
+        last_layers: Sequence[int] = (1, 2),
     ) -> None:
         self.alphas = alphas
         self.keep_fractions = keep_fractions
@@ -346,7 +364,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         self.verbose = verbose
 
     def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None, **params: Any) -> Self:
-        """Choose among the candidates by cross-validation and fit the best on all samples.
+        """Compare the candidates by cross-validation and fit on all samples what ``refit`` says.
 
         Parameters
         ----------
@@ -550,6 +568,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         estimator._set_linear(fit.coef, fit.intercept)
         return estimator
 
+    def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """What ``scoring`` gives for these samples; accuracy by default."""
+        params = {} if sample_weight is None else {"sample_weight": sample_weight}
+        return float(get_scorer(self.scoring or "accuracy")(self, X, y, **params))
+
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Logarithms of the mixed probabilities, or the scores of the only estimator.
 
@@ -572,7 +595,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         check_is_fitted(self)
         features = check_features(self, X, reset=False)
         union = self.selected_features_
-        columns, layers = in_memory(features[:, union], held_bytes(self.max_memory)), self.feature_layers_[union]
+        kept = features if len(union) == features.shape[1] else features[:, union]
+        columns, layers = in_memory(kept, held_bytes(self.max_memory)), self.feature_layers_[union]
         scores = [
             estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
             for estimator in self.estimators_

@@ -315,7 +315,7 @@ def test_a_class_of_zero_weight_is_never_predicted_by_the_published_head():
     ("parameters", "message"),
     [
         ({"keep_fraction": None}, "keep_fraction must be given with solver='adam'.* got None"),
-        ({"head": "path"}, "head='path' needs solver='path'"),
+        ({"head": "path"}, "head='path' needs solver='newton'"),
         ({"l1_ratio": 0.5}, r"l1_ratio must be 1 with solver='adam', got 0\.5"),
         ({"solver": "sgd"}, "'solver' parameter of Head2ToeClassifier must be .* Got 'sgd'"),
         ({"learning_rate": 0.0}, r"'learning_rate' parameter of Head2ToeClassifier must be .* Got 0\.0"),

@@ -283,3 +283,41 @@ def test_other_errors_say_what_is_wrong():
         Head2ToeClassifier().fit(FakeFeatures(X, WIDTHS), y[:-1])
     with pytest.raises(ValueError, match="device='cuda:77' cannot be used"):
         Head2ToeClassifier(device="cuda:77").fit(X, y)
+
+
+@pytest.mark.parametrize("head", ["ridge", "path"])
+def test_last_layers_alone_are_a_linear_probe(head):
+    X, y, weight = layered_problem()
+    stored = FakeFeatures(X, WIDTHS)
+    model = Head2ToeClassifier(alpha=0.05, last_layers=2, head=head, C=0.3).fit(stored, y, sample_weight=weight)
+    np.testing.assert_array_equal(model.selected_features_, np.arange(12, 30))
+    if head == "ridge":
+        Z = standardize(X[:, 12:].astype(np.float64), weight)
+        reference = LogisticRegression(C=0.3, tol=1e-8, max_iter=10_000).fit(Z, y, sample_weight=weight)
+        np.testing.assert_allclose(model.predict_proba(X), reference.predict_proba(Z), atol=1e-3)
+
+
+def test_features_that_the_path_head_drops_count_as_their_means():
+    X, y, weight = layered_problem()
+    X = X + 5
+    model = Head2ToeClassifier(alpha=0.05, keep_fraction=0.1, head="path", tol=1e-6).fit(X, y, sample_weight=weight)
+    everything = Head2ToeClassifier(alpha=0.05, head="path", tol=1e-6).fit(X, y, sample_weight=weight)
+    assert len(model.selected_features_) < len(everything.selected_features_)
+    mean = np.average(X, axis=0, weights=weight)
+    replaced = np.tile(mean, (len(X), 1))
+    replaced[:, model.selected_features_] = X[:, model.selected_features_]
+    np.testing.assert_allclose(model.decision_function(X), everything.decision_function(replaced), atol=1e-5)
+
+
+@pytest.mark.parametrize("others", [{"keep_fraction": 0.5}, {"solver": "adam"}])
+def test_last_layers_leave_nothing_else_to_decide(others):
+    X, y, _ = layered_problem()
+    with pytest.raises(ValueError, match="last_layers=1 decides what is kept"):
+        Head2ToeClassifier(last_layers=1, **others).fit(X, y)
+
+
+def test_rows_may_come_in_reverse():
+    X, y, _ = layered_problem()
+    expected = Head2ToeClassifier(keep_fraction=1.0).fit(X[::-1].copy(), y[::-1].copy())
+    model = Head2ToeClassifier(keep_fraction=1.0).fit(X[::-1], y[::-1])
+    np.testing.assert_allclose(model.decision_function(X[::-1]), expected.decision_function(X[::-1]), atol=1e-5)

@@ -27,8 +27,8 @@ def test_the_commands_are_those_that_fill_this_store():
 def test_the_code_runs_as_pasted_and_classifies(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     exec("\n".join(blocks), {})
     accuracies = [float(found) for found in re.findall(r"accuracy (\d\.\d+)", capsys.readouterr().out)]
-    assert len(accuracies) == 3
+    assert len(accuracies) == 5
     assert min(accuracies) > 0.95

@@ -407,3 +407,11 @@ def test_devices_agree_and_what_is_fitted_on_one_works_on_another(stored, estima
         assert np.mean(elsewhere.predict(stored) == here.predict(stored)) >= 0.995
     else:
         assert np.mean(elsewhere.get_support() == here.get_support()) >= 0.995
+
+
+@every
+def test_a_folder_for_memory_is_text_in_what_is_saved(stored, estimator, tmp_path):
+    model = clone(estimator).set_params(memory=tmp_path).fit(stored, stored.y)
+    saved = skops.io.dumps(model)
+    assert all(name.startswith("estimators.") for name in skops.io.get_untrusted_types(data=saved))
+    assert pickle.loads(pickle.dumps(model)).memory == str(tmp_path)

@@ -10,7 +10,7 @@ import sklearn
 from _estimator_data import make_problem
 from joblib import parallel_config
 from sklearn.exceptions import ConvergenceWarning, NotFittedError, UnsetMetadataPassedError
-from sklearn.metrics import accuracy_score, get_scorer, make_scorer
+from sklearn.metrics import accuracy_score, get_scorer, log_loss, make_scorer
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSplit, StratifiedKFold, cross_validate
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -684,3 +684,32 @@ def test_other_errors_say_what_is_wrong():
     X[7, 3] = np.inf
     with pytest.raises(ValueError, match="NaN or infinity in column 3"):
         Head2ToeClassifierCV(**SMALL).fit(X, y)
+
+
+def test_scores_are_those_of_scoring():
+    X, y, weight = problem(3, k=2)
+    model = Head2ToeClassifierCV(**SMALL, scoring="neg_log_loss").fit(X, y)
+    assert model.score(X, y, weight) == pytest.approx(-log_loss(y, model.predict_proba(X), sample_weight=weight))
+    assert Head2ToeClassifierCV(**SMALL).fit(X, y).score(X, y) <= 1
+
+
+def test_a_scorer_that_fails_or_asks_about_other_samples_gives_nan_and_a_warning():
+    X, y, _ = problem(3, k=2)
+    calls = iter(range(1000))
+
+    def scoring(estimator, X, y):
+        return estimator.score(X[::-1], y[::-1]) if next(calls) == 0 else estimator.score(X, y)
+
+    with pytest.warns(UserWarning, match="fold 1/3, scoring failed and counts as nan: ValueError: scoring may ask"):
+        model = Head2ToeClassifierCV(**SMALL, scoring=scoring, refit="best").fit(X, y)
+    assert np.isnan(model.cv_results_["mean_test_score"]).sum() == 1
+    assert np.isfinite(model.best_score_)
+
+
+def test_a_fold_without_weight_is_predicted_by_chance():
+    X, y, _ = problem(3, k=2)
+    half = np.arange(len(y)) % 2 == 0
+    model = Head2ToeClassifierCV(**SMALL | {"cv": [(half, ~half), (~half, half)]}, class_weight="balanced")
+    with pytest.warns(UserWarning, match="fold 1/2, only one class to train on"):
+        model.fit(X, y, sample_weight=np.where(half, 0.0, 1.0))
+    assert np.isfinite(model.best_score_)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -139,8 +140,7 @@ def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
     if max_memory is None:
         if device.type == "cuda":
             return int(0.8 * torch.cuda.mem_get_info(device)[0])
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**62
-        return int(0.8 * pages)
+        return int(0.8 * _free_memory())
     size = float("nan")
     if isinstance(max_memory, str):
         match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?\s*", max_memory.lower())
@@ -155,6 +155,15 @@ def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
             "number with a unit such as '4GB' or '512MiB'."
         )
     return int(size)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping, what the file cache would give up among them, where the system says."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    with suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**62
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -196,7 +196,7 @@ def group_lasso_path(
     _check_alphas("alpha_ratios", alpha_ratios)
 
     problem = _pose(kept_codes, weight[rows], float(l1_ratio), bool(fit_intercept), resolve_device(device))
-    with _full_precision():
+    with full_precision():
         operator = make_operator(
             features,
             rows=torch.as_tensor(rows),
@@ -240,6 +240,8 @@ def check_sample_weight(sample_weight: ArrayLike | None, n_samples: int) -> NDAr
     if sample_weight is None:
         return np.ones(n_samples)
     weight = np.asarray(sample_weight, dtype=np.float64)
+    if weight.ndim == 0:
+        weight = np.full(n_samples, weight)
     if weight.shape != (n_samples,):
         raise ValueError(f"sample_weight must have shape ({n_samples},), got {weight.shape}.")
     if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
@@ -256,7 +258,7 @@ def _pose(
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Products of float32 in float32, whatever shortcut is allowed outside: certificates rest on them."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -39,7 +39,10 @@ class ColumnSource(Protocol):
 
 
 class FeatureMatrix(ColumnSource, Protocol):
-    """Stored features, read lazily: the one contract with whatever stores them."""
+    """Stored features, read lazily: the one contract with whatever stores them.
+
+    A ``fingerprint``, text that no other features share, saves `memory` from reading all of them to tell.
+    """
 
     @property
     def ndim(self) -> int: ...
