@@ -709,7 +709,7 @@ def test_a_scorer_that_fails_or_asks_about_other_samples_gives_nan_and_a_warning
 def test_a_fold_without_weight_is_predicted_by_chance():
     X, y, _ = problem(3, k=2)
     half = np.arange(len(y)) % 2 == 0
-    model = Head2ToeClassifierCV(**SMALL | {"cv": [(half, ~half), (~half, half)]}, class_weight="balanced")
+    model = Head2ToeClassifierCV(**SMALL | {"cv": [(half, ~half), (~half, ~half)]}, class_weight="balanced")
     with pytest.warns(UserWarning, match="fold 1/2, only one class to train on"):
         model.fit(X, y, sample_weight=np.where(half, 0.0, 1.0))
     assert np.isfinite(model.best_score_)
