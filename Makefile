@@ -19,7 +19,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/extraction.py --json benchmarks/extraction.json
 	$(BIN)/python benchmarks/group_lasso.py --json benchmarks/group_lasso.json --plot benchmarks/group_lasso.svg
-	$(BIN)/python benchmarks/tuning.py --json benchmarks/tuning.json
+	$(BIN)/python benchmarks/tuning.py --json benchmarks/tuning.json --plots benchmarks
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -32,7 +32,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from estimators import Head2ToeClassifier, Head2ToeClassifierCV
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeLayersDisplay, Head2ToePathDisplay
 from h2t_store import FeatureMatrix, open_features
 
 SCRIPT = Path(__file__).resolve()
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--work", type=Path, help="where features are kept between runs; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="sections that were not run keep the figures they have there")
+    parser.add_argument("--plots", type=Path, help="folder for pictures of the search on sign_digits, by accuracy")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -207,6 +208,8 @@ def accuracy(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         X, X_test = (suite_features(task, split, args.suite, args.weights, work) for split in ("train", "test"))
         rows[task] = {name: method(X, X_test) for name, method in methods.items()}
         figures = [rows[task][name]["accuracy"] for name in methods] + [rows[task]["Head2Toe"]["best_alone"]]
+        if args.plots and task == "sign_digits":
+            draw(X, args.plots)
         print(f"{task:22}" + "".join(f"{figure:20.3f}" for figure in figures), flush=True)
     return rows
 
@@ -245,6 +248,17 @@ def published(X: FeatureMatrix, X_test: FeatureMatrix) -> dict[str, Any]:
     search = GridSearchCV(Head2ToeClassifier(**options), candidates, cv=hold_out).fit(X, X.y)
     score = search.score(X_test, X_test.y)
     return {"accuracy": score, "seconds": time.perf_counter() - start, "params": search.best_params_}
+
+
+def draw(X: FeatureMatrix, folder: Path) -> None:
+    """The layers that the default search selects from, and the search along alpha."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    model = Head2ToeClassifierCV().fit(X, X.y)
+    for name, display in (("layers", Head2ToeLayersDisplay), ("search", Head2ToePathDisplay)):
+        figure = display.from_estimator(model).figure_
+        figure.savefig(folder / f"tuning_{name}.png", dpi=100, bbox_inches="tight")
 
 
 def head2toe(X: FeatureMatrix, X_test: FeatureMatrix) -> dict[str, Any]:
