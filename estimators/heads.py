@@ -182,17 +182,7 @@ def fit_ridge_head(
     problem = Problem(targets, sample_weight / total, 0.0, True)
     strength = (2.0 if len(targets) == 2 else 1.0) / (C * total)
     null = null_objective(problem)
-    coordinates = torch.zeros((len(targets), len(space.matrix))).to(space.matrix)
-    products, intercept = torch.zeros_like(targets), null_probabilities(problem).log()
-    if similar is not None or start is not None:
-        if similar is not None:
-            # At the optimum the gradient vanishes: pull(R) = -strength * V.
-            guess, offset = space.pull(similar.residual) / -strength, similar.intercept
-        elif start is not None:
-            guess, offset = start.coordinates, start.intercept
-        scores = guess @ space.matrix
-        if loss(problem, scores + offset[:, None]) + _ridge(space, guess, scores, strength) < null:
-            coordinates, products, intercept = guess, scores, offset
+    coordinates, products, intercept = _first_guess(space, problem, strength, start, similar)
     point = evaluate(problem, products, intercept)
     rough = space.to(work)
     preconditioner: _Preconditioner | None = None
@@ -243,6 +233,24 @@ def fit_ridge_head(
             stacklevel=2,
         )
     return reached_here
+
+
+def _first_guess(
+    space: HeadSpace, problem: Problem, strength: float, start: RidgeSolution | None, similar: RidgeSolution | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates, their scores and an intercept: those that another solution suggests, if better than zero."""
+    zero = torch.zeros((len(problem.targets), len(space.matrix))).to(space.matrix)
+    nothing = zero, torch.zeros_like(problem.targets), null_probabilities(problem).log()
+    if similar is not None:
+        # At the optimum the gradient vanishes: pull(R) = -strength * V.
+        guess, intercept = space.pull(similar.residual) / -strength, similar.intercept
+    elif start is not None:
+        guess, intercept = start.coordinates, start.intercept
+    else:
+        return nothing
+    scores = guess @ space.matrix
+    value = loss(problem, scores + intercept[:, None]) + _ridge(space, guess, scores, strength)
+    return (guess, scores, intercept) if value < null_objective(problem) else nothing
 
 
 def _ridge(space: HeadSpace, coordinates: Tensor, products: Tensor, strength: float) -> float:

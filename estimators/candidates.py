@@ -1,0 +1,201 @@
+"""What a search tries, on one training set: every candidate fitted, and scored on the samples held out."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import _check_method_params
+
+from estimators.classifier import ScoresClassifier
+from estimators.group_lasso.operators import resolve_device
+from estimators.group_lasso.progress import SearchProgress
+from estimators.group_lasso.result import GroupLassoPath
+from estimators.heads import RidgeSolution
+from estimators.inputs import Training, class_weighted
+from estimators.kept import KeptFeatures, held_bytes, in_memory
+from estimators.normalization import scales_layers
+from estimators.refit import ridge_head
+from estimators.selection import (
+    last_layers_features,
+    select_features,
+)
+from estimators.solving import PathOptions, solve_path
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is tried; ``index`` is its place in ``cv_results_``."""
+
+    index: int
+    normalization: str | None
+    alpha: float
+    keep_fraction: float | None
+    last_layers: int | None
+    C: float
+
+    @property
+    def kept(self) -> tuple[float | None, int | None]:
+        """What decides which features are kept, besides alpha."""
+        return self.keep_fraction, self.last_layers
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """For `Head2ToeClassifier`."""
+        return {
+            "C": self.C,
+            "alpha": self.alpha,
+            "keep_fraction": self.keep_fraction,
+            "last_layers": self.last_layers,
+            "normalization": self.normalization,
+        }
+
+    def select(self, path: GroupLassoPath, layers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Features kept at the end of the path, sorted."""
+        if self.last_layers is not None:
+            return last_layers_features(layers, self.last_layers)
+        return select_features(path, -1, self.keep_fraction)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One candidate on one training set."""
+
+    candidate: Candidate
+    path: GroupLassoPath
+    selected: NDArray[np.int64]
+    scaling: str
+    coef: NDArray[np.float64]
+    intercept: NDArray[np.float64]
+
+
+def fit_candidates(training: Training, candidates: Sequence[Candidate], options: PathOptions) -> Iterator[Fit]:
+    """Fit candidates: one path per normalization, one gathering of features per selection, C from small to large."""
+    device, limit = resolve_device(options.device), held_bytes(options.max_memory)
+    progress = SearchProgress(len(candidates), options.label) if options.verbose else None
+    held = replace(training, features=in_memory(training.features, limit))
+    for normalization in dict.fromkeys(candidate.normalization for candidate in candidates):
+        group = [candidate for candidate in candidates if candidate.normalization == normalization]
+        alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
+        paths = dict(
+            zip(alphas, solve_path(training, alphas, replace(options, normalization=normalization)), strict=True)
+        )
+        scaling = "kept" if scales_layers(normalization) else ""
+        selections: dict[bytes, list[Candidate]] = {}
+        # A head starts from that with the same share of features at the alpha above.
+        ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
+        for _, alike in itertools.groupby(ordered, key=lambda candidate: (candidate.kept, candidate.alpha)):
+            candidates_alike = list(alike)
+            selected = candidates_alike[0].select(paths[candidates_alike[0].alpha], training.layers)
+            selections.setdefault(selected.tobytes(), []).extend(candidates_alike)
+        solutions: dict[tuple[Any, float], RidgeSolution] = {}
+        for key, same in selections.items():
+            selected = np.frombuffer(key, dtype=np.int64)
+            head = None
+            if len(selected):
+                head = ridge_head(held, paths[same[0].alpha], selected, normalization, device, limit)
+            for C, alike in itertools.groupby(
+                sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
+            ):
+                like = (same[0].kept, C)
+                coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
+                if head is not None and head.solution is not None:
+                    solutions[like] = head.solution
+                for candidate in alike:
+                    yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
+                    if progress is not None:
+                        progress()
+
+
+def _null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """No features: the class frequencies."""
+    counts = np.bincount(training.codes, training.sample_weight, len(training.classes)).astype(np.float64)
+    if not counts.any():
+        counts = np.ones(len(training.classes))
+    with np.errstate(divide="ignore"):
+        return np.zeros((0, len(counts))), np.log(counts / counts.sum())
+
+
+class _Answers(ScoresClassifier, BaseEstimator):  # type: ignore[misc]
+    """What one candidate says about one validation set, for scorers to ask."""
+
+    def __init__(self, classes: NDArray[Any], scores: NDArray[np.float64], X: Any) -> None:
+        self.classes = self.classes_ = classes
+        self.scores = scores
+        self.X = X
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        if X is not self.X:
+            raise ValueError("scoring may ask for predictions of the samples it is given only, as they are.")
+        return self.scores[:, 1] - self.scores[:, 0] if len(self.classes) == 2 else self.scores
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+
+def score_fold(
+    training: Training,
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+    candidates: Sequence[Candidate],
+    scorer: Any,
+    score_params: dict[str, Any],
+    class_weight: dict[Any, float] | str | None,
+    options: PathOptions,
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Scores of all candidates on one fold, how many features each kept, and the likelihood of the held-out labels."""
+    part = replace(
+        training,
+        features=training.features[train],
+        codes=training.codes[train],
+        sample_weight=training.sample_weight[train],
+    )
+    held_out, labels = training.features[test], training.classes[training.codes[test]]
+    limit = held_bytes(options.max_memory)
+    values = in_memory(held_out, limit)
+    part = class_weighted(part, class_weight)
+    params = _check_method_params(training.features, params=score_params, indices=test)
+    scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
+    likelihood = np.empty((len(candidates), len(test)))
+
+    def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
+        answers = _Answers(training.classes, kept.scores(coef, intercept), held_out)
+        probabilities = answers.predict_proba(held_out)[np.arange(len(test)), training.codes[test]]
+        try:
+            score = float(scorer(answers, held_out, labels, **params))
+        except Exception as error:
+            score = np.nan
+            warnings.warn(
+                f"{options.label}scoring failed and counts as nan: {type(error).__name__}: {error}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return score, probabilities
+
+    if len(np.unique(part.codes[part.sample_weight > 0])) < 2:
+        warnings.warn(
+            f"{options.label}only one class to train on, which is predicted everywhere. Choose cv so that every fold "
+            "trains on two.",
+            UserWarning,
+            stacklevel=2,
+        )
+        nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "", limit)
+        scores[:], likelihood[:] = judge(nothing, *_null_model(part))
+        n_features[:] = 0
+        return scores, n_features, likelihood
+    previous: NDArray[np.float64] | None = None
+    for fit in fit_candidates(part, candidates, options):
+        index = fit.candidate.index
+        if previous is not fit.coef:
+            previous = fit.coef
+            kept = KeptFeatures(values, fit.selected, training.layers, fit.scaling, limit)
+            judged = judge(kept, fit.coef, fit.intercept)
+        scores[index], likelihood[index] = judged
+        n_features[index] = len(fit.selected)
+    return scores, n_features, likelihood
