@@ -20,12 +20,9 @@ from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
 from estimators.inputs import Training, class_weighted
 from estimators.kept import KeptFeatures, held_bytes, in_memory
-from estimators.normalization import scales_layers
+from estimators.normalization import kept_scaling
 from estimators.refit import ridge_head
-from estimators.selection import (
-    last_layers_features,
-    select_features,
-)
+from estimators.selection import kept_features
 from estimators.solving import PathOptions, solve_path
 
 
@@ -58,9 +55,7 @@ class Candidate:
 
     def select(self, path: GroupLassoPath, layers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Features kept at the end of the path, sorted."""
-        if self.last_layers is not None:
-            return last_layers_features(layers, self.last_layers)
-        return select_features(path, -1, self.keep_fraction)
+        return kept_features(path, layers, self.keep_fraction, self.last_layers)
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
         paths = dict(
             zip(alphas, solve_path(training, alphas, replace(options, normalization=normalization)), strict=True)
         )
-        scaling = "kept" if scales_layers(normalization) else ""
+        scaling = kept_scaling(normalization)
         selections: dict[bytes, list[Candidate]] = {}
         # A head starts from that with the same share of features at the alpha above.
         ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))

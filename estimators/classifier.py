@@ -26,6 +26,7 @@ from estimators.normalization import (
     NORMALIZATIONS,
     LayerScaled,
     inverse_layer_norms,
+    kept_scaling,
     scales_layers,
     standardizes,
     weighted_moments,
@@ -35,8 +36,6 @@ from estimators.selection import (
     PATH_CONSTRAINTS,
     SelectedFeatures,
     count_kept,
-    last_layers_features,
-    select_features,
     warn_nothing_selected,
 )
 from estimators.solving import PathOptions, cpu_threads, solve_path
@@ -279,19 +278,11 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
 
     def _take_path(self, training: Training, path: GroupLassoPath) -> None:
         """Select features at the end of the path."""
+        self._select(training, path, self.keep_fraction, self.last_layers)
         self.classes_ = training.classes
-        self.alpha_max_ = path.alpha_max
-        self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
-        self.duality_gap_ = float(path.relative_gap[-1])
-        self.n_iter_ = int(path.n_iter.max())
-        self.feature_scores_ = path.row_norms(-1)
-        if self.last_layers is None:
-            self.selected_features_ = select_features(path, -1, self.keep_fraction)
-        else:
-            self.selected_features_ = last_layers_features(training.layers, self.last_layers)
-        self._layer_scaling = ""
-        if scales_layers(self.normalization):
-            self._layer_scaling = "whole" if self.head == "path" else "kept"
+        self._layer_scaling = kept_scaling(self.normalization)
+        if self._layer_scaling and self.head == "path":
+            self._layer_scaling = "whole"
 
     def _set_linear(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> None:
         """Take coefficients (n_selected, n_classes) of the selected features."""

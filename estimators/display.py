@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from estimators.selection import SelectedFeatures
+from estimators.selection import SelectedFeatures, layer_totals
 from estimators.tuning import Head2ToeClassifierCV
 
 # Okabe and Ito's colours without yellow, which white swallows; a marker each, so that greyscale tells them apart too.
@@ -97,13 +97,9 @@ class Head2ToeLayersDisplay:
                 "estimator must be a Head2ToeClassifier, Head2ToeClassifierCV or Head2ToeSelector, "
                 f"got {type(estimator).__name__}."
             )
-        n_layers, selected = len(estimator.layer_names_), estimator.selected_features_
-        owners = estimator.feature_layers_[selected]
+        n_features, n_selected, scores = layer_totals(estimator)
         return cls(
-            layer_names=estimator.layer_names_,
-            n_features=np.bincount(estimator.feature_layers_, minlength=n_layers),
-            n_selected=np.bincount(owners, minlength=n_layers),
-            scores=np.bincount(owners, estimator.feature_scores_[selected], minlength=n_layers),
+            layer_names=estimator.layer_names_, n_features=n_features, n_selected=n_selected, scores=scores
         ).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:

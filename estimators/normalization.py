@@ -30,6 +30,11 @@ def scales_layers(normalization: str | None) -> bool:
     return normalization in ("layer", "layer+standard")
 
 
+def kept_scaling(normalization: str | None) -> str:
+    """What the head divides each layer's kept part of a row by: its length, "kept", or nothing, ""."""
+    return "kept" if scales_layers(normalization) else ""
+
+
 def standardizes(normalization: str | None) -> bool:
     """Whether each feature is scaled to zero mean and unit variance."""
     return normalization in ("standard", "layer+standard")

@@ -12,7 +12,7 @@ from estimators.cache import Arrays, Codec, cache_directory, cached, fingerprint
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.inputs import Training
 from estimators.kept import KeptFeatures, RidgeHead
-from estimators.normalization import scales_layers, standardizes
+from estimators.normalization import kept_scaling, scales_layers, standardizes
 
 Linear = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -39,10 +39,9 @@ def ridge_head(
     max_bytes : float
         As in `KeptFeatures`.
     """
-    scaling = "kept" if scales_layers(normalization) else ""
     moments = (path.center[selected], path.inverse_scale[selected]) if normalization == "standard" else None
     return RidgeHead(
-        KeptFeatures(training.features, selected, training.layers, scaling, max_bytes),
+        KeptFeatures(training.features, selected, training.layers, kept_scaling(normalization), max_bytes),
         training.codes,
         len(training.classes),
         training.sample_weight,

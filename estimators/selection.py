@@ -19,7 +19,7 @@ from sklearn.utils.validation import _check_feature_names_in, assert_all_finite,
 
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import is_feature_matrix
-from estimators.inputs import check_features, check_training
+from estimators.inputs import Training, check_features, check_training
 from estimators.normalization import NORMALIZATIONS
 from estimators.solving import PathOptions, cpu_threads, solve_path
 
@@ -79,15 +79,33 @@ def select_features(path: GroupLassoPath, index: int, keep_fraction: float | Non
     return np.sort(rank_features(path, index)[: count_kept(keep_fraction, path.n_features)])
 
 
-def last_layers_features(layers: NDArray[np.int64], last_layers: int) -> NDArray[np.int64]:
-    """All features of the last layers, sorted; ``layers`` is the (n_features,) layer of each feature."""
-    return np.flatnonzero(layers > layers.max() - last_layers)
+def kept_features(
+    path: GroupLassoPath, layers: NDArray[np.int64], keep_fraction: float | None, last_layers: int | None
+) -> NDArray[np.int64]:
+    """Features kept at the end of the path, sorted: all of the last layers, or those of `select_features`.
+
+    ``layers`` is the (n_features,) layer of each feature.
+    """
+    if last_layers is not None:
+        return np.flatnonzero(layers > layers.max() - last_layers)
+    return select_features(path, -1, keep_fraction)
 
 
 def count_kept(keep_fraction: float, n_features: int) -> int:
     """ceil(keep_fraction * n_features), at least 1."""
     # The products 0.07 * 100 and 0.29 * 100 are off by an ulp; that must not add a feature.
     return max(1, math.ceil(keep_fraction * n_features * (1.0 - 1e-12)))
+
+
+def layer_totals(estimator: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Per layer of a fitted estimator: features, selected ones, and the sum of the scores of the selected ones."""
+    n_layers, selected = len(estimator.layer_names_), estimator.selected_features_
+    owners = estimator.feature_layers_[selected]
+    return (
+        np.bincount(estimator.feature_layers_, minlength=n_layers),
+        np.bincount(owners, minlength=n_layers),
+        np.bincount(owners, estimator.feature_scores_[selected], minlength=n_layers).astype(np.float64, copy=False),
+    )
 
 
 class SelectedFeatures:
@@ -106,6 +124,17 @@ class SelectedFeatures:
         state: Any = super().__getstate__()
         path = isinstance(state.get("memory"), os.PathLike)
         return {**state, "memory": os.fspath(state["memory"])} if path else state
+
+    def _select(
+        self, training: Training, path: GroupLassoPath, keep_fraction: float | None, last_layers: int | None
+    ) -> None:
+        """Set what the end of the path says."""
+        self.alpha_max_ = path.alpha_max
+        self.duality_gap_ = float(path.relative_gap[-1])
+        self.n_iter_ = int(path.n_iter.max())
+        self.feature_scores_ = path.row_norms(-1)
+        self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
+        self.selected_features_ = kept_features(path, training.layers, keep_fraction, last_layers)
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Names of the selected features, (n_selected,) object.
@@ -139,13 +168,10 @@ class SelectedFeatures:
             import pandas as pd
         except ImportError as error:
             raise ImportError("layer_summary() needs pandas: pip install 'head2toe[table]'.") from error
-        n_layers, selected = len(self.layer_names_), self.selected_features_
-        owners = self.feature_layers_[selected]
-        n_selected = np.bincount(owners, minlength=n_layers)
-        score = np.bincount(owners, self.feature_scores_[selected], minlength=n_layers)
+        n_features, n_selected, score = layer_totals(self)
         return pd.DataFrame(
             {
-                "n_features": np.bincount(self.feature_layers_, minlength=n_layers),
+                "n_features": n_features,
                 "n_selected": n_selected,
                 "selected_share": n_selected / max(1, n_selected.sum()),
                 "score": score,
@@ -282,12 +308,7 @@ class Head2ToeSelector(SelectedFeatures, SelectorMixin, BaseEstimator):  # type:
         training = check_training(self, X, y, sample_weight, self.class_weight)
         with cpu_threads(self.n_jobs):
             path = solve_path(training, [float(self.alpha)], PathOptions.of(self))[0]
-        self.alpha_max_ = path.alpha_max
-        self.duality_gap_ = float(path.relative_gap[-1])
-        self.n_iter_ = int(path.n_iter.max())
-        self.feature_scores_ = path.row_norms(-1)
-        self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
-        self.selected_features_ = select_features(path, -1, self.keep_fraction)
+        self._select(training, path, self.keep_fraction, None)
         if not len(self.selected_features_):
             warn_nothing_selected(self.alpha, self.alpha_max_, "transform gives no columns")
         return self

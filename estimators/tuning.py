@@ -30,11 +30,7 @@ from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
 from estimators.mixture import mixture_weights
-from estimators.selection import (
-    PATH_CONSTRAINTS,
-    SelectedFeatures,
-    warn_nothing_selected,
-)
+from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.solving import PathOptions
 
 

@@ -7,6 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from estimators import solving
+
 MODELS = Path(__file__).with_name("tiny_models.py")
 
 
@@ -30,3 +32,16 @@ def folder(tmp_path: Path, images: NDArray[np.uint8]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     return root
+
+
+@pytest.fixture
+def solved_ratios(monkeypatch):
+    """The fractions of alpha_max that are solved for, one list per call of the solver."""
+    calls, solver = [], solving.group_lasso_path
+
+    def counted(X, y, *, alpha_ratios, **others):
+        calls.append(np.asarray(alpha_ratios).tolist())
+        return solver(X, y, alpha_ratios=alpha_ratios, **others)
+
+    monkeypatch.setattr(solving, "group_lasso_path", counted)
+    return calls

@@ -53,19 +53,6 @@ def solve_in_order(training, ratios, chosen):
 
 
 @pytest.fixture
-def solved_ratios(monkeypatch):
-    """The fractions of alpha_max that are solved for, one list per call of the solver."""
-    calls, solver = [], solving.group_lasso_path
-
-    def counted(X, y, *, alpha_ratios, **others):
-        calls.append(np.asarray(alpha_ratios).tolist())
-        return solver(X, y, alpha_ratios=alpha_ratios, **others)
-
-    monkeypatch.setattr(solving, "group_lasso_path", counted)
-    return calls
-
-
-@pytest.fixture
 def keys(monkeypatch):
     """The names under which paths are looked up."""
     asked, cached = [], solving.cached

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, get_scorer, log_loss, make_scorer
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSplit, StratifiedKFold, cross_validate
 from sklearn.utils.estimator_checks import check_estimator
 
-from estimators import Head2ToeClassifier, Head2ToeClassifierCV, solving
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV
 from estimators.mixture import mixture_weights
 
 SMALL = dict(alphas=(0.5, 0.2), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
@@ -561,19 +561,6 @@ def test_folds_worked_on_at_the_same_time_give_the_same(backend):
     for name, values in expected.cv_results_.items():
         np.testing.assert_array_equal(model.cv_results_[name], values, err_msg=name)
     np.testing.assert_array_equal(model.decision_function(X), expected.decision_function(X))
-
-
-@pytest.fixture
-def solved_ratios(monkeypatch):
-    """The fractions of alpha_max that are solved for, one list per call of the solver."""
-    calls, solver = [], solving.group_lasso_path
-
-    def counted(X, y, *, alpha_ratios, **others):
-        calls.append(np.asarray(alpha_ratios).tolist())
-        return solver(X, y, alpha_ratios=alpha_ratios, **others)
-
-    monkeypatch.setattr(solving, "group_lasso_path", counted)
-    return calls
 
 
 def test_every_fold_and_normalization_costs_one_path(solved_ratios):
