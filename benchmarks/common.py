@@ -94,7 +94,8 @@ def fill_store(path: Path, n_samples: int, n_features: int) -> None:
     centers = 0.5 * rng.normal(size=(n_classes, 64)).astype(np.float32)
     for block, values in enumerate(row_blocks(rng, y, rows, layers, mixing, centers)):
         norms = [np.linalg.norm(values[:, at.start : at.stop].astype(np.float32), axis=1) for at in layers]
-        extraction.write_block(block, values, np.stack(norms, axis=1))
+        parts = np.split(values, [at.start for at in layers[1:]], axis=1)
+        extraction.write_block(block, parts, np.stack(norms, axis=1))
     extraction.finish()
 
 

@@ -5,209 +5,533 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from h2t_store.errors import H2TError, StoreError
+from h2t_store.errors import DamagedError, H2TError, StoppedError, StoreError
+from h2t_store.reporting import Meter, duration, facts, json_text, progress, short, size, table
 
 if TYPE_CHECKING:
+    from h2t_store.preparation import Job
     from h2t_store.store import Extraction
 
 __all__ = ["extract_main", "h2t_main"]
 
-_PLAIN_SECONDS = 10.0
+_EXIT_CODES = """Exit status: 0 done; 1 error, told in one line on stderr; 2 wrong usage; 3 damage found (verify);
+130 or 143 stopped by Ctrl-C or SIGTERM after the row block in hand."""
 
-
-class _InterruptedError(Exception):
-    """A signal stopped the job; typer keeps KeyboardInterrupt to itself."""
-
-
-_extract_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_extract_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
 _h2t_app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="Look into a feature store."
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Look into a feature store, check it, repair it, export from it.",
+    epilog=" ".join(_EXIT_CODES.split()),
 )
 
+_Store = Annotated[Path, typer.Argument(metavar="STORE", help="The store.")]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="The extraction, as 'h2t ls' names it.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+_Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        "-j",
+        metavar="N",
+        help="Processes that decode images.",
+        show_default="up to 4",
+        rich_help_panel="Speed",
+    ),
+]
 
-@_extract_app.command()
+
+class _Interruption:
+    """SIGINT and SIGTERM: the first asks for an end after the row block in hand, the second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.meter: Meter | None = None
+
+    def __call__(self, number: int, _: Any) -> None:
+        before, self.signal = self.signal, number
+        if before or self.meter is None or self.meter.began is None:
+            raise _StoppedAtOnceError
+        print("stopping after the row block in hand; once more stops at once", file=sys.stderr, flush=True)
+
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self.signal != 0
+
+    @contextmanager
+    def computing(self) -> Iterator[Meter]:
+        """Progress of row blocks, which a signal lets be finished from the first one on."""
+        with progress("images") as self.meter:
+            yield self.meter
+
+
+class _StoppedAtOnceError(Exception):
+    """Not KeyboardInterrupt, which typer keeps to itself."""
+
+
+_interruption = _Interruption()
+
+
+@_extract_app.command(epilog=" ".join(_EXIT_CODES.split()))
 def _extract(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="Folder with one folder of images per class, or 'digits' (scikit-learn's)."
+            metavar="DATA",
+            help="A folder with one folder of images per class, a .tar of such folders, a list file ('path label' per "
+            "line), torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's).",
         ),
     ],
     model: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Any timm architecture, h2t_resnet20 (comes along), or path/to/file.py:factory."
+            metavar="NAME",
+            help="Any timm architecture, h2t_resnet20 (comes along), or path/to/file.py:factory.",
+            rich_help_panel="Network",
         ),
     ],
-    store: Annotated[Path, typer.Option(metavar="STORE", help="The store; made where there is none.")],
-    name: Annotated[str, typer.Option(metavar="NAME", help="What to call the extraction, such as pets/train.")],
+    store: Annotated[
+        Path,
+        typer.Option(metavar="STORE", help="The store; made where there is none.", rich_help_panel="Result"),
+    ],
+    name: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What to call the extraction, such as pets/train.", rich_help_panel="Result"),
+    ],
     split: Annotated[
-        str | None, typer.Option(metavar="SPLIT", help="Part of 'digits': train or test.", show_default="train")
+        str | None,
+        typer.Option(
+            metavar="SPLIT",
+            help="Part of the data: train or test; of wds/, shards and their number of samples: "
+            "'x-{0000..0001}.tar|2000'.",
+            show_default="train, where there are parts",
+            rich_help_panel="Data",
+        ),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where torch/NAME lies, and what the paths in a list file are relative to.",
+            show_default="here; the list's own folder",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--dataset-download", help="Let torch/NAME be downloaded.", rich_help_panel="Data")
+    ] = False,
+    on_error: Annotated[
+        str,
+        typer.Option(
+            metavar="raise|skip",
+            help="At an image that cannot be read, stop; or record why and go on: its row stays, masked.",
+            rich_help_panel="Data",
+        ),
+    ] = "raise",
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Extend the extraction by images that DATA has got since, computing only those.",
+            rich_help_panel="Data",
+        ),
+    ] = False,
     pretrained: Annotated[
-        bool, typer.Option(help="Load published weights, downloaded where need be; else random ones.")
+        bool,
+        typer.Option(
+            help="Load published weights, downloaded where need be; else random ones.", rich_help_panel="Network"
+        ),
     ] = True,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Weights to load instead: .safetensors or a torch file of tensors."),
+        typer.Option(
+            metavar="FILE",
+            help="Weights to load instead: .safetensors or a torch file of tensors.",
+            rich_help_panel="Network",
+        ),
     ] = None,
     img_size: Annotated[
         int | None,
-        typer.Option(metavar="PIXELS", help="Side of the square input.", show_default="the network's own"),
+        typer.Option(
+            metavar="PIXELS",
+            help="Side of the square input.",
+            show_default="the network's own",
+            rich_help_panel="Network",
+        ),
     ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="For weights that are not loaded (--no-pretrained).", rich_help_panel="Network"),
+    ] = 0,
     taps: Annotated[
         str,
         typer.Option(
             metavar="TAPS",
             help="Which activations: 'activations' (what enters every convolution and linear layer, block outputs, "
-            "logits), 'blocks' (block outputs, penultimate, logits), or globs over module names, joined by commas: "
-            "'layer3.*' is outputs, 'layer3.*:in' inputs.",
+            "logits), 'blocks' (block outputs, penultimate, logits), 'paper' (as published, ResNets and ViTs), or "
+            "globs over module names, joined by commas: 'layer3.*' is outputs, 'layer3.*:in' inputs.",
+            rich_help_panel="Features",
         ),
     ] = "activations",
+    cls_token: Annotated[
+        str,
+        typer.Option(
+            metavar="pool|only|keep",
+            help="A class token is pooled with the others, taken alone, or kept beside the pooled others.",
+            rich_help_panel="Features",
+        ),
+    ] = "pool",
     target_size: Annotated[
-        int, typer.Option(metavar="N", help="Length that each activation is pooled to, about.")
-    ] = 512,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="As stored: float16 or float32.")] = "float16",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", help="Images per forward pass.")] = 64,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", "-j", metavar="N", help="Processes that decode images.", show_default="up to 4"),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto takes CUDA where it is present.")
+        list[int],
+        typer.Option(
+            metavar="N",
+            help="Length that each activation is pooled to, about; given several times, all are stored in one pass.",
+            rich_help_panel="Features",
+        ),
+    ] = [512],  # noqa: B006  typer reads it once
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="As stored: float16 or float32.", rich_help_panel="Features")
+    ] = "float16",
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            metavar="N|auto",
+            help="Images per forward pass; halved for as long as CUDA runs out of memory.",
+            rich_help_panel="Speed",
+        ),
     ] = "auto",
-    amp: Annotated[bool, typer.Option(help="Run the network in bfloat16 where that is safe.")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="For weights that are not loaded (--no-pretrained).")] = 0,
+    workers: _Workers = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="cpu, cuda, cuda:1, mps; auto takes CUDA where it is present.",
+            rich_help_panel="Speed",
+        ),
+    ] = "auto",
+    amp: Annotated[
+        bool, typer.Option(help="Run the network in bfloat16 where that is safe.", rich_help_panel="Speed")
+    ] = False,
+    torchcompile: Annotated[
+        bool,
+        typer.Option("--torchcompile", help="Compile the network with the pooling first.", rich_help_panel="Speed"),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the taps with their shapes and widths, bytes, and the time to expect; store nothing.",
+            rich_help_panel="Result",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Result")
+    ] = False,
 ) -> None:
     """Run a frozen network once over DATA and store the pooled activations of all its layers.
 
     What is stored already is not computed again: a finished extraction is left as it is, an interrupted one is
-    continued. An extraction of that name made from something else is an error.
+    continued by the same command. An extraction of that name made from something else is an error.
 
-    Example: extract pets/train --model resnet50 --store pets.zarr --name pets/train
+    Examples:
+
+    extract pets/train --model resnet50 --store pets.zarr --name pets/train
+
+    extract train800val200.txt --model vit_base_patch16_224 --taps paper --cls-token keep --store s.zarr --name c/train
+
+    extract pets.tar --model convnext_tiny --target-size 512 --target-size 4096 --dry-run --store s.zarr --name pets
+
+    torchrun --nproc-per-node 4 -m h2t_store pets/train --model resnet50 --store pets.zarr --name pets/train
     """
     from h2t_store.extraction import extract
 
+    settings: dict[str, Any] = dict(
+        model=model,
+        split=split,
+        data_dir=data_dir,
+        download=download,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        img_size=img_size,
+        taps=taps,
+        cls_token=cls_token,
+        target_size=target_size,
+        dtype=dtype,
+        batch_size=_batch_size(batch_size),
+        device=device,
+        amp=amp,
+        torchcompile=torchcompile,
+        seed=seed,
+    )
+    if dry_run:
+        from h2t_store.preparation import prepare
+
+        _print_plan(prepare(data, **settings), workers, as_json)
+        return
     start = time.perf_counter()
-    try:
-        with _progress() as meter:
-            matrix = extract(
-                data,
-                model=model,
-                store=store,
-                name=name,
-                split=split,
-                pretrained=pretrained,
-                checkpoint=checkpoint,
-                img_size=img_size,
-                taps=taps,
-                target_size=target_size,
-                dtype=dtype,  # type: ignore[arg-type]  # checked by extract, which knows what is accepted
-                batch_size=batch_size,
-                workers=workers,
-                device=device,
-                amp=amp,
-                seed=seed,
-                progress=meter,
-            )
-    except KeyboardInterrupt:
-        raise _InterruptedError from None
+    with _interruption.computing() as meter:
+        matrix = extract(
+            data,
+            store=store,
+            name=name,
+            workers=workers,
+            on_error=on_error,  # type: ignore[arg-type]  # checked by extract, which knows what is accepted
+            append=append,
+            stopped=_interruption.asked,
+            progress=meter,
+            **settings,
+        )
     seconds = time.perf_counter() - start
     n_rows, n_columns = matrix.shape
+    failures = matrix.failures
+    if as_json:
+        result = {"store": str(store), "name": name, "images": n_rows, "features": n_columns}
+        result |= {"classes": len(matrix.classes), "layers": len(matrix.layers), "computed": meter.computed}
+        print(json_text(result | {"seconds": seconds, "failures": failures}))
+        return
     work = f"{meter.computed} computed in {seconds:.1f} s" if meter.computed else "nothing to compute"
     images = f"{n_rows} images of {len(matrix.classes)} classes" if matrix.classes else f"{n_rows} unlabelled images"
     print(f"{store}: {name}: {images} x {n_columns} features from {len(matrix.layers)} layers ({work})")
+    if failures:
+        sample, reason = next(iter(failures.items()))
+        print(f"{len(failures)} images were skipped, such as {sample}: {reason}", file=sys.stderr)
+
+
+def _batch_size(given: str) -> Any:
+    try:
+        return given if given == "auto" else int(given)
+    except ValueError:
+        raise H2TError(f"--batch-size {given!r}: accepted are whole numbers from 1 and 'auto'") from None
+
+
+def _print_plan(job: "Job", workers: int | None, as_json: bool) -> None:
+    from h2t_store.extraction import expected_seconds
+
+    header = job.header(job.source)
+    n_bytes, seconds = job.expected_bytes(), expected_seconds(job, workers)
+    layers: list[dict[str, Any]] = [
+        {"layer": layer.name, "activation": list(layer.shape), "width": layer.width, "bytes": job.layer_bytes(layer)}
+        for layer in header.layers
+    ]
+    total = {"images": header.n_samples, "features": header.n_features, "bytes": n_bytes, "seconds": seconds}
+    if as_json:
+        print(json_text(total | {"batch_size": job.batch_size, "layers": layers}))
+        return
+    rows = [
+        (layer["layer"], " x ".join(map(str, layer["activation"])), layer["width"], size(layer["bytes"]))
+        for layer in layers
+    ]
+    table(("layer", "activation", "width", "stored"), rows)
+    print()
+    facts(
+        {
+            "images": header.n_samples,
+            "features": f"{header.n_features} from {len(layers)} layers, {header.dtype}",
+            "stored": size(n_bytes),
+            "batch size": job.batch_size,
+            "time": f"{duration(seconds)}, {header.n_samples / seconds:.1f} images/s",
+        }
+    )
 
 
 @_h2t_app.command()
-def ls(store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")]) -> None:
-    """List the extractions in a store, each network with the digest of its weights."""
+def ls(store: _Store, as_json: _Json = False) -> None:
+    """List the extractions in a store, each network with the digest of its weights.
+
+    Example: h2t ls pets.zarr
+    """
     from h2t_store.store import FeatureStore
 
-    table = Table(
-        "name", "images", "classes", "features", "layers", "stored", "model", "state", box=None, pad_edge=False
-    )
     opened = FeatureStore(store)
+    rows: list[dict[str, Any]] = []
     for name in opened.names():
         try:
-            extraction = opened.open(name)
-            table.add_row(*map(escape, _summary(name, extraction)))
+            rows.append({"name": name} | _summary(opened.open(name)))
         except StoreError as error:
-            table.add_row(escape(name), "", "", "", "", "", "", escape(f"damaged: {error}"))
-    _console().print(table)
+            rows.append({"name": name, "state": f"damaged: {error}"})
+    if as_json:
+        print(json_text(rows))
+        return
+    columns = ("name", "images", "classes", "features", "layers", "stored", "model", "state")
+    shown = [row | {"stored": size(row["stored"])} if "stored" in row else row for row in rows]
+    table(columns, [[row.get(column, "") for column in columns] for row in shown])
 
 
 @_h2t_app.command()
-def info(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The extraction, as 'h2t ls' names it.")],
-) -> None:
-    """Print one extraction: its layers with their sizes, its classes, and how it was made."""
+def info(store: _Store, name: _Name, as_json: _Json = False) -> None:
+    """Print one extraction: its layers with their sizes, its classes, what was skipped, and how it was made.
+
+    Example: h2t info pets.zarr pets/train
+    """
     from h2t_store.store import FeatureStore
 
     extraction = FeatureStore(store).open(name)
     header = extraction.header
-    facts = {
+    failures = extraction.skipped()
+    layers = [
+        {"layer": layer.name, "activation": list(layer.shape), "start": layer.start, "stop": layer.stop}
+        | {"target_sizes": list(layer.target_sizes)}
+        for layer in header.layers
+    ]
+    if as_json:
+        found = {"name": name} | _summary(extraction) | {"dtype": header.dtype, "class_names": list(header.classes)}
+        print(json_text(found | header.provenance | {"failures": failures, "layer_list": layers}))
+        return
+    shown: dict[str, Any] = {
         "name": name,
-        "images": str(header.n_samples),
-        "classes": _short(list(header.classes)) if header.classes else "unlabelled",
+        "images": header.n_samples,
+        "classes": list(header.classes) or "unlabelled",
         "features": f"{header.n_features} from {len(header.layers)} layers, {header.dtype}",
-        "stored": _size(extraction.stored_bytes()),
+        "stored": size(extraction.stored_bytes()),
         "state": _state(extraction),
     }
-    for group in ("inputs", "environment"):
-        facts |= {key: _short(value) for key, value in header.provenance[group].items() if key not in facts}
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        print(f"{key:<{width}}  {value}")
-    table = Table("layer", "activation", "columns", "width", box=None, pad_edge=False)
-    for layer in header.layers:
-        columns = f"{layer.start}:{layer.stop}"
-        table.add_row(escape(layer.name), " x ".join(map(str, layer.shape)), columns, str(layer.width))
+    for part in ("inputs", "environment"):
+        shown |= {key: value for key, value in header.provenance[part].items() if key not in shown}
+    facts(shown)
+    for sample, reason in failures.items():
+        print(f"skipped {sample}: {reason}")
     print()
-    _console().print(table)
+    rows = [
+        (layer.name, " x ".join(map(str, layer.shape)), f"{layer.start}:{layer.stop}", layer.width)
+        for layer in header.layers
+    ]
+    table(("layer", "activation", "columns", "width"), rows)
+
+
+@_h2t_app.command()
+def verify(
+    store: _Store,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One extraction; by default all.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Read everything and name each damaged or missing chunk and any changed metadata; status 3 if there is any.
+
+    Example: h2t verify pets.zarr
+    """
+    from h2t_store.integrity import verify as damages_of
+    from h2t_store.store import FeatureStore
+
+    opened = FeatureStore.unchecked(store)
+    names = opened.names() if name is None else [name]
+    found: dict[str, list[dict[str, Any]]] = {}
+    with progress("row blocks") as meter:
+        for each in names:
+            found[each] = [damage._asdict() for damage in damages_of(opened, each, meter)]
+    n_damaged = len({damage["path"] for damages in found.values() for damage in damages})
+    if as_json:
+        print(json_text(found))
+    else:
+        for each, damages in found.items():
+            for damage in damages:
+                print(f"{damage['path']}: {damage['problem']}")
+            print(f"{each}: {f'{len(damages)} things are damaged' if damages else _soundness(opened, each)}")
+    if n_damaged:
+        raise typer.Exit(3)
+
+
+def _soundness(store: Any, name: str) -> str:
+    extraction = store.open(name)
+    return "sound" if extraction.complete else f"sound as far as it is: {_state(extraction)}"
+
+
+@_h2t_app.command()
+def repair(store: _Store, name: _Name, workers: _Workers = None, as_json: _Json = False) -> None:
+    """Restore what is damaged: metadata from its copy, row blocks by computing them again, and only those.
+
+    Data and network must be where they were.
+
+    Example: h2t repair pets.zarr pets/train
+    """
+    from h2t_store.repair import repair as restore
+
+    with _interruption.computing() as meter:
+        damages = restore(store, name, workers=workers, stopped=_interruption.asked, progress=meter)
+    blocks = sorted({damage.block for damage in damages if damage.kind == "block"})
+    if as_json:
+        print(json_text({"damages": [damage._asdict() for damage in damages], "computed": meter.computed}))
+    elif damages:
+        print(f"{store}: {name}: {len(damages)} things repaired, {len(blocks)} row blocks computed again")
+    else:
+        print(f"{store}: {name}: nothing is damaged")
 
 
 @_h2t_app.command()
 def rm(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The extraction to remove.")],
+    store: _Store,
+    name: _Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove one extraction and what it stored."""
+    """Remove one extraction and what it stored, after asking.
+
+    Example: h2t rm pets.zarr pets/train
+    """
     from h2t_store.store import FeatureStore
 
-    FeatureStore(store).remove(name)
+    opened = FeatureStore(store)
+    try:
+        what = short(_summary(opened.open(name)) | {"stored": size(opened.open(name).stored_bytes())})
+    except DamagedError:
+        what = "damaged"
+    if not yes and not typer.confirm(f"Remove {name} ({what}) from {store}?", err=True):
+        raise H2TError("nothing was removed")
+    with opened.lock(name):
+        opened.remove(name)
     print(f"{store}: {name} removed")
 
 
-def _summary(name: str, extraction: "Extraction") -> tuple[str, ...]:
+@_h2t_app.command()
+def export(
+    store: _Store,
+    name: _Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Name that ends in .npy, .parquet or .safetensors.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="GLOBS", help="Only these layers, joined by commas.", show_default="all"),
+    ] = None,
+) -> None:
+    """Write features, labels and identifiers to one file, as float32.
+
+    Example: h2t export pets.zarr pets/train pets.parquet --layers 'layer4.*'
+    """
+    from h2t_store.export import export as write
+    from h2t_store.matrix import open_features
+
+    matrix = open_features(store, name)
+    if layers is not None:
+        matrix = matrix.select_layers(layers.split(","))
+    with progress("rows") as meter:
+        write(matrix, file, meter)
+    print(f"{file}: {matrix.shape[0]} rows x {matrix.shape[1]} features, {size(file.stat().st_size)}")
+
+
+def _summary(extraction: "Extraction") -> dict[str, Any]:
     header = extraction.header
-    return (
-        name,
-        str(header.n_samples),
-        str(len(header.classes)),
-        str(header.n_features),
-        str(len(header.layers)),
-        _size(extraction.stored_bytes()),
-        "{model} {weights_sha256:.8}".format(**header.provenance["inputs"]),
-        _state(extraction),
-    )
+    return {
+        "images": header.n_samples,
+        "classes": len(header.classes),
+        "features": header.n_features,
+        "layers": len(header.layers),
+        "stored": extraction.stored_bytes(),
+        "model": "{model} {weights_sha256:.8}".format(**header.provenance["inputs"]),
+        "state": _state(extraction),
+    }
 
 
 def _state(extraction: "Extraction") -> str:
+    if extraction.complete:
+        return f"complete, {extraction.n_failed} skipped" if extraction.n_failed else "complete"
     committed = extraction.committed()
-    return "complete" if extraction.complete else f"{int(committed.sum())} of {len(committed)} row blocks"
+    return f"{int(committed.sum())} of {len(committed)} row blocks"
 
 
 def extract_main() -> None:
@@ -226,16 +550,23 @@ def _run(app: typer.Typer) -> None:
     for noisy in ("timm", "huggingface_hub", "httpx", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # what a user must know is an error or a logged line
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interruption)
     try:
         code = app(standalone_mode=False)
+    except StoppedError:
+        code = _fail("stopped: finished row blocks are stored, the same command continues", 128 + _interruption.signal)
+    except _StoppedAtOnceError:
+        code = _fail(
+            "interrupted: finished row blocks are stored, the same command continues", 128 + _interruption.signal
+        )
     except H2TError as error:
         code = _fail(str(error), 1)
-    except _InterruptedError:
-        code = _fail("interrupted: finished row blocks are stored, the same command continues", 130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = _fail(f"{where}{error.strerror or error}", 1)
+    except typer.Abort:
+        code = _fail("nothing was done", 1)
     except Exception as error:
         # A usage error; typer has its own class for it or click's, depending on its version.
         if not hasattr(error, "format_message"):
@@ -248,79 +579,3 @@ def _run(app: typer.Typer) -> None:
 def _fail(message: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _console() -> Console:
-    """A console that does not break lines where output goes to a file."""
-    return Console() if sys.stdout.isatty() else Console(width=10_000)
-
-
-class _Meter:
-    """Images done, and how fast; the first call says where this run begins."""
-
-    def __init__(self, show: Callable[["_Meter"], None]) -> None:
-        self._show = show
-        self.total = self.done = self.first = 0
-        self.began: float | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.began is None:
-            self.began, self.first = time.perf_counter(), done
-        self.done, self.total = done, total
-        self._show(self)
-
-    @property
-    def computed(self) -> int:
-        return self.done - self.first
-
-    @property
-    def rate(self) -> float:
-        """Images per second; 0 until there are some."""
-        return self.computed / (time.perf_counter() - self.began) if self.began and self.computed else 0.0
-
-
-@contextmanager
-def _progress() -> Iterator[_Meter]:
-    """A bar on a terminal, a plain line now and then elsewhere; both on stderr."""
-    if sys.stderr.isatty():
-        columns = [
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images, {task.fields[rate]}/s,"),
-            TimeRemainingColumn(),
-        ]
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("images", total=None, rate=0)
-            yield _Meter(lambda m: bar.update(task, completed=m.done, total=m.total, rate=f"{m.rate:.0f}"))
-    else:
-        printed = time.perf_counter()
-
-        def line(meter: _Meter) -> None:
-            nonlocal printed
-            if meter.rate and meter.done < meter.total and time.perf_counter() - printed >= _PLAIN_SECONDS:
-                printed = time.perf_counter()
-                left = (meter.total - meter.done) / meter.rate
-                print(
-                    f"{meter.done}/{meter.total} images, {meter.rate:.0f}/s, {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-        yield _Meter(line)
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_short(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list):
-        shown = [str(item) for item in value]
-        return ", ".join(shown) if len(shown) <= 6 else f"{', '.join(shown[:3])}, … {shown[-1]} ({len(shown)})"
-    return "none" if value is None else str(value)

@@ -9,6 +9,7 @@ __all__ = [
     "H2TError",
     "IncompleteError",
     "ModelError",
+    "StoppedError",
     "StoreError",
     "TapError",
     "did_you_mean",
@@ -45,6 +46,10 @@ class DamagedError(StoreError):
 
 class IncompleteError(StoreError):
     """An extraction was begun and not finished."""
+
+
+class StoppedError(H2TError):
+    """The job was asked to stop, and did so where it can be continued."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -4,29 +4,28 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from numbers import Integral
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
-from torch import Tensor, nn
+from torch import nn
 
-from h2t_store.backbones import Backbone, Tap, find_taps, load_backbone
-from h2t_store.datasets import ArraySource, Source, open_source
+from h2t_store.backbones import ClassTokenPolicy
+from h2t_store.datasets import Source, arrange
 from h2t_store.engines import local
-from h2t_store.engines.blocks import plan, rows_per_block
-from h2t_store.errors import H2TError, ModelError, StoreError, TapError, one_line
-from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer, check_name
+from h2t_store.engines.blocks import RowBlock, plan
+from h2t_store.engines.ranks import ALONE, Ranks, ranks
+from h2t_store.errors import DataError, H2TError, StoreError, one_line
+from h2t_store.layout import ExtractionHeader, check_name
 from h2t_store.matrix import FeatureMatrix, open_features
-from h2t_store.store import Extraction, FeatureStore
+from h2t_store.preparation import Job, check_integer, prepare
+from h2t_store.store import Extraction, FeatureStore, differences
 
-__all__ = ["extract"]
+__all__ = ["expected_seconds", "extract", "extract_job"]
 
 _log = logging.getLogger("h2t_store")
 _MAX_DEFAULT_WORKERS = 4
-_MAX_IMG_SIZE = 8192
+_ON_ERROR = ("raise", "skip")
 
 
 def extract(
@@ -36,29 +35,37 @@ def extract(
     store: str | os.PathLike[str],
     name: str,
     split: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
     pretrained: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     img_size: int | None = None,
     taps: str | Sequence[str] = "activations",
-    target_size: int = 512,
+    cls_token: ClassTokenPolicy = "pool",
+    target_size: int | Sequence[int] = 512,
     dtype: Literal["float16", "float32"] = "float16",
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = "auto",
     workers: int | None = None,
     device: str | torch.device = "auto",
     amp: bool = False,
+    torchcompile: bool = False,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    append: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> FeatureMatrix:
     """Run a frozen network once over a dataset and store the pooled activations of its layers.
 
     What is stored already is not computed again: a finished extraction is opened, an interrupted one is continued at
-    the first missing row block.
+    the first missing row block. Under ``torchrun`` the processes share the row blocks.
 
     Parameters
     ----------
-    data : path-like, ``"digits"`` or (images, labels)
-        A folder with one folder of images per class; scikit-learn's digits; or uint8 images ``(n, h, w, 3)`` with
-        labels.
+    data : path-like, str or (images, labels)
+        A folder with one folder of images per class, a ``.tar`` of such folders, a list file (``path label`` per line),
+        ``torch/NAME``, ``hfds/NAME``, ``wds/FOLDER``, ``digits``, or uint8 images ``(n, h, w, 3)`` with labels or None
+        (see `h2t_store.datasets.open_source`).
     model : str or nn.Module
         A timm architecture, ``path/to/file.py:factory``, or a module (it is put in evaluation mode and moved to
         ``device``).
@@ -66,8 +73,12 @@ def extract(
         Folder of the store; made where there is none.
     name : str
         What to call the extraction, such as ``pets/train``.
-    split : {"train", "test"}, optional
-        Part of ``digits``; ``train`` by default.
+    split : str, optional
+        Part of the data, where it has parts.
+    data_dir : path-like, optional
+        Where lists and named datasets find their images.
+    download : bool
+        Let a named dataset be downloaded.
     pretrained : bool
         Load timm's published weights.
     checkpoint : path-like, optional
@@ -75,23 +86,36 @@ def extract(
     img_size : int, optional
         Side of the square input; by default the network's own.
     taps : str or sequence of str
-        ``activations``, ``blocks``, or globs over module names (see `h2t_store.backbones.find_taps`).
-    target_size : int
-        Length that each activation is pooled to, about (paper, section 3).
+        ``activations``, ``blocks``, ``paper``, or globs over module names (see `h2t_store.backbones.find_taps`).
+    cls_token : {"pool", "only", "keep"}
+        Class tokens are pooled with the others, stand for all of them, or are kept beside the pooled others (paper,
+        section 4).
+    target_size : int or sequence of int
+        Length that each activation is pooled to, about (paper, section 3); several are stored side by side, see
+        `FeatureMatrix.select_target_size`.
     dtype : {"float16", "float32"}
         As stored. Values that do not fit stop the job.
-    batch_size : int
-        Images per forward pass.
+    batch_size : int or "auto"
+        Images per forward pass; halved for as long as CUDA runs out of memory.
     workers : int, optional
         Processes that decode images; 0 decodes in this one. By default up to 4, and 0 for images in memory.
     device : str or torch.device
         ``auto`` takes CUDA where it is present, else the CPU.
     amp : bool
         Run the network under bfloat16 autocast.
+    torchcompile : bool
+        Compile the network with the pooling.
     seed : int
         For weights that are not loaded.
+    on_error : {"raise", "skip"}
+        Stop at an image that cannot be read; or keep its row without features, record why, and leave it out of the
+        matrix (see `FeatureMatrix.failures`).
+    append : bool
+        Extend the extraction by images that the data has got since; what is stored stays as it is.
+    stopped : callable
+        Asked after every row block whether to stop.
     progress : callable, optional
-        Called with (images done, images in all).
+        Called with (images done, images in all, bytes made by this call).
 
     Returns
     -------
@@ -103,62 +127,202 @@ def extract(
     DataError, ModelError, TapError, StoreError
         Each with one line that names the argument, what was given and what is accepted. What was committed before
         stays.
+    StoppedError
+        Where ``stopped`` returned true; the same call continues.
     """
     check_name(name)
-    if dtype not in STORAGE_DTYPES:
-        raise H2TError(f"dtype {dtype!r}: accepted are {' and '.join(STORAGE_DTYPES)}")
-    _check_integer("target_size", target_size, 1)
-    _check_integer("batch_size", batch_size, 1)
-    _check_integer("seed", seed, 0)
+    _check_running(workers, on_error)
+    with ranks() as processes:
+        job = prepare(
+            data,
+            model=model,
+            split=split,
+            data_dir=data_dir,
+            download=download,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            img_size=img_size,
+            taps=taps,
+            cls_token=cls_token,
+            target_size=target_size,
+            dtype=dtype,
+            batch_size=batch_size,
+            device=device,
+            amp=amp,
+            torchcompile=torchcompile,
+            seed=seed,
+        )
+        opened = FeatureStore(store, create=True)
+        with opened.lock(name) if processes.leads else contextlib.nullcontext():
+            return extract_job(
+                job,
+                opened,
+                name,
+                workers=workers,
+                on_error=on_error,
+                append=append,
+                stopped=stopped,
+                progress=progress,
+                processes=processes,
+            )
+
+
+def _check_running(workers: int | None, on_error: str) -> None:
     if workers is not None:
-        _check_integer("workers", workers, 0)
-    if img_size is not None:
-        _check_integer("img_size", img_size, 1, _MAX_IMG_SIZE)
-    torch_device = _device(device)
-    source = open_source(data, split)
-    for note in source.notes:
-        _log.warning("%s", note)
-    backbone = load_backbone(
-        model,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        img_size=img_size,
-        seed=seed,
-        fallback_size=source.image_size,
-    )
-    backbone.model.to(torch_device)
-    found, left_out = _find(backbone, taps, torch_device)
-    environment = {
-        "data": "arrays" if isinstance(data, tuple) else os.fspath(data),
-        "pretrained": pretrained and checkpoint is None,
-        "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
-        "taps_asked": taps if isinstance(taps, str) else list(taps),
-        "taps_left_out": left_out,
-        "seed": seed,
-        "batch_size": batch_size,
-        "device": torch_device.type,
-        "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr")},
-    }
-    forward = local.Forward(
-        model=backbone.model,
-        taps=found,
-        transform=_transform(backbone),
-        target_size=target_size,
-        dtype=getattr(torch, dtype),
-        device=torch_device,
-        amp=amp,
-    )
-    header = _header(source, backbone, forward, environment)
-    opened = FeatureStore(store, create=True)
-    extraction = opened.begin(name, header, source.y, source.sample_ids)
-    _warn_about_siblings(opened, name, header)
+        check_integer("workers", workers, 0)
+    if on_error not in _ON_ERROR:
+        raise H2TError(f"on_error {on_error!r}: accepted are {' and '.join(_ON_ERROR)}")
+
+
+def extract_job(
+    job: Job,
+    store: FeatureStore,
+    name: str,
+    *,
+    workers: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    append: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int, int], None] | None = None,
+    processes: Ranks = ALONE,
+) -> FeatureMatrix:
+    """Do a job, or what is left of it, under the lock of its name; `extract` describes the parameters."""
+    if processes.leads:
+        extraction, source = _begin(job, store, name, append)
+        processes.meet()
+    else:
+        processes.meet()
+        extraction, source = _begin(job, store, name, append)
+    staged = extraction.folder != store.folder(name)
+    before = store.open(name) if staged else None
     if extraction.complete:
         _log.info("%s is complete: nothing to compute", extraction.where)
     else:
-        _require_same_environment(extraction, environment)
-        workers = _workers(source) if workers is None else workers
-        _compute_missing(extraction, forward, source, batch_size, workers, progress)
-    return open_features(store, name)
+        _require_same_environment(extraction, job)
+        blocks = _missing(extraction, before)
+        _compute(job, extraction, source, blocks, before, workers, on_error, stopped, progress, processes)
+    processes.meet()
+    if processes.leads:
+        if not extraction.complete:
+            extraction.finish()
+        if staged:
+            store.replace(name)
+        _warn_about_siblings(store, name, extraction.header)
+    processes.meet()
+    return open_features(store.path, name)
+
+
+def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extraction, Source]:
+    """The extraction to fill, and the images in the order of its rows."""
+    begun = store.find(name)
+    if begun is None:
+        if append:
+            raise StoreError(f"{store.path}: there is no extraction {name!r} to append to: run without --append first")
+        header = job.header(job.source)
+        return store.begin(name, header, job.source.y, job.source.sample_ids), job.source
+    source = job.source
+    try:
+        source = arrange(source, begun.sample_ids().tolist(), begun.header.classes)
+    except DataError:
+        if append:
+            raise
+    if append and len(source) > begun.header.n_samples:
+        return _stage(job, store, name, begun, source)
+    header = job.header(source)
+    try:
+        return store.begin(name, header, source.y, source.sample_ids), source
+    except StoreError as error:
+        more = len(source) - begun.header.n_samples
+        if not append and more > 0 and _inputs_of_earlier_rows(job, begun, source) == begun.header.provenance["inputs"]:
+            raise StoreError(f"{begun.where}: the data has {more} more images now: add them with --append") from error
+        raise
+
+
+def _stage(job: Job, store: FeatureStore, name: str, begun: Extraction, source: Source) -> tuple[Extraction, Source]:
+    old = begun.header
+    if not begun.complete:
+        raise StoreError(f"{begun.where} is unfinished: finish it before more images are appended to it")
+    different = differences(old.provenance["inputs"], _inputs_of_earlier_rows(job, begun, source))
+    if different:
+        raise StoreError(f"{begun.where} was made from something else ({'; '.join(different)}): it cannot be extended")
+    _require_same_environment(begun, job)
+    header = job.header(source, (*old.segments, old.n_samples), old.rows_per_block)
+    return store.stage(name, header, source.y, source.sample_ids), source
+
+
+def _inputs_of_earlier_rows(job: Job, begun: Extraction, source: Source) -> dict[str, Any]:
+    earlier = source.take(np.arange(begun.header.n_samples))
+    inputs: dict[str, Any] = job.header(earlier).provenance["inputs"]
+    return inputs
+
+
+def _missing(extraction: Extraction, before: Extraction | None) -> list[RowBlock]:
+    """Row blocks to compute, without the rows that an extraction before this one has."""
+    header, committed = extraction.header, extraction.committed()
+    if committed.any():
+        _log.info(
+            "%s: %d of %d row blocks are there, computing the rest", extraction.where, committed.sum(), len(committed)
+        )
+    known = before.header.n_samples if before else 0
+    blocks = plan(header.n_samples, header.rows_per_block)
+    return [
+        block._replace(start=max(block.start, min(known, block.stop)))
+        for block in blocks
+        if not committed[block.number]
+    ]
+
+
+def _compute(
+    job: Job,
+    extraction: Extraction,
+    source: Source,
+    blocks: Sequence[RowBlock],
+    before: Extraction | None,
+    workers: int | None,
+    on_error: Literal["raise", "skip"],
+    stopped: Callable[[], bool],
+    progress: Callable[[int, int, int], None] | None,
+    processes: Ranks,
+) -> None:
+    total = extraction.header.n_samples
+    mine = processes.share(blocks)
+    first = done = total - sum(block.stop - block.start for block in mine)
+    row_bytes = extraction.header.n_features * job.forward.dtype.itemsize
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None and processes.leads:
+            progress(done, total, (done - first) * row_bytes)
+
+    advance(0)
+    try:
+        local.run(
+            job.forward,
+            source,
+            extraction,
+            mine,
+            batch_size=job.batch_size,
+            workers=_default_workers(source) if workers is None else workers,
+            on_error=on_error,
+            before=before,
+            stopped=stopped,
+            progress=advance,
+        )
+    except OSError as error:
+        raise StoreError(
+            f"{extraction.where} cannot be written: {error.strerror or one_line(error)}; finished row blocks are stored"
+        ) from error
+
+
+def expected_seconds(job: Job, workers: int | None = None) -> float:
+    """How long a job takes from its beginning, judged by one batch."""
+    workers = _default_workers(job.source) if workers is None else workers
+    return len(job.source) * local.seconds_per_image(job.forward, job.source, job.batch_size, workers)
+
+
+def _default_workers(source: Source) -> int:
+    return 0 if source.in_memory else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
 
 
 def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeader) -> None:
@@ -181,133 +345,14 @@ def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeade
                 _log.warning("%s and %s were made by %s with different weights", name, sibling, mine["model"])
 
 
-def _require_same_environment(extraction: Extraction, environment: dict[str, Any]) -> None:
+def _require_same_environment(extraction: Extraction, job: Job) -> None:
     """An extraction is finished as it was begun: other versions, devices and batches round differently."""
     begun = extraction.header.provenance["environment"]
-    keys = ("device", "batch_size")
-    old, new = ({key: env[key] for key in keys} | env["versions"] for env in (begun, environment))
+    keys = ("device", "batch_size", "torchcompile")
+    old, new = ({key: env["arguments"][key] for key in keys} | env["versions"] for env in (begun, job.environment))
     different = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
     if different:
         raise StoreError(
-            f"{extraction.where} is unfinished and was begun elsewhere ({'; '.join(different)}): finish it there, or "
+            f"{extraction.where} was begun elsewhere ({'; '.join(different)}): go on with it there, or "
             f"remove it with: h2t rm {extraction.where.replace(': ', ' ')}"
         )
-
-
-def _compute_missing(
-    extraction: Extraction,
-    forward: local.Forward,
-    source: Source,
-    batch_size: int,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    header, committed = extraction.header, extraction.committed()
-    todo = [block for block in plan(header.n_samples, header.rows_per_block) if not committed[block.number]]
-    if committed.any():
-        _log.info(
-            "%s: %d of %d row blocks are there, computing the rest", extraction.where, committed.sum(), len(committed)
-        )
-    done = header.n_samples - sum(block.stop - block.start for block in todo)
-
-    def advance(images: int) -> None:
-        nonlocal done
-        done += images
-        if progress is not None:
-            progress(done, header.n_samples)
-
-    advance(0)
-    local.run(forward, source, extraction, todo, batch_size=batch_size, workers=workers, progress=advance)
-    extraction.finish()
-
-
-def _header(
-    source: Source, backbone: Backbone, forward: local.Forward, environment: dict[str, Any]
-) -> ExtractionHeader:
-    """What is to be stored; extractions with equal ``inputs`` hold equal features."""
-    layers = _layers(forward.taps, forward.target_size)
-    inputs = {
-        "data": source.description,
-        "model": backbone.name,
-        "weights_sha256": backbone.weights_sha256,
-        "code_sha256": backbone.code_sha256,
-        "preprocessing": {key: _plain(value) for key, value in backbone.data_config.items()},
-        "taps": [tap.name for tap in forward.taps],
-        "target_size": forward.target_size,
-        "dtype": _name(forward.dtype),
-        "amp": "bfloat16" if forward.amp else None,
-    }
-    return ExtractionHeader(
-        n_samples=len(source.y),
-        rows_per_block=rows_per_block(len(source.y), layers[-1].stop * forward.dtype.itemsize),
-        dtype=_name(forward.dtype),
-        classes=source.classes,
-        layers=layers,
-        provenance={"inputs": inputs, "environment": environment},
-    )
-
-
-def _check_integer(argument: str, value: object, least: int, most: int = 2**63 - 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
-        raise H2TError(f"{argument} {value!r}: accepted are whole numbers from {least} to {most}")
-
-
-def _transform(backbone: Backbone) -> Callable[[Image.Image], Tensor]:
-    """timm's preprocessing for evaluation, tried out once."""
-    try:
-        transform: Callable[[Image.Image], Tensor] = create_transform(**backbone.data_config, is_training=False)
-        transform(Image.new("RGB", (8, 8)))
-    except Exception as error:
-        raise ModelError(
-            f"model {backbone.name!r}: its preprocessing {backbone.data_config} cannot be used: {error}"
-        ) from error
-    return transform
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except Exception as error:
-        raise ModelError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error
-    return chosen
-
-
-def _find(backbone: Backbone, taps: str | Sequence[str], device: torch.device) -> tuple[list[Tap], dict[str, str]]:
-    """Resolve the taps on two random images of the network's input size."""
-    size = tuple(backbone.data_config["input_size"])
-    try:
-        example = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
-        found, left_out = find_taps(backbone.model, example.to(device), taps)
-    except TapError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ModelError(f"model {backbone.name!r} cannot run on images of {size}: {reason}") from error
-    for tap, reason in left_out.items():
-        _log.info("tap %s is left out: %s", tap, reason)
-    if not found:
-        raise TapError(f"taps {taps!r}: the network has no activation of single images there")
-    return found, left_out
-
-
-def _layers(taps: Sequence[Tap], target_size: int) -> tuple[Layer, ...]:
-    layers: list[Layer] = []
-    for tap in taps:
-        start = layers[-1].stop if layers else 0
-        layers.append(Layer(tap.name, start, start + tap.width(target_size), tap.shape))
-    return tuple(layers)
-
-
-def _workers(source: Source) -> int:
-    return 0 if isinstance(source, ArraySource) else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

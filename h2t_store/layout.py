@@ -3,47 +3,60 @@
 ::
 
     STORE.zarr/                 group; attrs {"h2t_format": 1}
-      NAME/                     group; attrs: format, rows_per_block, classes, layers, provenance, digest, complete
-        features/TAP            (n, width) float, chunks (rows_per_block, <= 1024), crc32c, fill_value NaN
-        layer_norms             (n, n_layers) float32, crc32c, fill_value NaN
-        y                       (n,) int64, crc32c; -1 where unlabelled
-        sample_ids              (n,) string, crc32c
+      NAME/                     group; attrs: the header (below), its digest, complete; n_failed and seal once complete
+        features/               group; attrs {"header": the header and its digest once more}
+        features/TAP            (n, width) float, chunks (rows_per_block, <= 1024), fill_value NaN
+        layer_norms             (n, n_layers) float32, chunks (rows_per_block, n_layers), fill_value NaN
+        failures                (n,) string, chunks (rows_per_block,): why a sample was skipped; empty where it was not
+        checksums               (n_blocks, 3 + chunks per block) uint32, chunks (1, all), see `seal`
         committed               (n_blocks,) uint8, chunks (1,), written last
+        y                       (n,) int64; -1 where unlabelled
+        sample_ids              (n,) string
+
+Every chunk ends in its crc32c. A crc32c alone cannot tell that a chunk is another one's, so ``checksums`` repeats those
+of each row block under a seal over the header's digest and the block's number, and the header holds digests of ``y``,
+``sample_ids`` and the zarr.json of every array.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from h2t_store.errors import StoreError
+from h2t_store.errors import DamagedError, StoreError
 
 __all__ = [
     "FORMAT",
-    "LOST_LABEL",
     "STORAGE_DTYPES",
+    "ArraySpec",
     "ExtractionHeader",
     "Layer",
     "array_specs",
-    "check_array",
     "check_name",
-    "create_arrays",
+    "create_array",
+    "document_digest",
     "feature_path",
+    "group_document",
+    "ids_digest",
+    "labels_digest",
     "n_blocks",
-    "read_header",
-    "write_header",
+    "seal",
 ]
 
 FORMAT = 1
 MAX_CHUNK_COLUMNS = 1024
-LOST_LABEL = int(np.iinfo(np.int64).min)
+MAX_LABEL_ROWS = 65536
+UNLABELLED = -1
 STORAGE_DTYPES = ("float16", "float32")
+_STATE = ("digest", "complete", "n_failed", "seal")
 
 
 class Layer(NamedTuple):
@@ -57,12 +70,15 @@ class Layer(NamedTuple):
         Its columns are ``start:stop``.
     shape : tuple of int
         Shape of the activation of one image before pooling, channels first.
+    target_sizes : tuple of int
+        The target sizes that pool this activation to these columns.
     """
 
     name: str
     start: int
     stop: int
     shape: tuple[int, ...]
+    target_sizes: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -72,8 +88,12 @@ class Layer(NamedTuple):
     @property
     def chunk_width(self) -> int:
         """Columns per chunk: equal parts of at most 1024, because the last chunk is stored whole too."""
-        parts = -(-self.width // MAX_CHUNK_COLUMNS)
-        return -(-self.width // parts)
+        return -(-self.width // self.n_chunks)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks side by side."""
+        return -(-self.width // MAX_CHUNK_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,12 @@ class ExtractionHeader:
         In the order the network computes them.
     provenance : dict
         How the rows were made (see `h2t_store.extraction`).
+    segments : tuple of int
+        Rows at which the extraction was extended; no batch crosses them, so that rows keep their values.
+    labels_sha256, ids_sha256 : str
+        Digests of the values of ``y`` and ``sample_ids``.
+    documents : dict of str to str
+        Digest of the zarr.json of every array, by the array's path.
     """
 
     n_samples: int
@@ -102,13 +128,17 @@ class ExtractionHeader:
     classes: tuple[str, ...]
     layers: tuple[Layer, ...]
     provenance: dict[str, Any]
+    segments: tuple[int, ...] = ()
+    labels_sha256: str = ""
+    ids_sha256: str = ""
+    documents: dict[str, str] = field(default_factory=dict)
 
     @property
     def n_features(self) -> int:
         """Number of columns of all layers together."""
         return self.layers[-1].stop
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over everything the header says."""
         return _digest(self._content())
@@ -117,6 +147,12 @@ class ExtractionHeader:
         """As JSON-ready attributes, with their digest."""
         return self._content() | {"digest": self.digest}
 
+    def state(self, n_failed: int | None = None) -> dict[str, Any]:
+        """Attributes that say whether it is complete, and then how many samples failed, under a seal."""
+        if n_failed is None:
+            return {"complete": False}
+        return {"complete": True, "n_failed": n_failed, "seal": _digest({"of": self.digest, "n_failed": n_failed})}
+
     def _content(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -124,8 +160,12 @@ class ExtractionHeader:
             "rows_per_block": self.rows_per_block,
             "dtype": self.dtype,
             "classes": list(self.classes),
-            "layers": [[*layer[:3], list(layer.shape)] for layer in self.layers],
+            "layers": [[*layer[:3], list(layer.shape), list(layer.target_sizes)] for layer in self.layers],
             "provenance": self.provenance,
+            "segments": list(self.segments),
+            "labels_sha256": self.labels_sha256,
+            "ids_sha256": self.ids_sha256,
+            "documents": self.documents,
         }
 
     @classmethod
@@ -133,26 +173,61 @@ class ExtractionHeader:
         """Parse and check attributes; ``where`` names the extraction in errors."""
         if attrs.get("format") != FORMAT:
             raise StoreError(f"{where}: store format {attrs.get('format')!r}; this version reads format {FORMAT}")
-        content = {key: value for key, value in attrs.items() if key not in ("digest", "complete")}
+        content = {key: value for key, value in attrs.items() if key not in _STATE}
         if _digest(content) != attrs.get("digest"):
-            raise StoreError(f"{where}: the attributes in its zarr.json were changed or damaged: their digest differs")
+            raise DamagedError(
+                f"{where}: the attributes in its zarr.json were changed or damaged: their digest differs"
+            )
         try:
             header = cls(
                 n_samples=int(attrs["n_samples"]),
                 rows_per_block=int(attrs["rows_per_block"]),
                 dtype=str(np.dtype(attrs["dtype"])),
                 classes=tuple(attrs["classes"]),
-                layers=tuple(Layer(name, start, stop, tuple(shape)) for name, start, stop, shape in attrs["layers"]),
+                layers=tuple(
+                    Layer(name, start, stop, tuple(shape), tuple(sizes))
+                    for name, start, stop, shape, sizes in attrs["layers"]
+                ),
                 provenance={part: dict(attrs["provenance"][part]) for part in ("inputs", "environment")},
+                segments=tuple(attrs["segments"]),
+                labels_sha256=str(attrs["labels_sha256"]),
+                ids_sha256=str(attrs["ids_sha256"]),
+                documents=dict(attrs["documents"]),
             )
             array_specs(header)
         except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-            raise StoreError(f"{where}: the attributes in its zarr.json are not those of an extraction") from error
+            raise DamagedError(f"{where}: the attributes in its zarr.json are not those of an extraction") from error
         return header
 
 
 def _digest(attrs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()
+
+
+def document_digest(content: bytes) -> str:
+    """Digest of a zarr.json, whose every byte counts."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def labels_digest(y: NDArray[np.int64]) -> str:
+    """SHA-256 over labels."""
+    return hashlib.sha256(np.ascontiguousarray(y, "<i8").data).hexdigest()
+
+
+def ids_digest(sample_ids: Iterable[str]) -> str:
+    """SHA-256 over identifiers, the length of each before it."""
+    sha = hashlib.sha256()
+    for sample_id in sample_ids:
+        encoded = sample_id.encode()
+        sha.update(len(encoded).to_bytes(4, "little") + encoded)
+    return sha.hexdigest()
+
+
+def seal(header: ExtractionHeader, block: int, crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The row of ``checksums`` for a row block: a crc32c that binds the rest to this block of this extraction, then the
+    crc32c of every feature chunk in column order, of the chunk of ``layer_norms``, and of that of ``failures``."""
+    bound = google_crc32c.value(f"{header.digest}/{block}".encode() + crcs.astype("<u4").tobytes())
+    return np.concatenate([np.array([bound], dtype=np.uint32), crcs])
 
 
 def n_blocks(header: ExtractionHeader) -> int:
@@ -175,61 +250,46 @@ def check_name(name: str) -> str:
 
 
 class ArraySpec(NamedTuple):
-    """What the metadata of one array must say; ``chunks=None`` leaves the chunks to zarr."""
+    """What the metadata of one array says."""
 
     shape: tuple[int, ...]
-    chunks: tuple[int, ...] | None
+    chunks: tuple[int, ...]
     dtype: str
     fill_value: Any
 
 
 def array_specs(header: ExtractionHeader) -> dict[str, ArraySpec]:
     """Every array of an extraction by its path."""
-    n, rows, n_layers = header.n_samples, header.rows_per_block, len(header.layers)
+    n, rows, n_layers, blocks = header.n_samples, header.rows_per_block, len(header.layers), n_blocks(header)
+    n_crcs = 3 + sum(layer.n_chunks for layer in header.layers)
+    label_rows = min(n, MAX_LABEL_ROWS)
     specs = {
         feature_path(layer): ArraySpec((n, layer.width), (rows, layer.chunk_width), header.dtype, float("nan"))
         for layer in header.layers
     }
     specs["layer_norms"] = ArraySpec((n, n_layers), (rows, n_layers), "float32", float("nan"))
-    specs["y"] = ArraySpec((n,), (n,), "int64", LOST_LABEL)
-    specs["sample_ids"] = ArraySpec((n,), None, "string", "")
-    specs["committed"] = ArraySpec((n_blocks(header),), (1,), "uint8", 0)
+    specs["failures"] = ArraySpec((n,), (rows,), "string", "")
+    specs["checksums"] = ArraySpec((blocks, n_crcs), (1, n_crcs), "uint32", 0)
+    specs["committed"] = ArraySpec((blocks,), (1,), "uint8", 0)
+    specs["y"] = ArraySpec((n,), (label_rows,), "int64", UNLABELLED)
+    specs["sample_ids"] = ArraySpec((n,), (label_rows,), "string", "")
     return specs
 
 
-def create_arrays(group: zarr.Group, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Sequence[str]) -> None:
-    """Create every array of an extraction; labels and identifiers are filled, features are left absent."""
-    arrays = {
-        path: group.create_array(path, **_creation(spec), config={"write_empty_chunks": True})
-        for path, spec in array_specs(header).items()
-    }
-    arrays["y"][:] = y
-    arrays["sample_ids"][:] = np.array(sample_ids, dtype=np.dtypes.StringDType())
+def create_array(group: zarr.Group, path: str, spec: ArraySpec) -> zarr.Array[Any]:
+    """Create one array; chunks of nothing but the fill value are stored, too, so that an absent one is a lost one."""
+    return group.create_array(
+        path,
+        shape=spec.shape,
+        chunks=spec.chunks,
+        dtype=spec.dtype,
+        fill_value=spec.fill_value,
+        compressors=[Crc32cCodec()],
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )
 
 
-def _creation(spec: ArraySpec) -> dict[str, Any]:
-    return {
-        "shape": spec.shape,
-        "chunks": spec.chunks or "auto",
-        "dtype": spec.dtype,
-        "fill_value": spec.fill_value,
-        "compressors": [Crc32cCodec()],
-    }
-
-
-def check_array(array: zarr.Array[Any], spec: ArraySpec, where: str) -> None:
-    """Raise `StoreError` unless the array's metadata, which carries no checksum, is as it was created."""
-    expected = zarr.create_array({}, **_creation(spec))
-    found, wanted = (json.dumps(a.metadata.to_dict(), default=str, sort_keys=True) for a in (array, expected))
-    if found != wanted:
-        raise StoreError(f"{where}: its zarr.json was changed or damaged")
-
-
-def write_header(group: zarr.Group, header: ExtractionHeader) -> None:
-    """Write the attributes; an extraction exists from this moment on."""
-    group.update_attributes(header.to_attrs() | {"complete": False})
-
-
-def read_header(group: zarr.Group, where: str) -> ExtractionHeader:
-    """Read and check the attributes of an extraction."""
-    return ExtractionHeader.from_attrs(group.attrs.asdict(), where)
+def group_document(attributes: Mapping[str, Any]) -> bytes:
+    """The zarr.json of a group, the same bytes for the same attributes."""
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}, indent=1).encode()

@@ -9,20 +9,21 @@ import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from h2t_store.chunks import in_threads
 from h2t_store.errors import IncompleteError, StoreError, did_you_mean
-from h2t_store.layout import ExtractionHeader, Layer, feature_path, n_blocks
+from h2t_store.layout import ExtractionHeader, Layer, n_blocks
 from h2t_store.store import Extraction, FeatureStore
 
 __all__ = ["FeatureMatrix", "open_features"]
 
 Index = slice | Sequence[int] | Sequence[bool] | NDArray[Any]
-_READ_BYTES = 64 << 20
+_TORCH_GRAIN = 16384
 
 
 def open_features(store: str | os.PathLike[str], name: str) -> "FeatureMatrix":
@@ -38,7 +39,7 @@ def open_features(store: str | os.PathLike[str], name: str) -> "FeatureMatrix":
     Returns
     -------
     FeatureMatrix
-        All its rows and columns.
+        All its columns, and all its rows but those of samples that were skipped (see `FeatureMatrix.failures`).
 
     Raises
     ------
@@ -49,7 +50,10 @@ def open_features(store: str | os.PathLike[str], name: str) -> "FeatureMatrix":
     """
     extraction = FeatureStore(store).open(name)
     _require_complete(extraction)
-    return FeatureMatrix(os.path.abspath(store), name, extraction.header.digest, None, None, extraction)
+    rows = None
+    if extraction.n_failed:
+        rows = np.setdiff1d(np.arange(extraction.header.n_samples), list(extraction.failures()))
+    return FeatureMatrix(os.path.abspath(store), name, extraction.header.digest, rows, None, extraction)
 
 
 def _require_complete(extraction: Extraction) -> None:
@@ -159,6 +163,11 @@ class FeatureMatrix:
         return ids if self._rows is None else ids[self._rows]
 
     @property
+    def failures(self) -> dict[str, str]:
+        """Why samples of the extraction were skipped (``on_error="skip"``), by their identifiers."""
+        return self._extraction.skipped()
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers of this selection with their columns in it.
 
@@ -218,11 +227,23 @@ class FeatureMatrix:
         ]
         return self[:, np.concatenate(keep)]
 
+    def select_target_size(self, target_size: int) -> "FeatureMatrix":
+        """The columns that pooling to ``target_size`` gives, where several sizes were extracted at once.
+
+        Raises
+        ------
+        StoreError
+            Where the extraction was not made for this size.
+        """
+        sizes = sorted({size for layer in self.layers for size in layer.target_sizes})
+        if target_size not in sizes:
+            raise StoreError(f"select_target_size: {target_size!r}; accepted are {', '.join(map(str, sizes))}")
+        layers = [layer for layer in self.layers if target_size in layer.target_sizes]
+        return self[:, np.concatenate([np.arange(layer.start, layer.stop) for layer in layers])]
+
     def layer_norms(self) -> NDArray[np.float32]:
         """Euclidean norms (n_rows, len(layers)) of each layer's stored vector, over all its columns."""
-        norms = self._extraction.read("layer_norms", slice(None))
-        if np.isnan(norms).any():
-            raise StoreError(f"{self._extraction.where}: a chunk of layer_norms is missing")
+        norms = self._extraction.layer_norms()
         columns = np.array([index for index, _ in self._runs()], dtype=np.int64)
         return norms[:, columns] if self._rows is None else norms[np.ix_(self._rows, columns)]
 
@@ -262,43 +283,27 @@ class FeatureMatrix:
             begin = end
 
     def _read(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read stored columns (any order) for the selected rows."""
-        out = np.empty((self.shape[0], len(columns)), dtype=np.float32)
-        owner = self._owners(columns)
-        for index in np.unique(owner):
-            layer = self._header.layers[index]
-            at = np.flatnonzero(owner == index)
-            self._read_layer(layer, columns[at] - layer.start, out, at)
-        return out
-
-    def _read_layer(
-        self, layer: Layer, columns: NDArray[np.int64], out: NDArray[np.float32], at: NDArray[np.int64]
-    ) -> None:
-        """Read ``columns`` of one layer for the selected rows into ``out[:, at]``, by runs of whole chunks."""
-        header = self._header
+        """Read stored columns (any order) for the selected rows: every chunk that holds some of them, once."""
+        header, extraction = self._header, self._extraction
         rows = np.arange(header.n_samples) if self._rows is None else self._rows
-        order = np.argsort(rows, kind="stable")
-        for column_run in _chunk_runs(columns, layer.chunk_width, layer.width, layer.width):
-            inside = np.flatnonzero((columns >= column_run.start) & (columns < column_run.stop))
-            width = column_run.stop - column_run.start
-            limit = max(1, _READ_BYTES // (width * np.dtype(header.dtype).itemsize))
-            for row_run in _chunk_runs(rows, header.rows_per_block, header.n_samples, limit):
-                block = self._extraction.read(feature_path(layer), row_run, column_run)
-                first, last = np.searchsorted(rows, [row_run.start, row_run.stop], sorter=order)
-                wanted = order[first:last]
-                part = torch.from_numpy(block[_cross(rows[wanted] - row_run.start, columns[inside] - column_run.start)])
-                target = _cross(wanted, at[inside])
-                # torch widens float16 on every core, many times as fast as numpy does.
-                if all(isinstance(index, slice) for index in target):
-                    part = torch.from_numpy(out[target]).copy_(part)
-                else:
-                    part = part.float()
-                    out[target] = part.numpy()
-                if bool(part.sum().isnan()):
-                    raise StoreError(
-                        f"{self._extraction.where}: a chunk of {feature_path(layer)} is missing in rows "
-                        f"{row_run.start}:{row_run.stop}"
-                    )
+        out = np.empty((len(rows), len(columns)), dtype=np.float32)
+        row_parts = list(_by_chunk(rows, header.rows_per_block))
+        owner = self._owners(columns)
+        jobs = [
+            (header.layers[index], down, across._replace(target=at[across.target]))
+            for index in np.unique(owner)
+            for at in [np.flatnonzero(owner == index)]
+            for across in _by_chunk(columns[at] - header.layers[index].start, header.layers[index].chunk_width)
+            for down in row_parts
+        ]
+
+        def fill(job: tuple[Layer, _Part, _Part]) -> None:
+            layer, down, across = job
+            chunk = extraction.features(layer, down.chunk, across.chunk)
+            _widen(chunk[_cross(down.source, across.source)], out, _cross(down.target, across.target))
+
+        in_threads(fill, jobs)
+        return out
 
     def __getitem__(self, key: Any) -> "FeatureMatrix":
         if isinstance(key, tuple) and len(key) != 2:
@@ -350,16 +355,35 @@ class FeatureMatrix:
         return _unpickle, (*self._address, _pack(self._rows, header.n_samples), _pack(self._columns, header.n_features))
 
 
-def _chunk_runs(indices: NDArray[np.int64], chunk: int, size: int, limit: int) -> Iterator[slice]:
-    """Slices of whole chunks that cover ``indices``, neighbours joined up to about ``limit`` elements."""
-    touched = np.unique(indices // chunk)
-    per_run = max(1, limit // chunk)
-    begin = 0
-    for end in range(1, len(touched) + 1):
-        full = end - begin == per_run
-        if end == len(touched) or touched[end] != touched[end - 1] + 1 or full:
-            yield slice(int(touched[begin]) * chunk, min((int(touched[end - 1]) + 1) * chunk, size))
-            begin = end
+class _Part(NamedTuple):
+    """What one chunk holds of some indices: where in the chunk, and where among the indices."""
+
+    chunk: int
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+
+
+def _by_chunk(indices: NDArray[np.int64], size: int) -> Iterator[_Part]:
+    """Sort indices by the chunk they fall into."""
+    if not len(indices):
+        return
+    order = np.argsort(indices, kind="stable")
+    chunk = indices[order] // size
+    for target in np.split(order, np.flatnonzero(np.diff(chunk)) + 1):
+        yield _Part(int(indices[target[0]] // size), indices[target] % size, target)
+
+
+def _widen(values: NDArray[Any], out: NDArray[np.float32], target: tuple[Any, Any]) -> None:
+    """Store float16 as float32 with torch, many times as fast as numpy, in pieces too small for it to start threads."""
+    if not all(isinstance(index, slice) for index in target):
+        wide = np.empty(values.shape, dtype=np.float32)
+        _widen(values, wide, (slice(None), slice(None)))
+        out[target] = wide
+        return
+    step = max(1, _TORCH_GRAIN // max(1, values.shape[1]))
+    source, place = torch.from_numpy(values), torch.from_numpy(out[target])
+    for start in range(0, len(values), step):
+        place[start : start + step].copy_(source[start : start + step])
 
 
 def _tight(indices: NDArray[np.int64]) -> slice | NDArray[np.int64]:

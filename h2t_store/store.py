@@ -7,24 +7,34 @@ either nothing that counts or something that can be continued.
 
 import json
 import os
+import platform
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import zarr
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from zarr.errors import ContainsGroupError
 
-from h2t_store import layout
-from h2t_store.errors import DamagedError, StoreError, did_you_mean
-from h2t_store.layout import ExtractionHeader
+from h2t_store import chunks, layout
+from h2t_store.errors import DamagedError, StoreError, did_you_mean, one_line
+from h2t_store.layout import ExtractionHeader, Layer
 
-__all__ = ["Extraction", "FeatureStore"]
+__all__ = ["Extraction", "FeatureStore", "differences", "read_group", "write_group"]
+
+Names = Sequence[str] | NDArray[Any]
 
 _TRASH = ".trash-"
+_STAGED = ".append-"
+_LOCKS = ".locks"
+_CACHED_BLOCKS = 4096
 
 
 class Extraction:
@@ -32,89 +42,275 @@ class Extraction:
 
     Attributes
     ----------
+    folder : Path
+        Where it lies.
     where : str
         ``STORE: NAME``, for messages.
     header : ExtractionHeader
         What its attributes say.
+    complete : bool
+        Whether every row block was committed.
+    n_failed : int
+        How many samples were skipped; known once complete.
+
+    Parameters
+    ----------
+    folder, where
+        As above.
+    header : ExtractionHeader, optional
+        To use where the attributes cannot be read; the extraction then counts as unfinished.
     """
 
-    def __init__(self, group: zarr.Group, where: str) -> None:
-        self._group = group
-        self.where = where
-        self.header = layout.read_header(group, where)
-        self._specs = layout.array_specs(self.header)
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+    def __init__(self, folder: Path, where: str, header: ExtractionHeader | None = None) -> None:
+        self.folder, self.where = folder, where
+        attributes = read_group(folder, where) if header is None else header.to_attrs() | header.state()
+        self.header = ExtractionHeader.from_attrs(attributes, where)
+        self.complete = attributes.get("complete") is True
+        self.n_failed = int(attributes.get("n_failed", 0)) if self.complete else 0
+        expected = self.header.to_attrs() | self.header.state(self.n_failed if self.complete else None)
+        if attributes != expected:
+            raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged: their seal differs")
+        self._sound: set[str] = set()
+        self.record = lru_cache(_CACHED_BLOCKS)(self.read_record)
 
-    def array(self, path: str) -> zarr.Array[Any]:
-        """The array at ``path``, opened once; raises `StoreError` where it is gone or changed."""
-        if path not in self._arrays:
-            array = _node(self._group, path, self.where)
-            if not isinstance(array, zarr.Array):
-                raise StoreError(f"{self.where}: array {path!r} is missing")
-            layout.check_array(array, self._specs[path], f"{self.where}: {path}")
-            self._arrays[path] = array
-        return self._arrays[path]
+    @cached_property
+    def specs(self) -> dict[str, layout.ArraySpec]:
+        """Every array by its path."""
+        return layout.array_specs(self.header)
 
-    def read(self, path: str, rows: slice, columns: slice | None = None) -> NDArray[Any]:
-        """Part of an array; damage that its checksum shows becomes a `StoreError` with the place."""
-        array = self.array(path)
+    @cached_property
+    def _first_crc(self) -> dict[str, int]:
+        """Where the checksums of a layer's chunks begin in the record of a block."""
+        starts = np.cumsum([1, *(layer.n_chunks for layer in self.header.layers)]).tolist()
+        return dict(zip((layer.name for layer in self.header.layers), starts, strict=False))
+
+    def chunk_file(self, path: str, *index: int) -> Path:
+        """File of a chunk."""
+        return self.folder.joinpath(path, "c", *map(str, index))
+
+    def check_metadata(self, path: str) -> None:
+        """Raise `DamagedError` unless the zarr.json of an array is as it was created."""
+        if path in self._sound:
+            return
         try:
-            return np.asarray(array[rows] if columns is None else array[rows, columns])
-        except (ValueError, OSError, RuntimeError) as error:
-            raise StoreError(f"{self.where}: {path}, rows {rows.start}:{rows.stop} cannot be read: {error}") from error
+            content = (self.folder / path / "zarr.json").read_bytes()
+        except FileNotFoundError:
+            raise DamagedError(f"{self.where}: the zarr.json of {path!r} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"{self.where}: the zarr.json of {path!r} cannot be read: {one_line(error)}") from error
+        if layout.document_digest(content) != self.header.documents.get(path):
+            raise DamagedError(f"{self.where}: the zarr.json of {path!r} was changed or damaged")
+        self._sound.add(path)
+
+    def read(self, path: str, index: Sequence[int], crc: int | None = None) -> NDArray[Any]:
+        """One chunk of numbers, whole; valid until this thread reads the next."""
+        spec = self.specs[path]
+        return chunks.read_chunk(
+            self.chunk_file(path, *index), self._chunk_name(path, index), spec.dtype, spec.chunks, crc
+        )
+
+    def _chunk_name(self, path: str, index: Sequence[int]) -> str:
+        return f"{self.where}: chunk {path}/c/{'/'.join(map(str, index))}"
+
+    def _strings(self, path: str, index: int, crc: int | None = None) -> list[str]:
+        name = self._chunk_name(path, [index])
+        return chunks.decode_strings(chunks.read_bytes(self.chunk_file(path, index), name, crc))
+
+    def read_record(self, block: int) -> NDArray[np.uint32]:
+        """The checksums of a row block, found to be this block's."""
+        record: NDArray[np.uint32] = self.read("checksums", (block, 0))[0].copy()
+        if (record != layout.seal(self.header, block, record[1:])).any():
+            if read_group(self.folder, self.where).get("digest") != self.header.digest:
+                raise StoreError(f"{self.where} was replaced by another extraction since it was opened")
+            raise DamagedError(f"{self._chunk_name('checksums', (block, 0))} is damaged: it belongs elsewhere")
+        return record
+
+    def features(self, layer: Layer, block: int, column: int) -> NDArray[Any]:
+        """One chunk (rows_per_block, chunk_width) of a layer, rows and columns beyond the last filled with NaN.
+
+        Valid until this thread reads the next chunk.
+        """
+        self.check_metadata(layout.feature_path(layer))
+        crc = int(self.record(block)[self._first_crc[layer.name] + column])
+        return self.read(layout.feature_path(layer), (block, column), crc)
+
+    def layer_norms(self) -> NDArray[np.float32]:
+        """Euclidean norms (n_samples, n_layers) of each layer's part of each row."""
+        blocks = range(layout.n_blocks(self.header))
+        parts = [self.read("layer_norms", (block, 0), int(self.record(block)[-2])).copy() for block in blocks]
+        return np.concatenate(parts)[: self.header.n_samples]
+
+    def failures(self) -> dict[int, str]:
+        """Why samples were skipped, by their row."""
+        reasons: dict[int, str] = {}
+        for block in np.flatnonzero(self.committed()).tolist():
+            first = block * self.header.rows_per_block
+            strings = self._strings("failures", block, int(self.record(block)[-1]))
+            reasons |= {first + i: reason for i, reason in enumerate(strings) if reason}
+        return reasons
+
+    def skipped(self) -> dict[str, str]:
+        """Why samples were skipped, by their identifiers; empty until the extraction is complete."""
+        if not self.n_failed:
+            return {}
+        ids = self.sample_ids()
+        return {str(ids[row]): reason for row, reason in self.failures().items()}
+
+    def labels(self) -> NDArray[np.int64]:
+        """Labels (n_samples,), -1 where unlabelled."""
+        rows = self.specs["y"].chunks[0]
+        parts = [self.read("y", [i]).copy() for i in range(-(-self.header.n_samples // rows))]
+        y = np.concatenate(parts)[: self.header.n_samples]
+        if layout.labels_digest(y) != self.header.labels_sha256:
+            raise DamagedError(f"{self.where}: y is damaged: it holds other labels")
+        return y
+
+    def sample_ids(self) -> NDArray[Any]:
+        """Identifiers (n_samples,) of strings."""
+        rows = self.specs["sample_ids"].chunks[0]
+        ids: list[str] = []
+        for i in range(-(-self.header.n_samples // rows)):
+            ids += self._strings("sample_ids", i)
+        del ids[self.header.n_samples :]
+        if layout.ids_digest(ids) != self.header.ids_sha256:
+            raise DamagedError(f"{self.where}: sample_ids is damaged: it holds other identifiers")
+        return np.array(ids, dtype=np.dtypes.StringDType())
 
     def committed(self) -> NDArray[np.bool_]:
         """Which row blocks are on disk, one flag per block."""
-        return self.read("committed", slice(None)).astype(bool)
+        return np.array([self._is_committed(block) for block in range(layout.n_blocks(self.header))], dtype=bool)
 
-    def write_block(self, block: int, features: NDArray[Any], norms: NDArray[np.float32]) -> None:
+    def _is_committed(self, block: int) -> bool:
+        return self.chunk_file("committed", block).exists() and bool(self.read("committed", [block])[0])
+
+    def write_block(
+        self,
+        block: int,
+        features: Sequence[NDArray[Any]],
+        norms: NDArray[np.float32],
+        failures: Mapping[int, str] | None = None,
+        *,
+        before: "Extraction | None" = None,
+    ) -> None:
         """Write one row block of every layer, then commit it.
 
         Parameters
         ----------
         block : int
             Index of the row block.
-        features : ndarray of shape (rows, n_features)
-            All layers side by side, in the order of the header.
+        features : sequence of ndarray of shape (rows, width)
+            One for each layer, in the order of the header and the dtype of the store.
         norms : ndarray of shape (rows, n_layers), float32
             Euclidean norm of each layer's part of each row.
+        failures : dict of int to str, optional
+            Why rows, counted from the first of these, were skipped.
+        before : Extraction, optional
+            An extraction that holds the rows of the block that come before these.
         """
-        start = block * self.header.rows_per_block
-        rows = slice(start, start + len(features))
-        for layer in self.header.layers:
-            self.array(layout.feature_path(layer))[rows] = features[:, layer.start : layer.stop]
-        self.array("layer_norms")[rows] = norms
-        self.array("committed")[block] = 1
+        height, reasons = self.header.rows_per_block, [(failures or {}).get(i, "") for i in range(len(norms))]
+        known = 0 if before is None else before.header.n_samples - block * height
+        if before is not None:
+            norms = np.concatenate([before.read("layer_norms", (block, 0))[:known], norms])
+            reasons = before._strings("failures", block)[:known] + reasons
+
+        def write(job: tuple[Layer, int, NDArray[Any]]) -> int:
+            layer, column, values = job
+            part = values[:, column * layer.chunk_width : (column + 1) * layer.chunk_width]
+            if before is not None:
+                part = np.concatenate([before.features(layer, block, column)[:known, : part.shape[1]], part])
+            path = self.chunk_file(layout.feature_path(layer), block, column)
+            return chunks.write_chunk(path, _padded(part, (height, layer.chunk_width)))
+
+        jobs = [
+            (layer, column, values)
+            for layer, values in zip(self.header.layers, features, strict=True)
+            for column in range(layer.n_chunks)
+        ]
+        crcs = chunks.in_threads(write, jobs)
+        crcs.append(
+            chunks.write_chunk(self.chunk_file("layer_norms", block, 0), _padded(norms, (height, norms.shape[1])))
+        )
+        reasons += [""] * (height - len(reasons))
+        crcs.append(chunks.write_chunk(self.chunk_file("failures", block), chunks.encode_strings(reasons)))
+        self._commit(block, np.array(crcs, dtype=np.uint32))
+
+    def _commit(self, block: int, crcs: NDArray[np.uint32]) -> None:
+        chunks.write_chunk(self.chunk_file("checksums", block, 0), layout.seal(self.header, block, crcs))
+        self.record.cache_clear()
+        flag = self.chunk_file("committed", block)
+        partial = flag.with_name(f".{flag.name}.partial")
+        chunks.write_chunk(partial, np.ones(1, np.uint8))
+        os.replace(partial, flag)
+
+    def take_block(self, block: int, other: "Extraction") -> None:
+        """Take over a whole row block of another extraction with the same layers, without copying where that can be."""
+        paths = [
+            *(
+                self.chunk_file(layout.feature_path(layer), block, column)
+                for layer in self.header.layers
+                for column in range(layer.n_chunks)
+            ),
+            self.chunk_file("layer_norms", block, 0),
+            self.chunk_file("failures", block),
+        ]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = other.folder / path.relative_to(self.folder)
+            try:
+                os.link(source, path)
+            except OSError:
+                shutil.copyfile(source, path)
+        self._commit(block, other.record(block)[1:])
 
     def finish(self) -> None:
         """Mark the extraction complete; every block must be committed."""
         missing = int((~self.committed()).sum())
         if missing:
             raise StoreError(f"{self.where}: {missing} row blocks are not committed")
-        self._group.update_attributes({"complete": True})
+        self.n_failed = len(self.failures())
+        self._write_attributes(self.n_failed)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every row block was committed."""
-        return self._group.attrs.get("complete") is True
+    def reopen(self, blocks: Iterable[int]) -> None:
+        """Take the commitment of row blocks back, so that they are computed again."""
+        self._write_attributes(None)
+        for block in blocks:
+            self.chunk_file("committed", block).unlink(missing_ok=True)
+
+    def _write_attributes(self, n_failed: int | None) -> None:
+        write_group(self.folder, self.header.to_attrs() | self.header.state(n_failed))
+        self.complete = n_failed is not None
+
+    def write_labels(self, y: NDArray[np.int64], sample_ids: Names) -> None:
+        """Write labels and identifiers again, which must be the same ones."""
+        if (
+            layout.labels_digest(y) != self.header.labels_sha256
+            or layout.ids_digest(sample_ids) != self.header.ids_sha256
+        ):
+            raise StoreError(f"{self.where}: its labels or sample_ids were others than the data has now")
+        _write_labels(self.folder, self.specs["y"].chunks[0], y, sample_ids)
 
     def stored_bytes(self) -> int:
-        """Bytes that the chunks on disk take."""
-        return sum(self.array(path).nbytes_stored() for path in self._specs)
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
-    def labels(self) -> NDArray[np.int64]:
-        """Labels (n_samples,), -1 where unlabelled."""
-        y = self.read("y", slice(None))
-        if len(y) and y.min() == layout.LOST_LABEL:
-            raise StoreError(f"{self.where}: a chunk of y is missing")
-        return y
 
-    def sample_ids(self) -> NDArray[Any]:
-        """Identifiers (n_samples,) of strings."""
-        ids = self.read("sample_ids", slice(None))
-        if (ids == "").any():
-            raise StoreError(f"{self.where}: a chunk of sample_ids is missing")
-        return ids
+def _write_labels(folder: Path, rows: int, y: NDArray[np.int64], sample_ids: Names) -> None:
+    for i, start in enumerate(range(0, len(y), rows)):
+        part = np.asarray(y[start : start + rows], dtype=np.int64)
+        filled = np.append(part, np.full(rows - len(part), layout.UNLABELLED, np.int64))
+        chunks.write_chunk(folder / "y" / "c" / str(i), filled)
+        ids = list(map(str, sample_ids[start : start + rows]))
+        encoded = chunks.encode_strings(ids + [""] * (rows - len(ids)))
+        chunks.write_chunk(folder / "sample_ids" / "c" / str(i), encoded)
+
+
+def _padded(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """The values in the first corner of a chunk, NaN elsewhere."""
+    if values.shape == shape:
+        return values
+    whole = np.full(shape, np.nan, dtype=values.dtype)
+    whole[tuple(map(slice, values.shape))] = values
+    return whole
 
 
 class FeatureStore:
@@ -144,42 +340,78 @@ class FeatureStore:
             if not create:
                 raise StoreError(f"store {str(path)!r} does not exist")
             try:
-                zarr.create_group(str(self.path), zarr_format=3, attributes={"h2t_format": layout.FORMAT})
-            except ContainsGroupError:
-                pass  # another process was faster
+                write_group(self.path, {"h2t_format": layout.FORMAT})
             except OSError as error:
                 raise StoreError(f"store {str(path)!r} cannot be made: {error.strerror or error}") from error
-        try:
-            self._root = zarr.open_group(str(self.path), mode="r+", zarr_format=3)
-            found = self._root.attrs.get("h2t_format")
-        except Exception as error:  # zarr raises almost anything on damaged metadata
-            raise StoreError(f"store {str(path)!r}: its zarr.json was changed or damaged: {error}") from error
+        found = read_group(self.path, f"store {str(path)!r}").get("h2t_format")
         if found != layout.FORMAT:
             raise StoreError(f"store {str(path)!r}: h2t_format is {found!r}; this version reads {layout.FORMAT}")
+
+    @classmethod
+    def unchecked(cls, path: str | os.PathLike[str]) -> Self:
+        """A store whose own metadata may be damaged, to look at and to repair."""
+        store = cls.__new__(cls)
+        store.path = Path(path)
+        if not store.path.is_dir():
+            raise StoreError(f"store {str(path)!r} does not exist")
+        if not (store.path / "zarr.json").exists() and not store.names():
+            raise StoreError(f"{str(path)!r} is not a feature store")
+        return store
 
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
         return sorted(name for name, _ in _names_below(self.path))
 
-    def _group(self, name: str) -> zarr.Group | None:
-        node = _node(self._root, layout.check_name(name), str(self.path))
-        return node if isinstance(node, zarr.Group) else None
+    def folder(self, name: str) -> Path:
+        """Where an extraction of that name lies."""
+        return self.path / layout.check_name(name)
 
     def open(self, name: str) -> Extraction:
         """Open the extraction ``name``; raises `StoreError` where there is none."""
-        return Extraction(self._require(name), f"{self.path}: {name}")
-
-    def _require(self, name: str) -> zarr.Group:
-        group = self._group(name)
-        if group is None or "digest" not in group.attrs:
+        folder = self.folder(name)
+        if not _may_be_extraction(folder):
+            self._finish_replacing(name)
+        if not _may_be_extraction(folder):
             known = self.names()
             listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
             raise StoreError(
                 f"store {str(self.path)!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}"
             )
-        return group
+        return Extraction(folder, f"{self.path}: {name}")
 
-    def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Sequence[str]) -> Extraction:
+    def find(self, name: str) -> Extraction | None:
+        """Open the extraction ``name``; None where there is none."""
+        folder = self.folder(name)
+        if not _may_be_extraction(folder):
+            self._finish_replacing(name)
+        return Extraction(folder, f"{self.path}: {name}") if _may_be_extraction(folder) else None
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Keep other writers of one name out; the system frees the lock of a process that died.
+
+        Raises
+        ------
+        StoreError
+            Where another process holds it; the message says which.
+        """
+        file = self.path / _LOCKS / layout.check_name(name).replace("%", "%25").replace("/", "%2F")
+        file.parent.mkdir(exist_ok=True)
+        lock = FileLock(f"{file}.lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            with suppress(OSError):
+                raise StoreError(f"{self.path}: {name} is being written by {file.read_text()}") from None
+            raise StoreError(f"{self.path}: {name} is being written by another process") from None
+        try:
+            file.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            lock.release()
+
+    def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
         """Create the extraction ``name``, or open the one begun before from the same things.
 
         Raises
@@ -190,15 +422,13 @@ class FeatureStore:
         """
         parts = layout.check_name(name).split("/")
         for depth in range(1, len(parts)):
-            above = self._group("/".join(parts[:depth]))
-            if above is not None and "digest" in above.attrs:
+            if _may_be_extraction(self.path.joinpath(*parts[:depth])):
                 raise StoreError(
                     f"name {name!r}: {'/'.join(parts[:depth])!r} is an extraction already; choose another name"
                 )
-        group, folder = self._group(name), self.path / name
-        if group is not None and "digest" in group.attrs:
-            begun = Extraction(group, f"{self.path}: {name}")
-            different = _differences(begun.header.provenance["inputs"], header.provenance["inputs"])
+        folder, begun = self.folder(name), self.find(name)
+        if begun is not None:
+            different = differences(begun.header.provenance["inputs"], header.provenance["inputs"])
             if different and begun.committed().any():
                 raise StoreError(
                     f"{begun.where} was made from something else ({'; '.join(different)}): choose another name, or "
@@ -210,19 +440,58 @@ class FeatureStore:
             raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
         if folder.exists():
             self._discard(folder)  # what a crash left, or a beginning of something else without any row
-        group = self._root.create_group(name)
-        layout.create_arrays(group, header, y, sample_ids)
-        layout.write_header(group, header)
-        return Extraction(group, f"{self.path}: {name}")
+        for depth in range(1, len(parts)):
+            above = self.path.joinpath(*parts[:depth])
+            if not (above / "zarr.json").exists():
+                write_group(above, {})
+        return _create(folder, f"{self.path}: {name}", header, y, sample_ids)
+
+    def stage(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
+        """Begin what will replace the extraction ``name``: the same rows and more after them.
+
+        Whole row blocks that are committed are taken over. Until `replace`, the extraction stays as it is.
+        """
+        before, folder = self.open(name), self._staged(name)
+        where = f"{self.path}: {name} (extended)"
+        if _may_be_extraction(folder):
+            with suppress(StoreError):
+                staged = Extraction(folder, where)
+                if not differences(staged.header.provenance["inputs"], header.provenance["inputs"]):
+                    return staged
+        if folder.exists():
+            self._discard(folder)
+        staged = _create(folder, where, header, y, sample_ids)
+        whole = before.header.n_samples // header.rows_per_block
+        for block in np.flatnonzero(before.committed()[:whole]).tolist():
+            staged.take_block(block, before)
+        return staged
+
+    def replace(self, name: str) -> Extraction:
+        """Put what was staged, which must be complete, in the place of the extraction ``name``."""
+        self._discard(self.folder(name))
+        self._finish_replacing(name)
+        return self.open(name)
+
+    def _staged(self, name: str) -> Path:
+        return self.path / f"{_STAGED}{layout.check_name(name).replace('%', '%25').replace('/', '%2F')}"
+
+    def _finish_replacing(self, name: str) -> None:
+        """A crash can come between the two halves of `replace`: then only what was staged, complete, is there."""
+        folder, staged = self.folder(name), self._staged(name)
+        with suppress(StoreError, OSError):
+            if not folder.exists() and Extraction(staged, name).complete:
+                staged.rename(folder)
 
     def remove(self, name: str) -> None:
         """Remove the extraction ``name`` and what it wrote, damaged or not."""
-        folder = self.path / name
+        folder = self.folder(name)
         try:
-            self._require(name)
+            self.open(name)
         except DamagedError:
             if any(readable for _, readable in _names_below(folder)):
                 raise
+        if self._staged(name).exists():
+            self._discard(self._staged(name))
         self._discard(folder)
 
     def _discard(self, folder: Path) -> None:
@@ -232,37 +501,80 @@ class FeatureStore:
             shutil.rmtree(trash, ignore_errors=True)
 
 
+def _create(folder: Path, where: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
+    """Create every array; labels and identifiers are filled, features are left absent."""
+    write_group(folder, {})
+    write_group(folder / "features", {})
+    group = zarr.open_group(str(folder), mode="r+", zarr_format=3)
+    documents = {}
+    for path, spec in layout.array_specs(header).items():
+        layout.create_array(group, path, spec)
+        documents[path] = layout.document_digest((folder / path / "zarr.json").read_bytes())
+    ids_sha256 = layout.ids_digest(sample_ids)
+    header = replace(header, labels_sha256=layout.labels_digest(y), ids_sha256=ids_sha256, documents=documents)
+    _write_labels(folder, layout.array_specs(header)["y"].chunks[0], y, sample_ids)
+    write_group(folder / "features", {"header": header.to_attrs()})
+    write_group(folder, header.to_attrs() | header.state())
+    return Extraction(folder, where)
+
+
+def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
+    """Write the zarr.json of a group."""
+    chunks.replace_file(folder / "zarr.json", layout.group_document(attributes))
+
+
+def read_group(folder: Path, where: str) -> dict[str, Any]:
+    """The attributes of a group.
+
+    Raises
+    ------
+    DamagedError
+        Where the zarr.json is not, byte for byte, as `write_group` made it.
+    """
+    try:
+        content = (folder / "zarr.json").read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{where}: its zarr.json cannot be read: {error.strerror or error}") from error
+    try:
+        attributes = json.loads(content)["attributes"]
+        if layout.group_document(attributes) == content:
+            return dict(attributes)
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise DamagedError(f"{where}: its zarr.json was changed or damaged")
+
+
+def _may_be_extraction(folder: Path) -> bool:
+    """Whether an extraction lies there, or something whose metadata cannot be read."""
+    return _kind(folder) in ("extraction", "unreadable")
+
+
+def _kind(folder: Path) -> Literal["extraction", "unreadable", "group", "array", "nothing"]:
+    """What lies in a folder, as far as its zarr.json tells; it need not be sound."""
+    try:
+        document = json.loads((folder / "zarr.json").read_bytes())
+        if document["node_type"] == "array":
+            return "array"
+        return "extraction" if {*document["attributes"]} - {"header"} else "group"
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "unreadable"
+
+
 def _names_below(folder: Path, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """(name, whether its metadata can be read) of every extraction, and of what may be one, below a folder."""
     for child in folder.iterdir() if folder.is_dir() else ():
-        metadata = child / "zarr.json"
-        if child.name.startswith(".") or not metadata.is_file():
+        kind = _kind(child)
+        if child.name.startswith(".") or kind in ("nothing", "array"):
             continue
-        try:
-            content = json.loads(metadata.read_text())
-            is_array, attributes = content["node_type"] == "array", content.get("attributes", {})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            yield prefix + child.name, False
-            if child.is_dir():
-                yield from (found for found in _names_below(child, f"{prefix}{child.name}/") if found[1])
-            continue
-        if "digest" in attributes:
-            yield prefix + child.name, True
-        elif not is_array:
-            yield from _names_below(child, f"{prefix}{child.name}/")
+        below = () if kind == "extraction" else _names_below(child, f"{prefix}{child.name}/")
+        if kind != "group":
+            yield prefix + child.name, kind == "extraction"
+        yield from (found for found in below if kind == "group" or found[1])
 
 
-def _node(group: zarr.Group, path: str, where: str) -> "zarr.Array[Any] | zarr.Group | None":
-    """The array or group at ``path``, None where there is none."""
-    try:
-        return group[path]
-    except KeyError:
-        return None
-    except Exception as error:  # zarr raises almost anything on damaged metadata
-        raise DamagedError(f"{where}: the zarr.json of {path!r} was changed or damaged: {error}") from error
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key was old, now new`` for each key whose values differ, long values cut short."""
     before, after = _flat(old), _flat(new)
     return [

@@ -57,7 +57,7 @@ def test_flags_reach_the_job(run, folder, tmp_path):
     assert [layer.name for layer in matrix.layers] == ["layers.0", "layers.1", "head"]
     assert [layer.shape for layer in matrix.layers] == [(4, 10, 10), (4, 10, 10), (5,)]
     inputs = matrix.provenance["inputs"]
-    assert (inputs["target_size"], inputs["dtype"], inputs["amp"]) == (4, "float32", "bfloat16")
+    assert (inputs["target_size"], inputs["dtype"], inputs["amp"]) == ([4], "float32", "bfloat16")
     assert matrix.shape == (40, 13)
 
 
@@ -72,7 +72,7 @@ def test_ls_info_and_rm(run, folder, tmp_path):
     assert code == 0
     for part in ("a, b, c, d", "small_input", "target_size", "layers.0.conv1:in", "4 x 8 x 8", "weights_sha256"):
         assert part in out
-    assert run("h2t", "rm", store, "x/y")[0] == 0
+    assert run("h2t", "rm", store, "x/y", "--yes")[0] == 0
     assert "x/y" not in run("h2t", "ls", store)[1]
 
 
@@ -165,8 +165,20 @@ def test_a_signal_says_how_to_continue_and_the_same_command_does(tmp_path, image
     command = [sys.executable, "-c", program, str(tmp_path / "p"), "--model", f"{slow}:build", "--img-size", "8"]
     command += ["--store", str(tmp_path / "s"), "--name", "x", "-b", "128", "-j", "0"]
     stopped = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert stopped.returncode == 130
-    assert stopped.stderr == "error: interrupted: finished row blocks are stored, the same command continues\n"
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert stopped.stderr.splitlines() == [
+        "stopping after the row block in hand; once more stops at once",
+        "error: stopped: finished row blocks are stored, the same command continues",
+    ]
+    assert (
+        "1 of 2 row blocks"
+        in subprocess.run(
+            [*command[:2], "from h2t_store.cli import h2t_main; h2t_main()", "ls", str(tmp_path / "s")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
     assert (
         "600 images of 1 classes"
         in subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"GO_ON": "1"}).stdout

@@ -5,7 +5,7 @@ import torch
 from conftest import MODELS
 from PIL import Image
 
-from h2t_store import extract, extraction, open_features
+from h2t_store import chunks, extract, open_features, preparation
 from h2t_store.engines import blocks, local
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoreError, TapError
 from h2t_store.store import Extraction
@@ -16,7 +16,7 @@ MODEL = f"{MODELS}:small_input"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several row blocks out of few images."""
-    monkeypatch.setattr(blocks, "_MAX_ROWS", 16)
+    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
 
 
 @torch.no_grad()
@@ -64,14 +64,13 @@ def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, 
     whole = np.asarray(extract((images, labels), name="whole", **common))
     write, calls = Extraction.write_block, []
 
-    def crashing(self, block, features, norms):
+    def crashing(self, block, features, norms, failures, *, before):
         calls.append(block)
         if len(calls) < crash_at:
-            return write(self, block, features, norms)
+            return write(self, block, features, norms, failures, before=before)
         if when == "before the commit":
-            layer = self.header.layers[0]
-            start = block * self.header.rows_per_block
-            self.array(f"features/{layer.name}")[start : start + len(features)] = 7
+            path = self.chunk_file(f"features/{self.header.layers[0].name}", block, 0)
+            chunks.write_chunk(path, np.full((16, self.header.layers[0].width), 7, np.float16))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Extraction, "write_block", crashing)
@@ -79,14 +78,16 @@ def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, 
         extract((images, labels), name="x", **common)
     with pytest.raises(IncompleteError, match=f"{crash_at - 1} of 3 row blocks"):
         open_features(tmp_path / "s", "x")
-    counts = []
+    written, seen = [], []
     monkeypatch.setattr(
-        Extraction, "write_block", lambda self, block, *rest: (counts.append(block), write(self, block, *rest))
+        Extraction,
+        "write_block",
+        lambda self, block, *rest, **others: (written.append(block), write(self, block, *rest, **others)),
     )
-    resumed = extract((images, labels), name="x", progress=lambda done, total: counts.append((done, total)), **common)
-    assert [block for block in counts if isinstance(block, int)] == list(range(crash_at - 1, 3))
-    assert counts[0] == ((crash_at - 1) * 16, 40)
-    assert counts[-2] == (40, 40)
+    resumed = extract((images, labels), name="x", progress=lambda done, total, _: seen.append((done, total)), **common)
+    assert written == list(range(crash_at - 1, 3))
+    assert seen[0] == ((crash_at - 1) * 16, 40)
+    assert seen[-1] == (40, 40)
     np.testing.assert_array_equal(np.asarray(resumed), whole)
 
 
@@ -105,7 +106,7 @@ def test_a_crash_after_the_last_block_leaves_only_the_finish(tmp_path, images, m
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        (dict(target_size=9), "target_size was 512, now 9"),
+        (dict(target_size=9), "target_size was \\[512\\], now \\[9\\]"),
         (dict(dtype="float32"), "dtype was float16, now float32"),
         (dict(taps="blocks"), "taps was"),
         (dict(seed=1), "weights_sha256 was"),
@@ -172,13 +173,13 @@ def test_what_was_begun_with_another_version_is_not_finished_here(tmp_path, imag
     with pytest.raises(KeyboardInterrupt):
         extract((images, None), **common)
     monkeypatch.setattr(Extraction, "finish", finish)
-    real = extraction.version
-    monkeypatch.setattr(extraction, "version", lambda package: "0.0" if package == "torch" else real(package))
+    real = preparation.version
+    monkeypatch.setattr(preparation, "version", lambda package: "0.0" if package == "torch" else real(package))
     with pytest.raises(StoreError, match=r"was begun elsewhere \(torch was .*, now 0\.0\)"):
         extract((images, None), **common)
-    monkeypatch.setattr(extraction, "version", real)
+    monkeypatch.setattr(preparation, "version", real)
     extract((images, None), **common)
-    monkeypatch.setattr(extraction, "version", lambda package: "0.0")
+    monkeypatch.setattr(preparation, "version", lambda package: "0.0")
     assert extract((images, None), **common).shape[0] == 40
 
 
@@ -259,13 +260,13 @@ def test_wrong_arguments_are_named_and_leave_no_extraction(tmp_path, images, wro
 
 
 def test_the_size_of_a_block_does_not_grow_with_the_number_of_images():
-    assert blocks.rows_per_block(10**9, 2 * 20_000) == blocks.rows_per_block(10**4, 2 * 20_000)
+    assert blocks.rows_per_block(10**9, 2 * 20_000) == blocks.rows_per_block(10**5, 2 * 20_000)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 40, 513, 1062, 10_000])
 @pytest.mark.parametrize("row_bytes", [20, 40_000, 10**7, 10**9])
 def test_blocks_cover_every_row_once_with_little_padding(monkeypatch, n, row_bytes):
-    monkeypatch.setattr(blocks, "_MAX_ROWS", 512)
+    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 512)
     rows = blocks.rows_per_block(n, row_bytes)
     assert rows % 16 == 0
     assert rows <= 512

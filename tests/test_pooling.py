@@ -34,14 +34,24 @@ def published_map(activation: np.ndarray, target: int) -> np.ndarray:
         ((512, 7, 7), 512, 512),
         ((2048, 7, 7), 512, 2048),
         ((64, 56, 56), 8192, 64 * 11 * 11),
+        ((64, 56, 56), 512, 64 * 2 * 2),
+        ((20, 57, 61), 512, 20 * 4 * 5),
     ],
 )
-def test_maps_are_pooled_by_the_published_rule(shape, target, width):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_are_pooled_by_the_published_rule(shape, target, width, memory_format):
     activation = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
+    activation = activation.contiguous(memory_format=memory_format)
     pooled = pool(activation, "map", target)
     assert pooled.shape == (2, width)
     for row, one in zip(pooled, activation, strict=True):
         np.testing.assert_allclose(row, published_map(one.double().numpy(), target), rtol=1e-4, atol=1e-6)
+
+
+def test_windows_are_no_higher_than_the_map():
+    activation = torch.randn((2, 64, 7, 61), generator=torch.Generator().manual_seed(0))
+    expected = activation[..., :60].reshape(2, 64, 7, 2, 30).mean((2, 4)).flatten(1)
+    torch.testing.assert_close(pool(activation, "map", 512), expected)
 
 
 @pytest.mark.parametrize(

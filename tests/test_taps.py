@@ -4,8 +4,8 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 
-from h2t_store import backbones  # noqa: F401  registers h2t_resnet20
-from h2t_store.backbones.taps import find_taps, tapped
+from h2t_store.backbones import Tap, find_taps, pooled_layers, tapped
+from h2t_store.backbones.watching import Place
 from h2t_store.errors import TapError
 
 
@@ -20,7 +20,7 @@ def names(model: torch.nn.Module, taps: str, size: int = 8) -> list[str]:
 @torch.no_grad()
 def pooled(model: torch.nn.Module, taps: str, x: torch.Tensor, target: int = 4096) -> dict[str, torch.Tensor]:
     found, _ = find_taps(model.eval(), x[:2], taps)
-    with tapped(model, found, target) as forward:
+    with tapped(model, pooled_layers(found, (target,))) as forward:
         return {tap.name: values for tap, values in zip(found, forward(x), strict=True)}
 
 
@@ -72,7 +72,7 @@ def test_windows_are_put_back_to_their_image_and_channels_last_is_seen():
     by_name = {tap.name: tap for tap in found}
     assert by_name["norm"].shape == (6, 4, 4)
     assert by_name["window:in"].shape == (6, 16)
-    assert left_out == {"table:in": "its first axis does not grow with the number of images"}
+    assert left_out == {"table:in": "it does not grow with the number of images"}
     got = pooled(model, "norm,window:in", x, target=6)
     maps = model.norm(model.stem(x).permute(0, 2, 3, 1))
     torch.testing.assert_close(got["norm"], maps.mean((1, 2)))
@@ -161,7 +161,168 @@ def test_the_penultimate_of_blocks_enters_the_layer_that_makes_the_output():
     assert not [name for name in names(headless, "blocks", 64) if name.endswith((":in", ".act1"))]
 
 
-def test_hooks_are_gone_afterwards():
-    model = tiny_models.Functional()
-    names(model, "activations")
+@pytest.mark.parametrize("cls_token", ["pool", "keep"])
+@pytest.mark.parametrize("taps", ["activations", "paper"])
+def test_hooks_are_gone_afterwards(taps, cls_token):
+    model = timm.create_model("h2t_resnet20").eval()
+    find_taps(model, example(32), taps, cls_token)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_tokens_before_images_have_the_images_on_their_second_axis():
+    model, x = tiny_models.SequenceFirst().eval(), example()
+    got = pooled(model, "norm,attn", x, target=8)
+    patches = model.conv(x).flatten(2).permute(2, 0, 1)
+    normed = model.norm(torch.cat([model.class_embedding.expand(1, 2, -1), patches]))
+    attended, weights = model.attn(normed, normed, normed)
+    torch.testing.assert_close(got["norm"], normed.mean(0))
+    torch.testing.assert_close(got["attn"], attended.mean(0), rtol=1e-5, atol=1e-7)
+    scores = pooled(model, "attn:2", x, target=25)["attn:2"]
+    torch.testing.assert_close(scores, weights.transpose(1, 2).flatten(1), rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_as_many_images_as_tokens_are_not_mistaken_for_them():
+    model, x = tiny_models.SequenceFirst().eval(), example()
+    found, _ = find_taps(model, x, "norm")
+    five = torch.randn(5, 3, 8, 8)
+    with tapped(model, pooled_layers(found, (8,))) as forward:
+        alone = torch.cat([forward(five[i : i + 1])[0] for i in range(5)])
+        torch.testing.assert_close(forward(five)[0], alone)
+
+
+@torch.no_grad()
+def test_each_tensor_of_several_has_its_tap():
+    model, x = tiny_models.Recurrent().eval(), example()
+    got = pooled(model, "lstm,lstm:2,lstm:3", x, target=32)
+    output, (hidden, cell) = model.lstm(x.transpose(1, 2).flatten(2)[:, :, :12])
+    torch.testing.assert_close(got["lstm"], output.transpose(1, 2).flatten(1))
+    torch.testing.assert_close(got["lstm:2"], hidden[0])
+    torch.testing.assert_close(got["lstm:3"], cell[0])
+    assert names(model, "*") == ["lstm", "head"]
+
+
+@torch.no_grad()
+def test_of_nested_outputs_the_tensors_of_single_images_are_taken():
+    model, x = tiny_models.Auxiliary().eval(), example()
+    found, left_out = find_taps(model, x, "activations")
+    assert [tap.name for tap in found] == ["aux:in", "aux", "head"]
+    assert left_out == {"output:3": "it does not grow with the number of images"}
+    got = pooled(model, "output,output:2", x)
+    _, logits, (extra, _) = model(x)
+    assert got["output"].equal(logits)
+    assert got["output:2"].equal(extra["aux"])
+
+
+@torch.no_grad()
+def test_convolutions_of_any_dimension():
+    model, x = tiny_models.Volume().eval(), example()
+    found, _ = find_taps(model, x, "flat,deep,line")
+    assert [(tap.kind, tap.shape) for tap in found] == [("map", (4, 8, 8)), ("tokens", (2, 256)), ("tokens", (3, 64))]
+    got = pooled(model, "deep,line", x, target=2)
+    deep = model.deep(model.flat(x).unsqueeze(1))
+    torch.testing.assert_close(got["deep"], deep.mean((2, 3, 4)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got["line"], model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_tied_weights_and_one_layer_under_two_names():
+    assert names(tiny_models.Tied(), "activations") == ["first:in", "first#2:in", "first#2", "shares"]
+
+
+@torch.no_grad()
+def test_torchs_encoder_is_run_module_by_module():
+    model, x = tiny_models.Encoder().eval(), example()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    got = pooled(model, "encoder.layers.1.linear1,encoder.layers.1,head", x, target=8)
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+    torch.testing.assert_close(got["head"], model(x), rtol=1e-5, atol=1e-6)
+    assert got["encoder.layers.1.linear1"].shape == (2, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_networks_in_half_precision_give_float32_features(dtype):
+    model, x = tiny_models.SequenceFirst(16).eval().to(dtype), example(32).to(dtype)
+    found, left_out = find_taps(model, x, "activations")
+    assert not left_out
+    with tapped(model, pooled_layers(found, (16,))) as forward:
+        got = dict(zip([tap.name for tap in found], forward(x), strict=True))
+    assert {values.dtype for values in got.values()} == {torch.float32}
+    assert got["head"].equal(model(x).float())
+
+
+def test_the_caller_may_be_in_inference_mode():
+    model = tiny_models.SharedInplace().eval()
+    with torch.inference_mode():
+        assert names(model, "conv1,act,act#2") == ["conv1", "act", "act#2"]
+
+
+@torch.no_grad()
+def test_both_memory_formats_give_the_same_features():
+    model, x = timm.create_model("resnet18").eval(), example(64)
+    layers = pooled_layers(find_taps(model, x, "activations")[0], (64, 512))
+    with tapped(model, layers) as forward:
+        contiguous = forward(x)
+        model.to(memory_format=torch.channels_last)
+        for layer, a, b in zip(layers, contiguous, forward(x.to(memory_format=torch.channels_last)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=layer.name)
+
+
+@torch.no_grad()
+def test_channels_last_networks_without_channels_last_names():
+    model, x = timm.create_model("test_convnext").eval(), example(64)
+    found = {tap.name: tap for tap in find_taps(model, x, "stages.0.blocks.0.norm,stages.3")[0]}
+    assert [tap.shape[1:] for tap in found.values()] == [(16, 16), (2, 2)]
+
+
+def test_several_target_sizes_store_each_result_once():
+    vector, wide, narrow = (
+        Tap("vector", Place("v", "out", 0), (1, 10), 1),
+        Tap("wide", Place("w", "out", 0), (1, 512, 7, 7), 1),
+        Tap("narrow", Place("n", "out", 0), (1, 64, 8, 8), 1),
+    )
+    layers = pooled_layers([vector, wide, narrow], (512, 64, 512, 500, 60))
+    assert [(layer.name, layer.target_size, layer.target_sizes, layer.width) for layer in layers] == [
+        ("vector", 512, (512, 64, 500, 60), 10),
+        ("wide", 512, (512, 64, 500, 60), 512),
+        ("narrow@512", 512, (512, 500), 64 * 4),
+        ("narrow@64", 64, (64, 60), 64),
+    ]
+    assert layers[2].shape == (64, 8, 8)
+    assert [layer.name for layer in pooled_layers([narrow], (64,))] == ["narrow"]
+
+
+def test_a_window_of_the_whole_map_is_the_global_average():
+    tap = Tap("map", Place("m", "out", 0), (1, 6, 4, 4), 1)
+    assert [layer.name for layer in pooled_layers([tap], (5, 6, 12, 23))] == ["map"]
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (512, -1)])
+def test_target_sizes_are_positive(sizes):
+    with pytest.raises(TapError, match=r"target_size \[.*\]: accepted are whole numbers from 1"):
+        pooled_layers([], sizes)
+
+
+@torch.no_grad()
+def test_several_target_sizes_in_one_pass_are_those_of_separate_passes():
+    model, x = timm.create_model("h2t_resnet20").eval(), example(32)
+    found, _ = find_taps(model, x, "blocks")
+    layers = pooled_layers(found, (16, 512))
+    with tapped(model, layers) as forward:
+        together = {layer.name: values for layer, values in zip(layers, forward(x), strict=True)}
+    for size in (16, 512):
+        alone = pooled(model, "blocks", x, target=size)
+        for layer in layers:
+            if size in layer.target_sizes:
+                assert together[layer.name].equal(alone[layer.tap.name])
+
+
+def test_another_shape_than_expected_is_one_clear_error():
+    model = tiny_models.Functional().eval()
+    layers = pooled_layers(find_taps(model, example(), "layers.0")[0], (8,))
+    with (
+        tapped(model, layers) as forward,
+        pytest.raises(TapError, match=r"tap 'layers.0': shape \(2, 4, 9, 9\) for 2 images, expected \(2, 4, 8, 8\)"),
+    ):
+        forward(example(9))

@@ -183,3 +183,109 @@ class Slices(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([x, x[:, :1]], 1) + 1
         return F.max_pool2d(self.a(x[:, :2]) + self.b(x[:, ::2]), 2, stride=1)
+
+
+class SequenceFirst(nn.Module):
+    """Tokens before images, (T, N, C), with a class token, as nn.MultiheadAttention takes them by default."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 4, stride=4)
+        self.class_embedding = nn.Parameter(torch.zeros(channels))
+        self.norm = nn.LayerNorm(channels)
+        self.attn = nn.MultiheadAttention(channels, 2)
+        self.mlp = nn.Linear(channels, channels)
+        self.head = nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.conv(x).flatten(2).permute(2, 0, 1)
+        x = torch.cat([self.class_embedding.expand(1, patches.shape[1], -1), patches])
+        y = self.norm(x)
+        x = x + self.attn(y, y, y)[0]
+        return self.head(self.mlp(x)[0])
+
+
+class Recurrent(nn.Module):
+    """An LSTM over the rows of the image: three tensors come out, two of them with the images on their second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 4, batch_first=True)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (hidden, _) = self.lstm(x.transpose(1, 2).flatten(2)[:, :, :12])
+        return self.head(hidden[-1])
+
+
+class Auxiliary(nn.Module):
+    """Nested outputs: logits, a tensor per image beside them, one that is of no image, and no tensors at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.aux = nn.Linear(4, 2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> tuple[object, ...]:
+        pooled = F.relu(self.conv(x)).mean((2, 3))
+        extra = {"aux": self.aux(pooled), "weights": self.head.weight, "size": 3, "index": pooled.argmax(1)}
+        return None, self.head(pooled), [extra, "text"]
+
+
+class Volume(nn.Module):
+    """Three-dimensional convolutions, after two-dimensional and one-dimensional ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Conv2d(3, 4, 3, padding=1)
+        self.deep = nn.Conv3d(1, 2, 3, padding=1)
+        self.line = nn.Conv1d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(self.deep(self.flat(x).unsqueeze(1)).flatten(3).mean(2)).mean(2)
+
+
+class Tied(nn.Module):
+    """One linear layer under two names, and another that shares its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.shares = nn.Linear(3, 3)
+        self.shares.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shares(self.again(F.relu(self.first(x.mean((2, 3))))))
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, which has a fused form that calls none of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Chain(nn.Module):
+    """Convolutions one after the other, in blocks that keep the shape and have no second path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.Sequential(*(self.block() for _ in range(3)))
+        self.head = nn.Linear(4, 5)
+
+    @staticmethod
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))

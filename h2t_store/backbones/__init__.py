@@ -3,7 +3,18 @@
 Importing it registers ``h2t_resnet20`` with timm.
 """
 
+from h2t_store.backbones.finding import PRESETS, find_taps
 from h2t_store.backbones.registry import Backbone, load_backbone
-from h2t_store.backbones.taps import PRESETS, Tap, find_taps, tapped
+from h2t_store.backbones.taps import ClassTokenPolicy, Pooled, Tap, pooled_layers, tapped
 
-__all__ = ["PRESETS", "Backbone", "Tap", "find_taps", "load_backbone", "tapped"]
+__all__ = [
+    "PRESETS",
+    "Backbone",
+    "ClassTokenPolicy",
+    "Pooled",
+    "Tap",
+    "find_taps",
+    "load_backbone",
+    "pooled_layers",
+    "tapped",
+]

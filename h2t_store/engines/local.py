@@ -1,80 +1,120 @@
-"""Run row blocks on this machine: decode in workers, forward and pool on one device, write block by block."""
+"""Run row blocks on this machine: decode in workers, forward and pool on one device, write in the background."""
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+import logging
+import math
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from h2t_store.backbones.taps import Tap, exact_convolutions, tapped
+from h2t_store.backbones import Pooled, tapped
+from h2t_store.backbones.taps import exact_convolutions
 from h2t_store.datasets import Source
 from h2t_store.engines.blocks import RowBlock, batches
-from h2t_store.errors import DataError, ModelError, TapError, one_line
+from h2t_store.errors import DataError, ModelError, StoppedError, TapError, one_line
 from h2t_store.store import Extraction
 
-__all__ = ["Forward", "run"]
+__all__ = ["Forward", "choose_batch_size", "run", "seconds_per_image"]
+
+_log = logging.getLogger("h2t_store")
+_BLOCKS_BEING_WRITTEN = 2
+_CPU_BATCH = 16
+_MAX_CUDA_BATCH = 256
+_CUDA_MEMORY_SHARE = 0.7
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What turns a batch of images into features.
+    """What turns images into features.
 
     Attributes
     ----------
     model : nn.Module
         In evaluation mode, on ``device``.
-    taps : sequence of Tap
+    layers : sequence of Pooled
         What is pooled, in the order of the columns.
     transform : callable
-        From a PIL image to a tensor ``(3, height, width)``.
-    target_size : int
-        Length that pooling aims at.
+        From a PIL image to uint8 ``(3, height, width)``.
+    mean, std : sequence of float
+        Per channel, of values in [0, 1].
     dtype : torch.dtype
         As stored.
     device : torch.device
         Where the network runs.
     amp : bool
         Run the network under bfloat16 autocast.
+    compiled : bool
+        Compile the network with its pooling (``torch.compile``).
+    memory_format : torch.memory_format
+        Of the network's weights and of the images.
     """
 
     model: nn.Module
-    taps: Sequence[Tap]
+    layers: Sequence[Pooled]
     transform: Callable[[Image.Image], Tensor]
-    target_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
     dtype: torch.dtype
     device: torch.device
     amp: bool
+    compiled: bool
+    memory_format: torch.memory_format
 
 
-class _Images(Dataset[tuple[Tensor | None, str]]):
-    """Transformed images by index, or the reason why there is none: a worker's exception would lose its one line."""
+class _Batch(NamedTuple):
+    """Images (n - failed, 3, height, width) uint8 of ``n`` rows, and why there is none for the others."""
+
+    images: Tensor
+    n: int
+    failed: dict[int, str]
+
+
+class _Images(Dataset[Tensor | str]):
+    """Transformed images by row, or the reason why there is none: a worker's exception would lose its one line."""
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source = source
         self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.source.y)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
+    def __getitem__(self, row: int) -> Tensor | str:
         try:
-            return self.transform(self.source.image(index)), ""
+            return self.transform(self.source.image(row))
         except DataError as error:
-            return None, str(error)
+            return str(error)
 
 
-def _collate(items: list[tuple[Tensor | None, str]]) -> Tensor | str:
-    """One batch, or the first reason why there is none."""
-    images = [image for image, _ in items if image is not None]
-    if len(images) < len(items):
-        return next(reason for image, reason in items if image is None)
-    return torch.stack(images)
+def _collate(items: Sequence[Tensor | str]) -> _Batch:
+    failed = {i: item for i, item in enumerate(items) if isinstance(item, str)}
+    images = [item for item in items if not isinstance(item, str)]
+    return _Batch(torch.stack(images) if images else torch.empty(0), len(items), failed)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A terminal sends Ctrl-C to workers, too, but the block in hand needs their images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _Rows:
+    """Rows of each batch, as a loader wants them, planned while it goes."""
+
+    def __init__(self, blocks: Sequence[RowBlock], batch_size: int, segments: Sequence[int]) -> None:
+        self.plan = (blocks, batch_size, segments)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, batches(*self.plan))
 
 
 def run(
@@ -85,7 +125,10 @@ def run(
     *,
     batch_size: int,
     workers: int,
-    progress: Callable[[int], None],
+    on_error: Literal["raise", "skip"] = "raise",
+    before: Extraction | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> None:
     """Compute and commit row blocks in order.
 
@@ -98,11 +141,17 @@ def run(
     extraction : Extraction
         Where blocks are written.
     blocks : sequence of RowBlock
-        Which ones.
+        Which ones. A block that starts late has its first rows in ``before``.
     batch_size : int
-        Images per forward pass.
+        Images per forward pass; halved for as long as CUDA runs out of memory.
     workers : int
         Processes that decode; 0 decodes in this one.
+    on_error : {"raise", "skip"}
+        What to do about images that cannot be read.
+    before : Extraction, optional
+        The extraction that this one extends.
+    stopped : callable
+        Asked after every block whether to stop.
     progress : callable
         Called with the number of images done since the last call.
 
@@ -114,66 +163,236 @@ def run(
         Where the network gives values that are not finite.
     TapError
         Where an activation does not fit the storage dtype, or is not as expected.
+    StoppedError
+        After the block during which ``stopped`` became true; everything computed is committed.
     """
+    segments = extraction.header.segments
     loader: DataLoader[Any] = DataLoader(
         _Images(source, forward.transform),
-        batch_sampler=list(batches(blocks, batch_size)),
+        batch_sampler=_Rows(blocks, batch_size, segments),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=forward.device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
     )
-    with contextlib.closing(_features(forward, loader, source, blocks, batch_size)) as features:
+    rows_of_batches = batches(blocks, batch_size, segments)
+    computed = _compute(forward, _checked(loader, on_error), rows_of_batches, source.sample_ids)
+    with contextlib.closing(computed), _Writer(extraction, before) as writer:
         for block in blocks:
-            values: list[NDArray[Any]] = []
-            norms: list[NDArray[np.float32]] = []
-            done = 0
-            while done < block.stop - block.start:
-                stored, norm = next(features)
-                values.append(stored)
-                norms.append(norm)
-                done += len(stored)
-                progress(len(stored))
-            extraction.write_block(block.number, np.concatenate(values), np.concatenate(norms))
+            part = _Part(forward, block)
+            while part.done < len(part.norms):
+                features = next(computed)
+                part.add(features)
+                progress(features.n)
+            writer.write(part)
+            if stopped() and block != blocks[-1]:
+                raise StoppedError("stopped after a row block")
+
+
+def _checked(loader: Iterable[_Batch], on_error: Literal["raise", "skip"]) -> Iterator[_Batch]:
+    for batch in loader:
+        if batch.failed and on_error == "raise":
+            raise DataError(next(iter(batch.failed.values())))
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Features of a batch of ``n`` rows without the failed ones, and norms; on CUDA on their way to the host."""
+
+    layers: list[Tensor]
+    stored: list[Tensor]
+    norms: Tensor
+    n: int
+    failed: dict[int, str]
+    copied: torch.cuda.Event | None
 
 
 @torch.inference_mode()
-def _features(
-    forward: Forward, loader: "DataLoader[Any]", source: Source, blocks: Sequence[RowBlock], batch_size: int
-) -> Generator[tuple[NDArray[Any], NDArray[np.float32]]]:
-    """For each batch the features as stored (n, n_features) and the norms of their layers (n, n_layers)."""
-    autocast = torch.autocast(forward.device.type, torch.bfloat16, enabled=forward.amp)
-    with exact_convolutions(), tapped(forward.model, forward.taps, forward.target_size) as pooled:
-        for rows, images in zip(batches(blocks, batch_size), loader, strict=True):
-            if isinstance(images, str):
-                raise DataError(images)
+def _compute(
+    forward: Forward, loaded: Iterable[_Batch], rows_of_batches: Iterable[range], sample_ids: NDArray[Any]
+) -> Generator[_Features]:
+    """Features of each batch as stored; on CUDA a batch is copied to the host while the next one is computed."""
+    on_their_way: deque[tuple[_Features, list[int]]] = deque()
+    ahead = 1 if forward.device.type == "cuda" else 0
+    with _running(forward) as network:
+        for rows, batch in zip(rows_of_batches, loaded, strict=True):
+            good = [row for i, row in enumerate(rows) if i not in batch.failed]
             try:
-                with autocast:
-                    layers = pooled(images.to(forward.device, non_blocking=True))
+                layers = network(batch.images) if good else []
             except ModelError:
                 raise
             except Exception as error:
-                where = f"a batch of {tuple(images.shape)} from image {source.sample_ids[rows[0]]!r}"
+                where = f"a batch of {tuple(batch.images.shape)} from image {str(sample_ids[good[0]])!r}"
                 raise ModelError(f"the network failed on {where}: {one_line(error)}") from error
-            stored = torch.cat(layers, dim=1).to(forward.dtype)
-            if not torch.isfinite(stored).all():
-                _explain_overflow(forward, layers, [source.sample_ids[row] for row in rows])
-            parts = torch.split(stored, [layer.shape[1] for layer in layers], dim=1)
-            norms = torch.stack([part.float().norm(dim=1) for part in parts], dim=1)
-            yield stored.cpu().numpy(), norms.cpu().numpy()
+            on_their_way.append((_start_copying(forward, layers, batch), good))
+            if len(on_their_way) > ahead:
+                yield _arrived(forward, *on_their_way.popleft(), sample_ids)
+        while on_their_way:
+            yield _arrived(forward, *on_their_way.popleft(), sample_ids)
 
 
-def _explain_overflow(forward: Forward, layers: Sequence[Tensor], sample_ids: Sequence[str]) -> None:
+@contextlib.contextmanager
+def _running(forward: Forward) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+    """The network as a function from uint8 images to pooled activations, in halves where CUDA runs out of memory."""
+    shape = (1, len(forward.mean), 1, 1)
+    mean, std = (torch.tensor(values, device=forward.device).view(shape) for values in (forward.mean, forward.std))
+    most = 1 << 30
+
+    def network(images: Tensor) -> list[Tensor]:
+        nonlocal most
+        parts: list[list[Tensor]] = []
+        start = 0
+        while start < len(images):
+            part = images[start : start + most].to(forward.device, non_blocking=True)
+            part = part.to(memory_format=forward.memory_format)
+            try:
+                parts.append(pooled((part.float().div_(255) - mean).div_(std)))
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                most = len(part) // 2
+                _log.warning("out of memory with %d images at once: going on with %d", len(part), most)
+                torch.cuda.empty_cache()
+            else:
+                start += len(part)
+        return parts[0] if len(parts) == 1 else [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+    autocast = torch.autocast(forward.device.type, torch.bfloat16, enabled=forward.amp)
+    with exact_convolutions(), autocast, tapped(forward.model, forward.layers, compiled=forward.compiled) as pooled:
+        yield network
+
+
+def _start_copying(forward: Forward, layers: list[Tensor], batch: _Batch) -> _Features:
+    if not layers:
+        return _Features([], [], torch.empty(0), batch.n, batch.failed, None)
+    stored = [layer.to(forward.dtype) for layer in layers]
+    norms = torch.stack([torch.linalg.vector_norm(part.float(), dim=1) for part in stored], dim=1)
+    if forward.device.type != "cuda":
+        return _Features(layers, [part.cpu() for part in stored], norms.cpu(), batch.n, batch.failed, None)
+    whole = torch.cat(stored, dim=1).to("cpu", non_blocking=True)
+    norms = norms.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    parts = torch.split(whole, [part.shape[1] for part in stored], dim=1)
+    return _Features(layers, list(parts), norms, batch.n, batch.failed, copied)
+
+
+def _arrived(forward: Forward, features: _Features, rows: list[int], sample_ids: NDArray[Any]) -> _Features:
+    """Wait for the copy; a value that is not finite makes a norm that is not."""
+    if features.copied is not None:
+        features.copied.synchronize()
+    if not torch.isfinite(features.norms).all():
+        _explain_overflow(forward, features, [str(sample_ids[row]) for row in rows])
+    return features
+
+
+def _explain_overflow(forward: Forward, features: _Features, sample_ids: Sequence[str]) -> None:
     """Raise the error that says which tap and which image are at fault."""
-    for tap, values in zip(forward.taps, layers, strict=True):
+    for layer, values, norm in zip(forward.layers, features.layers, features.norms.T, strict=True):
         bad = ~torch.isfinite(values).all(dim=1)
         if bad.any():
             sample = sample_ids[int(bad.nonzero()[0])]
-            raise ModelError(f"tap {tap.name!r}: the network gives values that are not finite for image {sample!r}")
-        too_large = ~torch.isfinite(values.to(forward.dtype)).all(dim=1)
+            raise ModelError(f"tap {layer.name!r}: the network gives values that are not finite for image {sample!r}")
+        too_large = ~torch.isfinite(norm).to(values.device)
         if too_large.any():
             sample = sample_ids[int(too_large.nonzero()[0])]
+            advice = ": extract with --dtype float32" if forward.dtype == torch.float16 else ""
             raise TapError(
-                f"tap {tap.name!r}: {float(values[too_large].abs().amax(1)[0]):.4g} for image {sample!r} is beyond "
-                f"{str(forward.dtype).removeprefix('torch.')} ({torch.finfo(forward.dtype).max:g}): "
-                "extract with --dtype float32"
+                f"tap {layer.name!r}: {float(values[too_large].abs().amax(1)[0]):.4g} for image {sample!r} is beyond "
+                f"{str(forward.dtype).removeprefix('torch.')} ({torch.finfo(forward.dtype).max:g}){advice}"
             )
+
+
+class _Part:
+    """A row block that fills up; rows without an image stay zero."""
+
+    def __init__(self, forward: Forward, block: RowBlock) -> None:
+        n = block.stop - block.start
+        self.block = block
+        self.layers = [torch.zeros((n, layer.width), dtype=forward.dtype) for layer in forward.layers]
+        self.norms = torch.zeros((n, len(forward.layers)))
+        self.failed: dict[int, str] = {}
+        self.done = 0
+
+    def add(self, features: _Features) -> None:
+        """Put the next rows in."""
+        stop = self.done + features.n
+        rows: Any = slice(self.done, stop)
+        if features.failed:
+            self.failed |= {self.done + i: reason for i, reason in features.failed.items()}
+            rows = torch.tensor([row for row in range(self.done, stop) if row not in self.failed], dtype=torch.long)
+        for layer, values in zip(self.layers, features.stored, strict=False):
+            layer[rows] = values
+        if features.stored:
+            self.norms[rows] = features.norms
+        self.done = stop
+
+
+class _Writer:
+    """Writes blocks in the background, two at a time at most; what was handed to it is on disk once it is left."""
+
+    def __init__(self, extraction: Extraction, before: Extraction | None) -> None:
+        self.extraction, self.before = extraction, before
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: deque[Future[None]] = deque()
+
+    def write(self, part: _Part) -> None:
+        """Hand over a block; waits while two others are being written."""
+        while len(self._under_way) >= _BLOCKS_BEING_WRITTEN:
+            self._under_way.popleft().result()
+        number, height = part.block.number, self.extraction.header.rows_per_block
+        self._under_way.append(
+            self._thread.submit(
+                self.extraction.write_block,
+                number,
+                [layer.numpy() for layer in part.layers],
+                part.norms.numpy(),
+                part.failed,
+                before=self.before if part.block.start > number * height else None,
+            )
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True)
+        for written in self._under_way:
+            written.result()
+
+
+def choose_batch_size(forward: Forward, image_size: tuple[int, int]) -> int:
+    """How many images to run at once: the same whenever it is asked on a machine of the same kind.
+
+    On the CPU 16, because activations that fit its caches are pooled faster and no machine has been seen to gain from
+    more. On CUDA the largest power of two up to 256 that two thirds of the card's memory hold.
+    """
+    if forward.device.type != "cuda":
+        return _CPU_BATCH
+    peaks = []
+    with torch.inference_mode(), _running(forward) as network:
+        for n in (2, 4):
+            torch.cuda.reset_peak_memory_stats(forward.device)
+            network(torch.zeros((n, 3, *image_size), dtype=torch.uint8))
+            peaks.append(torch.cuda.max_memory_allocated(forward.device))
+    each = max(1, (peaks[1] - peaks[0]) // 2)
+    room = int(_CUDA_MEMORY_SHARE * torch.cuda.mem_get_info(forward.device)[1]) - peaks[0]
+    return int(2 ** math.floor(math.log2(min(max(room // each, 1), _MAX_CUDA_BATCH))))
+
+
+def seconds_per_image(forward: Forward, source: Source, batch_size: int, workers: int) -> float:
+    """How long an image takes, measured on the first batch, run twice."""
+    start = perf_counter()
+    images = _collate([_Images(source, forward.transform)[row] for row in range(min(batch_size, len(source)))])
+    decoding = (perf_counter() - start) / images.n
+    if not len(images.images):
+        return decoding
+    with torch.inference_mode(), _running(forward) as network:
+        for _ in range(2):
+            start = perf_counter()
+            _arrived(forward, _start_copying(forward, network(images.images), images), [], source.sample_ids)
+    network_seconds = (perf_counter() - start) / len(images.images)
+    if forward.device.type == "cpu":
+        return network_seconds + decoding / max(1, min(workers, os.cpu_count() or 1))
+    return max(network_seconds, decoding / max(1, workers))

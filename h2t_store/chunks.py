@@ -1,0 +1,209 @@
+"""One chunk on disk: its values in C order, then their crc32c in four bytes, as Zarr's ``crc32c`` codec has it.
+
+Chunks are read and written whole, straight from and into memory, because that is several times as fast as a general
+pipeline. A chunk that is absent, cut short or changed is an error, whatever part of it is wanted.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import google_crc32c
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from h2t_store.errors import DamagedError
+
+__all__ = [
+    "CRC_BYTES",
+    "decode_strings",
+    "encode_strings",
+    "in_threads",
+    "read_bytes",
+    "read_chunk",
+    "replace_file",
+    "write_chunk",
+]
+
+CRC_BYTES = 4
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_MAX_THREADS = 8
+_scratch = threading.local()
+
+
+def in_threads(work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
+    """Do one thing to each chunk on all cores, results in order; reading, writing and checksums run side by side."""
+    n_threads = min(_MAX_THREADS, os.cpu_count() or 1, len(jobs))
+    if n_threads < 2:
+        return [work(job) for job in jobs]
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(work, jobs))
+
+
+def write_chunk(path: Path, values: NDArray[Any]) -> int:
+    """Write an array as one chunk.
+
+    What is at ``path`` already is replaced: readers that hold it open keep it. The file counts once the row block it
+    belongs to is committed, so it need not appear at once.
+
+    Parameters
+    ----------
+    path : Path
+        File of the chunk; folders are made.
+    values : ndarray
+        Little-endian as every machine that torch runs on; copied only where it is not contiguous.
+
+    Returns
+    -------
+    int
+        The crc32c of the values.
+    """
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    crc: int = google_crc32c.value(data)
+    try:
+        file = _open_new(path)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_new(path)
+    try:
+        parts = [data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))]
+        while parts:
+            written = os.writev(file, parts)
+            while parts and written >= len(parts[0]):
+                written -= len(parts.pop(0))
+            if parts:
+                parts[0] = parts[0][written:]
+    finally:
+        os.close(file)
+    return crc
+
+
+def _open_new(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        path.unlink()
+        return os.open(path, flags, 0o666)
+
+
+def read_bytes(path: Path, where: str, crc: int | None = None) -> NDArray[np.uint8]:
+    """The values of a chunk as bytes, checked.
+
+    Parameters
+    ----------
+    path : Path
+        File of the chunk.
+    where : str
+        What the chunk is, for messages.
+    crc : int, optional
+        The crc32c that the values must have; by default only the one in the file counts.
+
+    Raises
+    ------
+    DamagedError
+        Where the file is missing, cut short, changed or another chunk's.
+    """
+    try:
+        size = os.stat(path).st_size
+        data = np.empty(size, dtype=np.uint8)
+        _fill(path, data)
+    except FileNotFoundError:
+        raise DamagedError(f"{where} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{where} cannot be read: {error.strerror or error}") from error
+    return _checked(data, where, crc)
+
+
+def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], crc: int | None = None) -> NDArray[Any]:
+    """The values of a chunk, checked; valid until this thread reads the next one.
+
+    Parameters
+    ----------
+    path : Path
+        File of the chunk.
+    where : str
+        What the chunk is, for messages.
+    dtype : dtype
+        Of the values.
+    shape : sequence of int
+        Of the chunk.
+    crc : int, optional
+        The crc32c that the values must have; by default only the one in the file counts.
+
+    Raises
+    ------
+    DamagedError
+        Where the file is missing, of another size, changed or another chunk's.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + CRC_BYTES
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or len(buffer) < size + 1:
+        buffer = _scratch.buffer = np.empty(size + 1, dtype=np.uint8)
+    try:
+        read = _fill(path, buffer[: size + 1])
+    except FileNotFoundError:
+        raise DamagedError(f"{where} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{where} cannot be read: {error.strerror or error}") from error
+    if read != size:
+        raise DamagedError(
+            f"{where} is damaged: {'more than ' if read > size else ''}{min(read, size)} bytes of {size}"
+        )
+    return _checked(buffer[:size], where, crc).view(dtype).reshape(shape)
+
+
+def _fill(path: Path, buffer: NDArray[np.uint8]) -> int:
+    """Read as much of the file as fits; how much that was."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        read = 0
+        while read < len(buffer) and (more := os.readv(file, [buffer[read:].data])):
+            read += more
+        return read
+    finally:
+        os.close(file)
+
+
+def _checked(data: NDArray[np.uint8], where: str, crc: int | None) -> NDArray[np.uint8]:
+    values, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+    if len(data) < CRC_BYTES or google_crc32c.value(values) != stored:
+        raise DamagedError(f"{where} is damaged: its checksum does not fit its values")
+    if crc is not None and crc != stored:
+        raise DamagedError(f"{where} is damaged: it holds the values of another chunk")
+    return values
+
+
+def encode_strings(strings: Sequence[str]) -> NDArray[np.uint8]:
+    """Strings as Zarr's ``vlen-utf8`` has them: their number, then each with its length before it."""
+    encoded = [string.encode() for string in strings]
+    parts = [len(encoded).to_bytes(4, "little")]
+    for string in encoded:
+        parts += [len(string).to_bytes(4, "little"), string]
+    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+
+def decode_strings(data: NDArray[np.uint8]) -> list[str]:
+    """The inverse of `encode_strings`."""
+    raw, at, strings = data.tobytes(), 4, []
+    for _ in range(int.from_bytes(raw[:4], "little")):
+        stop = at + 4 + int.from_bytes(raw[at : at + 4], "little")
+        strings.append(raw[at + 4 : stop].decode())
+        at = stop
+    return strings
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file so that it is there whole or not at all, on disk before anything that follows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,174 @@
+"""Image files in folders: the folder that a file lies in is its class, by its path, so equal leaf names stay apart."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from h2t_store.datasets.fingerprint import Digests
+from h2t_store.datasets.names import as_names, count, shown
+from h2t_store.datasets.pictures import is_image_name
+from h2t_store.datasets.source import UNLABELLED, Source
+from h2t_store.errors import DataError, did_you_mean
+
+__all__ = ["FolderSource", "Found", "classes_of", "open_folder", "walk"]
+
+_SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
+"""Folders of splits, by any name that timm takes for the same one."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FolderSource(Source):
+    """Image files; ``sample_ids`` are their paths, relative to ``root`` where they are not absolute."""
+
+    root: Path
+
+    def where(self, row: int) -> str:
+        return os.path.join(self.root, self.sample_ids[row])
+
+    def content(self, row: int) -> bytes:
+        try:
+            with open(self.where(row), "rb") as file:
+                return file.read()
+        except OSError as error:
+            _cannot_read(error)
+
+    def sizes(self) -> NDArray[np.int64]:
+        try:
+            paths = (os.path.join(self.root, name) for name in self.sample_ids)
+            return np.fromiter((os.stat(path).st_size for path in paths), dtype=np.int64, count=len(self))
+        except OSError as error:
+            _cannot_read(error)
+
+
+@dataclass
+class Found:
+    """What lies below a folder; paths are relative to it."""
+
+    images: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    without_images: list[str] = field(default_factory=list)
+    broken_links: list[str] = field(default_factory=list)
+    circular_links: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """One line for each kind of thing that is left out."""
+        return [
+            *count(self.other, "files are not images and were left out"),
+            *count(self.without_images, "folders hold no images"),
+            *count(self.hidden, "hidden files and folders were left out"),
+            *count(self.circular_links, "links to a folder above were left out"),
+        ]
+
+
+def open_folder(root: Path, split: str | None) -> FolderSource:
+    """All images below a folder, or below the folder of a split in it."""
+    if split is not None:
+        root = _folder_of_split(root, split)
+    found = walk(root)
+    if found.broken_links:
+        raise DataError(f"data: {count(found.broken_links, f'links in {shown(root)} lead nowhere')[0]}")
+    if not found.images:
+        held = f"; it holds {len(found.other)} other files, such as {sorted(found.other)[0]!r}" if found.other else ""
+        raise DataError(f"data {str(root)!r} holds no images{held}")
+    images = sorted(found.images)
+    y, classes = classes_of([os.path.dirname(path) for path in images], images, f"data {str(root)!r}")
+    notes = found.notes()
+    if not classes:
+        notes.append(f"{len(images)} images without class folders: unlabelled")
+    if split is None and len(tops := {name.partition("/")[0] for name in classes}) > 1 and tops <= _split_names():
+        named = ", ".join(sorted(tops))
+        notes.append(f"the folders {named} look like splits, but are read together, as classes: name one as split")
+    return FolderSource(
+        origin={"kind": "folder"},
+        sample_ids=as_names(images),
+        y=y,
+        classes=classes,
+        notes=notes,
+        numbers=np.arange(len(images)),
+        digests=Digests(len(images)),
+        root=root,
+    )
+
+
+def classes_of(folders: list[str], images: list[str], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels of ``images`` by their folders; none where all lie at the top, an error where some do."""
+    labels = set(folders)
+    if "" in labels and len(labels) > 1:
+        loose = [path for path, label in zip(images, folders, strict=True) if not label]
+        raise DataError(
+            f"{where} holds class folders and {len(loose)} images beside them, such as {loose[0]!r}: "
+            "move them into a class folder"
+        )
+    classes = tuple(sorted(labels - {""}))
+    index = {"": UNLABELLED} | {label: i for i, label in enumerate(classes)}
+    return np.fromiter((index[label] for label in folders), dtype=np.int64, count=len(folders)), classes
+
+
+def walk(root: Path) -> Found:
+    """Everything below ``root``; links are followed, but not to a folder above."""
+    found = Found()
+    try:
+        status = os.stat(root)
+        folders = [("", frozenset([(status.st_dev, status.st_ino)]))]
+        while folders:
+            folder, above = folders.pop()
+            folders += _list(root, folder, above, found)
+    except OSError as error:
+        _cannot_read(error)
+    return found
+
+
+_Identity = tuple[int, int]
+
+
+def _list(root: Path, folder: str, above: frozenset[_Identity], found: Found) -> list[tuple[str, frozenset[_Identity]]]:
+    """Sort the entries of one folder into ``found``; the folders in it, each with what lies above its entries."""
+    folders: list[tuple[str, frozenset[_Identity]]] = []
+    any_image = any_folder = False
+    with os.scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                found.hidden.append(path)
+            elif entry.is_dir():
+                any_folder = True
+                status = entry.stat()
+                identity = (status.st_dev, status.st_ino)
+                if identity in above:
+                    found.circular_links.append(path)
+                else:
+                    folders.append((path, above | {identity}))
+            elif not is_image_name(entry.name):
+                found.other.append(path)
+            elif entry.is_file():
+                any_image = True
+                found.images.append(path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                found.broken_links.append(path)
+            else:
+                found.other.append(path)
+    if not any_image and not any_folder and folder:
+        found.without_images.append(folder)
+    return folders
+
+
+def _folder_of_split(root: Path, split: str) -> Path:
+    synonyms = [name for names in _SPLITS if split in names for name in names]
+    for name in [split, *synonyms]:
+        if (root / name).is_dir():
+            return root / name
+    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    raise DataError(f"split {split!r}: {str(root)!r} has no such folder{did_you_mean(split, inside)}")
+
+
+def _split_names() -> set[str]:
+    return {name for names in _SPLITS for name in names}
+
+
+def _cannot_read(error: OSError) -> NoReturn:
+    raise DataError(f"data: {shown(error.filename)}: {error.strerror}") from error

@@ -1,0 +1,196 @@
+"""``hfds/NAME``: datasets in the formats of Hugging Face, from a folder or the Hub.
+
+Rows are read from the table behind timm's reader, since timm's dataset puts the next image in the place of one that
+cannot be read.
+"""
+
+import importlib.util
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from h2t_store.datasets.factory import create
+from h2t_store.datasets.fingerprint import Digests
+from h2t_store.datasets.folder import walk
+from h2t_store.datasets.labels import encode
+from h2t_store.datasets.names import Names, as_names, count, shown
+from h2t_store.datasets.source import UNLABELLED, Source
+from h2t_store.errors import DataError, one_line
+
+__all__ = ["HubSource", "open_hub"]
+
+_FORMATS = ("imagefolder", "parquet", "arrow")
+_NOT_DATA = ("readme.md", "metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HubSource(Source):
+    """Images in a table of Hugging Face's ``datasets``, or in files that it names."""
+
+    name: str
+    table: Any = field(repr=False)
+    column: str
+
+    def where(self, row: int) -> str:
+        return f"{self.name}: {self.sample_ids[row]}"
+
+    def content(self, row: int) -> bytes:
+        image = self.table[int(self.numbers[row])][self.column]
+        if image is None or (not image["bytes"] and not image["path"]):
+            raise DataError(f"{shown(self.where(row))}: there is no image")
+        try:
+            return bytes(image["bytes"]) if image["bytes"] else Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise DataError(f"{shown(self.where(row))}: {error.strerror}") from error
+
+    def sizes(self) -> NDArray[np.int64]:
+        import pyarrow.compute as pc
+
+        images = self.table.data.column(self.column)
+        lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+        paths = _paths(self.table, self.column)
+        try:
+            chosen = ((lengths[i], paths[i]) for i in self.numbers.tolist())
+            sizes = (length or (os.stat(path).st_size if path else 0) for length, path in chosen)
+            return np.fromiter(sizes, dtype=np.int64, count=len(self))
+        except OSError as error:
+            raise DataError(f"{self.name}: {shown(error.filename)}: {error.strerror}") from error
+
+
+def open_hub(name: str, cache: Path | None, split: str) -> HubSource:
+    """Open a split of ``hfds/NAME``: an image folder, Parquet or Arrow files, local or from the Hub.
+
+    Identifiers are file names where each image has one of its own, else ``SPLIT/index``. The image is the column
+    ``image``, else the first of images; the label the column ``label``, else that of the most classes.
+    """
+    builder = _prepared(name, cache)
+    features = builder.info.features
+    image, notes = _column(features, "Image", "image", name)
+    label, more_notes = _column(features, "ClassLabel", "label", name)
+    if image not in features:
+        raise DataError(f"data 'hfds/{name}' has no column of images; it has {', '.join(features)}")
+    table = _table(name, cache, split, image, label)
+    y, classes = _labels(table, label)
+    notes = [*notes, *more_notes, *([] if classes else [f"{len(y)} images without labels"])]
+    if not len(y):
+        raise DataError(f"data 'hfds/{name}', split {split!r}, holds no images")
+    paths = _paths(table, image)
+    if builder.name == "imagefolder" and os.path.isdir(name):
+        _require_distinct_folders(name, paths, y, classes)
+        notes += _left_out(name, cache, table, image, label)
+    return HubSource(
+        origin={"kind": "hfds", "split": split},
+        sample_ids=_sample_ids(name, split, paths),
+        y=y,
+        classes=classes,
+        notes=notes,
+        numbers=np.arange(len(y)),
+        digests=Digests(len(y)),
+        name=f"hfds/{name}",
+        table=table,
+        column=image,
+    )
+
+
+def _prepared(name: str, cache: Path | None) -> Any:
+    """What reads the dataset, which is now in the cache; other formats and versions might run code of the dataset."""
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError("data 'hfds/…' needs the package datasets: pip install head2toe[hf]")
+    import datasets
+
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise DataError(f"datasets {datasets.__version__} can run code of a dataset: pip install 'datasets>=4'")
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise DataError(f"data 'hfds/{name}': there is no such folder")
+    try:
+        builder = datasets.load_dataset_builder(name, cache_dir=None if cache is None else str(cache))
+        if builder.name not in _FORMATS:
+            raise DataError(f"data 'hfds/{name}' is {builder.name}; accepted are {', '.join(_FORMATS)}")
+        builder.download_and_prepare()
+        return builder
+    except DataError:
+        raise
+    except Exception as error:  # anything, down to the network's failures
+        raise DataError(f"data 'hfds/{name}': {one_line(error)}") from error
+
+
+def _table(name: str, cache: Path | None, split: str, image: str, label: str) -> Any:
+    return create(f"hfds/{name}", cache, split, input_key=image, target_key=label).reader.dataset
+
+
+def _column(features: Any, kind: str, usual: str, name: str) -> tuple[str, list[str]]:
+    """The column of that kind, and a note where others of its kind are not read."""
+    found = [column for column, feature in features.items() if type(feature).__name__ == kind]
+    if usual in features or not found:
+        return usual, []
+    found.sort(key=lambda column: -len(getattr(features[column], "names", ())))
+    return found[0], count(found[1:], f"columns like {found[0]!r} were left out of 'hfds/{name}'")
+
+
+def _labels(table: Any, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    if column not in table.column_names:
+        return encode(None, len(table))
+    labels = table.data.column(column).to_pylist()
+    names = getattr(table.features[column], "names", None)
+    if names is None and all(isinstance(label, str) for label in labels):
+        return encode(np.array(labels, dtype=object), len(labels))
+    if not all(label is None or isinstance(label, int) for label in labels):
+        raise DataError(f"data: labels in column {column!r} are neither numbers nor words")
+    y, classes = encode(np.array([UNLABELLED if label is None else label for label in labels]), len(labels))
+    return y, classes if names is None or not classes else tuple(names)
+
+
+def _paths(table: Any, column: str) -> list[str | None]:
+    import pyarrow.compute as pc
+
+    paths: list[str | None] = pc.struct_field(table.data.column(column), "path").to_pylist()
+    return paths
+
+
+def _sample_ids(name: str, split: str, paths: list[str | None]) -> Names:
+    """Paths below the folder, or as the table has them where they are relative; only where no two are equal."""
+    below = os.path.join(os.path.abspath(name), "")
+    relative = [path.removeprefix(below) for path in paths if path]
+    if len(set(relative)) == len(paths) and not any("://" in path or os.path.isabs(path) for path in relative):
+        return as_names(relative)
+    return as_names([f"{split}/{i}" for i in range(len(paths))])
+
+
+def _require_distinct_folders(
+    name: str, paths: list[str | None], y: NDArray[np.int64], classes: tuple[str, ...]
+) -> None:
+    """`datasets` names a class after the last folder alone, and so merges folders of equal names."""
+    folders: dict[int, set[str]] = defaultdict(set)
+    for path, label in zip(paths, y.tolist(), strict=True):
+        if path and label >= 0 and os.path.basename(os.path.dirname(path)) == classes[label]:
+            folders[label].add(os.path.relpath(os.path.dirname(path), name))
+    merged = next((sorted(found) for found in folders.values() if len(found) > 1), None)
+    if merged:
+        raise DataError(
+            f"data 'hfds/{name}': {merged[0]!r} and {merged[1]!r} would be one class; name the folder itself "
+            f"({name!r}) to keep them apart"
+        )
+
+
+def _left_out(name: str, cache: Path | None, table: Any, image: str, label: str) -> list[str]:
+    """Notes on files that are in no split."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    found = walk(Path(name))
+    files = [*found.images, *found.other, *found.broken_links]
+    extensions = tuple(ImageFolder.EXTENSIONS)
+    images = [file for file in files if file.lower().endswith(extensions)]
+    notes = found.notes()[1:] if found.other else found.notes()
+    other = [f for f in files if not f.lower().endswith(extensions) and os.path.basename(f).lower() not in _NOT_DATA]
+    splits = table.info.splits or {}
+    if len(images) != sum(split.num_examples for split in splits.values()):
+        below = os.path.join(os.path.abspath(name), "")
+        tables = [_table(name, cache, split, image, label) for split in splits]
+        read = {path.removeprefix(below) for one in tables for path in _paths(one, image) if path}
+        other += [file for file in images if file not in read]
+    return [*count(other, "files are read in no split"), *notes]

@@ -1,0 +1,107 @@
+"""A source: images by row, with labels and with identifiers that stay the same on every run."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from h2t_store.datasets.fingerprint import Digests, digest_of_rows
+from h2t_store.datasets.names import Names
+from h2t_store.datasets.pictures import decode
+from h2t_store.errors import DataError
+
+__all__ = ["UNLABELLED", "Source"]
+
+UNLABELLED = -1
+_MAX_DIGESTED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Source(ABC):
+    """Images, labels and identifiers. Pickles without the images that are on disk.
+
+    Attributes
+    ----------
+    origin : dict
+        What kind of data it is, and which part of it.
+    sample_ids : ndarray of shape (n,), StringDType
+        One per row: relative paths where there are any, else ``SPLIT/index``.
+    y : ndarray of shape (n,), int64
+        Index into ``classes``; -1 where unlabelled.
+    classes : tuple of str
+        Names of the labels.
+    notes : list of str
+        What was left out, for a person to read.
+    numbers : ndarray of shape (n,), int64
+        Number of each row's image in the data as it was opened.
+    digests : Digests
+        Of all images as opened, shared by every selection of rows.
+    in_memory : bool
+        Whether reading an image costs nothing.
+    """
+
+    origin: dict[str, Any]
+    sample_ids: Names
+    y: NDArray[np.int64]
+    classes: tuple[str, ...]
+    notes: list[str] = field(default_factory=list)
+    numbers: NDArray[np.int64] = field(repr=False)
+    digests: Digests = field(repr=False)
+
+    in_memory: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width where all images share them and it is known."""
+        return None
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Goes into the provenance; equal descriptions mean equal images, identifiers and names of labels, in order.
+
+        It digests all contents up to 1 GiB in total; beyond that, where reading twice costs, identifiers and sizes.
+        """
+        identity: NDArray[Any]
+        if self.in_memory or int((sizes := self.sizes()).sum()) <= _MAX_DIGESTED_BYTES:
+            key, identity = "contents_sha256", self.digests.of(self.numbers, self.content)
+        else:
+            key, identity = "paths_and_sizes_sha256", sizes.astype("<i8")
+        digest = digest_of_rows(self.sample_ids, self.y, self.classes, identity)
+        return {**self.origin, "n": len(self), key: digest}
+
+    def image(self, row: int) -> Image.Image:
+        """The image as RGB; `DataError` where it cannot be read."""
+        return decode(self.content(row), self.where(row))
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        """The same data, restricted to ``rows`` in the order given."""
+        rows = np.asarray(rows, dtype=np.int64)
+        return replace(self, sample_ids=self.sample_ids[rows], y=self.y[rows], numbers=self.numbers[rows])
+
+    def relabelled(self, classes: tuple[str, ...]) -> Self:
+        """The same data with labels counted in ``classes``, which name all that occur."""
+        index = {name: i for i, name in enumerate(classes)}
+        missing = [self.classes[i] for i in np.unique(self.y[self.y >= 0]) if self.classes[i] not in index]
+        if missing:
+            raise DataError(f"classes: {missing[0]!r} is not among {len(classes)} classes, but the data has it")
+        renumbered = np.array([*(index.get(name, UNLABELLED) for name in self.classes), UNLABELLED], dtype=np.int64)
+        return replace(self, y=renumbered[self.y], classes=classes)
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """What errors call the image."""
+
+    @abstractmethod
+    def content(self, row: int) -> Any:
+        """The bytes that the image is decoded from; `DataError` where they cannot be read."""
+
+    @abstractmethod
+    def sizes(self) -> NDArray[np.int64]:
+        """Of the contents, in bytes."""

@@ -1,0 +1,218 @@
+"""Is every byte of an extraction what was written? Each chunk, each document, each thing that should be there.
+
+Damage is found by reading all of it, and told by name. What can be derived from the rest (documents, attributes) is put
+back by `restore_documents`; row blocks have to be computed again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import zarr
+
+from h2t_store import chunks, layout
+from h2t_store.errors import DamagedError, StoreError
+from h2t_store.layout import ExtractionHeader
+from h2t_store.store import Extraction, FeatureStore, read_group, write_group
+
+__all__ = ["Damage", "restore_documents", "verify"]
+
+Kind = Literal["block", "labels", "array", "group", "header"]
+
+
+class Damage(NamedTuple):
+    """One thing that is not as it was written.
+
+    Attributes
+    ----------
+    path : str
+        File, relative to the store.
+    problem : str
+        What is wrong with it.
+    kind : {"block", "labels", "array", "group", "header"}
+        Part of a row block; labels or identifiers; the metadata of an array or of a group; the attributes that say what
+        the extraction is, which have a copy.
+    block : int
+        The row block; -1 elsewhere.
+    """
+
+    path: str
+    problem: str
+    kind: Kind
+    block: int = -1
+
+
+def verify(
+    store: FeatureStore, name: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Damage]:
+    """Read everything that an extraction consists of and tell what is damaged, missing or changed.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The store, sound or not.
+    name : str
+        The extraction in it.
+    progress : callable
+        Called with (row blocks read, row blocks in all).
+
+    Yields
+    ------
+    Damage
+        Row blocks that are not committed yet are no damage.
+
+    Raises
+    ------
+    StoreError
+        Where there is no such extraction.
+    """
+    folder = store.folder(name)
+    yield from _damaged_groups(store, name)
+    try:
+        extraction = Extraction(folder, f"{store.path}: {name}")
+    except DamagedError as error:
+        yield Damage(f"{name}/zarr.json", _problem(error), "header")
+        copy = _copied_header(folder)
+        if copy is None:
+            yield Damage(f"{name}/features/zarr.json", "the copy of the attributes is damaged, too", "header")
+            return
+        extraction = Extraction(folder, f"{store.path}: {name}", copy)
+    else:
+        expected = layout.group_document({"header": extraction.header.to_attrs()})
+        if _content(folder / "features" / "zarr.json") != expected:
+            yield Damage(f"{name}/features/zarr.json", "missing, changed or damaged", "group")
+    for path in extraction.specs:
+        try:
+            extraction.check_metadata(path)
+        except DamagedError as error:
+            yield Damage(f"{name}/{path}/zarr.json", _problem(error), "array")
+    yield from _damaged_labels(extraction, name)
+    total = layout.n_blocks(extraction.header)
+    for block in range(total):
+        yield from _damaged_chunks(extraction, name, block)
+        progress(block + 1, total)
+
+
+def _damaged_groups(store: FeatureStore, name: str) -> Iterator[Damage]:
+    if _content(store.path / "zarr.json") != layout.group_document({"h2t_format": layout.FORMAT}):
+        yield Damage("zarr.json", "missing, changed or damaged", "group")
+    for above in _above(name):
+        if _content(store.path / above / "zarr.json") != layout.group_document({}):
+            yield Damage(f"{above}/zarr.json", "missing, changed or damaged", "group")
+
+
+def _above(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _copied_header(folder: Path) -> ExtractionHeader | None:
+    with suppress(StoreError, KeyError, TypeError, AttributeError):
+        return ExtractionHeader.from_attrs(read_group(folder / "features", "")["header"], "")
+    return None
+
+
+def _damaged_labels(extraction: Extraction, name: str) -> Iterator[Damage]:
+    for path, read in (("y", extraction.labels), ("sample_ids", extraction.sample_ids)):
+        spec, damaged = extraction.specs[path], False
+        for i in range(-(-spec.shape[0] // spec.chunks[0])):
+            try:
+                chunks.read_bytes(extraction.chunk_file(path, i), "")
+            except DamagedError as error:
+                damaged = True
+                yield Damage(f"{name}/{path}/c/{i}", _problem(error), "labels")
+        try:
+            if not damaged:
+                read()
+        except (DamagedError, UnicodeDecodeError):
+            yield Damage(f"{name}/{path}/c", "it holds other values than were written", "labels")
+
+
+def _damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[Damage]:
+    flag = extraction.chunk_file("committed", block)
+    if not flag.exists():
+        if extraction.complete:
+            yield Damage(f"{name}/committed/c/{block}", "missing", "block", block)
+        return
+    try:
+        if chunks.read_chunk(flag, "", "uint8", (1,))[0] != 1:
+            yield Damage(f"{name}/committed/c/{block}", "damaged: it holds another value", "block", block)
+    except DamagedError as error:
+        yield Damage(f"{name}/committed/c/{block}", _problem(error), "block", block)
+    try:
+        record = extraction.read_record(block)
+    except DamagedError as error:
+        yield Damage(f"{name}/checksums/c/{block}/0", _problem(error), "block", block)
+        return
+    files = [
+        (layout.feature_path(layer), f"{block}/{column}")
+        for layer in extraction.header.layers
+        for column in range(layer.n_chunks)
+    ]
+    files += [("layer_norms", f"{block}/0"), ("failures", f"{block}")]
+
+    def check(job: tuple[tuple[str, str], int]) -> Damage | None:
+        (path, index), crc = job
+        spec, file = extraction.specs[path], extraction.folder / path / "c" / index
+        try:
+            if spec.dtype == "string":
+                chunks.read_bytes(file, "", crc)
+            else:
+                chunks.read_chunk(file, "", spec.dtype, spec.chunks, crc)
+        except DamagedError as error:
+            return Damage(f"{name}/{path}/c/{index}", _problem(error), "block", block)
+        return None
+
+    found = chunks.in_threads(check, list(zip(files, map(int, record[1:]), strict=True)))
+    yield from (damage for damage in found if damage)
+
+
+def _problem(error: DamagedError) -> str:
+    """What is wrong, without the name that stands beside it."""
+    return str(error).rpartition(": ")[2].removeprefix(" is ").strip() or str(error)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> None:
+    """Write the metadata again that `verify` found damaged.
+
+    Raises
+    ------
+    StoreError
+        Where it cannot be had back: both copies of the attributes are damaged, or another version of zarr wrote the
+        metadata of the arrays.
+    """
+    folder, where = store.folder(name), f"{store.path}: {name}"
+    groups = {damage.path for damage in damages if damage.kind in ("group", "header")}
+    for path in groups - {f"{name}/zarr.json", f"{name}/features/zarr.json"}:
+        write_group((store.path / path).parent, {} if "/" in path else {"h2t_format": layout.FORMAT})
+    header = _copied_header(folder) if f"{name}/zarr.json" in groups else Extraction(folder, where).header
+    if header is None:
+        raise StoreError(f"{where} cannot be repaired: both copies of its attributes are damaged; extract it again")
+    if f"{name}/zarr.json" in groups:
+        write_group(folder, header.to_attrs() | header.state())
+    if f"{name}/features/zarr.json" in groups:
+        write_group(folder / "features", {"header": header.to_attrs()})
+    specs = layout.array_specs(header)
+    for damage in damages:
+        if damage.kind == "array":
+            path = damage.path.removeprefix(f"{name}/").removesuffix("/zarr.json")
+            document = _array_document(specs[path])
+            if layout.document_digest(document) != header.documents[path]:
+                written = header.provenance["environment"].get("versions", {}).get("zarr")
+                raise StoreError(f"{where}: zarr {written} wrote the metadata of {path!r}: repair it with that version")
+            chunks.replace_file(folder / path / "zarr.json", document)
+
+
+def _array_document(spec: layout.ArraySpec) -> bytes:
+    memory: dict[str, zarr.core.buffer.Buffer] = {}
+    group = zarr.create_group(zarr.storage.MemoryStore(memory), zarr_format=3)
+    layout.create_array(group, "array", spec)
+    return memory["array/zarr.json"].to_bytes()

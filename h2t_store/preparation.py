@@ -1,0 +1,276 @@
+"""What an extraction computes: the images, the network and its taps, and how they are pooled and stored.
+
+A `Job` is all of that, found out and tried on two images before anything is written.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor, nn
+
+from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load_backbone, pooled_layers
+from h2t_store.chunks import CRC_BYTES
+from h2t_store.datasets import Source, open_source
+from h2t_store.engines.blocks import rows_per_block
+from h2t_store.engines.local import Forward, choose_batch_size
+from h2t_store.errors import H2TError, ModelError, TapError, one_line
+from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer
+
+__all__ = ["Job", "check_integer", "prepare"]
+
+_log = logging.getLogger("h2t_store")
+_MAX_IMG_SIZE = 8192
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be computed.
+
+    Attributes
+    ----------
+    source : Source
+        The images.
+    backbone : Backbone
+        The network, on its device.
+    forward : Forward
+        What turns images into features.
+    batch_size : int
+        Images per forward pass.
+    environment : dict
+        What else is needed to compute the same again, as JSON.
+    """
+
+    source: Source
+    backbone: Backbone
+    forward: Forward
+    batch_size: int
+    environment: dict[str, Any]
+
+    def header(self, source: Source, segments: tuple[int, ...] = (), rows: int | None = None) -> ExtractionHeader:
+        """What is to be stored of a source; extractions with equal ``inputs`` hold equal features.
+
+        Parameters
+        ----------
+        source : Source
+            The images, in the order of the rows.
+        segments : tuple of int
+            Rows at which an earlier extraction ended.
+        rows : int, optional
+            Rows per block; by default what suits the number of images.
+        """
+        forward, layers = self.forward, self.layers
+        dtype = str(forward.dtype).removeprefix("torch.")
+        inputs = {
+            "data": source.description,
+            "model": self.backbone.name,
+            "weights_sha256": self.backbone.weights_sha256,
+            "code_sha256": self.backbone.code_sha256,
+            "preprocessing": {key: _plain(value) for key, value in self.backbone.data_config.items()},
+            "taps": [layer.name for layer in layers],
+            "target_size": self.environment["arguments"]["target_size"],
+            "cls_token": self.environment["arguments"]["cls_token"],
+            "dtype": dtype,
+            "amp": "bfloat16" if forward.amp else None,
+        }
+        return ExtractionHeader(
+            n_samples=len(source),
+            rows_per_block=rows or rows_per_block(len(source), layers[-1].stop * forward.dtype.itemsize),
+            dtype=dtype,
+            classes=source.classes,
+            layers=layers,
+            provenance={"inputs": inputs, "environment": self.environment},
+            segments=segments,
+        )
+
+    def layer_bytes(self, layer: Layer) -> int:
+        """Bytes that a layer takes on disk, chunk by whole chunk."""
+        header_rows = rows_per_block(len(self.source), self.layers[-1].stop * self.forward.dtype.itemsize)
+        n_blocks = -(-len(self.source) // header_rows)
+        chunk = header_rows * layer.chunk_width * self.forward.dtype.itemsize + CRC_BYTES
+        return n_blocks * layer.n_chunks * chunk
+
+    def expected_bytes(self) -> int:
+        """Bytes that the features take on disk."""
+        return sum(map(self.layer_bytes, self.layers))
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Layers as stored, side by side."""
+        layers: list[Layer] = []
+        for pooled in self.forward.layers:
+            start = layers[-1].stop if layers else 0
+            layers.append(Layer(pooled.name, start, start + pooled.width, pooled.shape, pooled.target_sizes))
+        return tuple(layers)
+
+
+def prepare(
+    data: str | os.PathLike[str] | tuple[Any, Any],
+    *,
+    model: str | nn.Module,
+    split: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    pretrained: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    img_size: int | None = None,
+    taps: str | Sequence[str] = "activations",
+    cls_token: ClassTokenPolicy = "pool",
+    target_size: int | Sequence[int] = 512,
+    dtype: Literal["float16", "float32"] = "float16",
+    batch_size: int | Literal["auto"] = "auto",
+    device: str | torch.device = "auto",
+    amp: bool = False,
+    torchcompile: bool = False,
+    seed: int = 0,
+) -> Job:
+    """Find out what an extraction would compute; `h2t_store.extract` describes the parameters.
+
+    Raises
+    ------
+    DataError, ModelError, TapError, H2TError
+        Each with one line that names the argument, what was given and what is accepted.
+    """
+    if dtype not in STORAGE_DTYPES:
+        raise H2TError(f"dtype {dtype!r}: accepted are {' and '.join(STORAGE_DTYPES)}")
+    target_sizes = list(target_size) if isinstance(target_size, Sequence | np.ndarray) else [target_size]
+    for size in target_sizes:
+        check_integer("target_size", size, 1)
+    if batch_size != "auto":
+        check_integer("batch_size", batch_size, 1)
+    check_integer("seed", seed, 0)
+    if img_size is not None:
+        check_integer("img_size", img_size, 1, _MAX_IMG_SIZE)
+    torch_device = _device(device)
+    source = open_source(data, split, data_dir=data_dir, download=download)
+    for note in source.notes:
+        _log.warning("%s", note)
+    backbone = load_backbone(
+        model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        img_size=img_size,
+        seed=seed,
+        fallback_size=source.image_size,
+    )
+    memory_format = _memory_format(backbone.model)
+    backbone.model.to(torch_device).to(memory_format=memory_format)
+    found, left_out = _find(backbone, taps, cls_token, torch_device)
+    forward = Forward(
+        model=backbone.model,
+        layers=pooled_layers(found, target_sizes),
+        transform=_transform(backbone),
+        mean=tuple(backbone.data_config["mean"]),
+        std=tuple(backbone.data_config["std"]),
+        dtype=getattr(torch, dtype),
+        device=torch_device,
+        amp=amp,
+        compiled=torchcompile,
+        memory_format=memory_format,
+    )
+    height, width = backbone.data_config["input_size"][1:]
+    images_at_once = choose_batch_size(forward, (height, width)) if batch_size == "auto" else int(batch_size)
+    arguments = {
+        "data": None if isinstance(data, tuple) else _absolute(data),
+        "model": model if isinstance(model, str) else None,
+        "split": split,
+        "data_dir": None if data_dir is None else _absolute(data_dir),
+        "pretrained": pretrained,
+        "checkpoint": None if checkpoint is None else _absolute(checkpoint),
+        "img_size": img_size,
+        "taps": taps if isinstance(taps, str) else list(taps),
+        "cls_token": cls_token,
+        "target_size": [int(size) for size in dict.fromkeys(target_sizes)],
+        "dtype": dtype,
+        "batch_size": images_at_once,
+        "device": torch_device.type,
+        "amp": amp,
+        "torchcompile": torchcompile,
+        "seed": int(seed),
+    }
+    environment = {
+        "arguments": arguments,
+        "taps_left_out": left_out,
+        "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr", "pillow")},
+    }
+    return Job(source, backbone, forward, images_at_once, environment)
+
+
+def check_integer(argument: str, value: object, least: int, most: int = 2**63 - 1) -> None:
+    """Raise `H2TError` unless ``value`` is a whole number in the range."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise H2TError(f"{argument} {value!r}: accepted are whole numbers from {least} to {most}")
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """A path that exists, from the root, so that the job can be done again from elsewhere; other names as they are."""
+    return str(Path(path).resolve()) if Path(path).exists() else os.fspath(path)
+
+
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    """Channels last where there are convolutions of maps, which are faster that way on CPUs and on tensor cores."""
+    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return torch.channels_last if convolves else torch.contiguous_format
+
+
+def _transform(backbone: Backbone) -> Callable[[Image.Image], Tensor]:
+    """timm's preprocessing for evaluation up to eight-bit pixels, tried out once."""
+    try:
+        transform: Callable[[Image.Image], Tensor] = create_transform(
+            **backbone.data_config, is_training=False, use_prefetcher=True
+        )
+        transform(Image.new("RGB", (8, 8)))
+    except Exception as error:
+        raise ModelError(
+            f"model {backbone.name!r}: its preprocessing {backbone.data_config} cannot be used: {one_line(error)}"
+        ) from error
+    return transform
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", _local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except Exception as error:
+        raise ModelError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error
+    return chosen
+
+
+def _local_rank() -> int:
+    """Which of this machine's cards is this process's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _find(
+    backbone: Backbone, taps: str | Sequence[str], cls_token: ClassTokenPolicy, device: torch.device
+) -> tuple[list[Tap], dict[str, str]]:
+    """Resolve the taps on two random images of the network's input size."""
+    size = tuple(backbone.data_config["input_size"])
+    try:
+        example = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
+        found, left_out = find_taps(backbone.model, example.to(device), taps, cls_token)
+    except TapError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"model {backbone.name!r} cannot run on images of {size}: {reason}") from error
+    for tap, reason in left_out.items():
+        _log.info("tap %s is left out: %s", tap, reason)
+    if not found:
+        raise TapError(f"taps {taps!r}: the network has no activation of single images there")
+    return found, left_out
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
