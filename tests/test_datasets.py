@@ -193,6 +193,20 @@ def test_an_image_that_disappears_is_named(folder):
         _ = source.description
 
 
+def test_folders_and_images_without_permission_are_named(folder, monkeypatch):
+    source = open_source(folder)
+
+    def refuse(path, *options, **more):
+        raise PermissionError(13, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with raises_with(f"{folder / 'a' / '00.png'}: Permission denied"):
+        source.image(0)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with raises_with(f"data: {folder}/: Permission denied"):
+        open_source(folder)
+
+
 def test_any_name_that_is_unicode_is_read(tmp_path, images):
     names = ["a b/ü ñ.png", "c/日本.PNG", "new\nline/x.png", "e.png/f.png", "-/--.png", "g/'\".png"]
     for i, name in enumerate(names):

@@ -148,6 +148,15 @@ def test_a_damaged_image_is_never_another_kind_of_error(form, place, change):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("options", [{}, {"no_jp2": True}, {"tile_size": (16, 16)}])
+def test_a_jpeg2000_that_is_cut_off_anywhere_is_an_error(options):
+    content = encoded(Image.fromarray(PIXELS), "JPEG2000", **options)
+    assert decode(content + b"\0" * 7, "x").size == (31, 24)
+    for size in [*range(0, len(content), 53), *range(100, 300, 7), len(content) - 1]:
+        with raises_with("x: "):
+            decode(content[:size], "x")
+
+
 def test_cut_off_images_stay_errors_when_another_library_lets_them_pass(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with raises_with("LOAD_TRUNCATED_IMAGES is on"):

@@ -55,6 +55,8 @@ def decode(content: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             _require_few_pixels(image)
+            if image.format == "JPEG2000":
+                _require_end_of_jpeg2000(content)
             return as_rgb(image)
     except UnidentifiedImageError:
         raise DataError(f"{shown(name)}: not an image") from None
@@ -95,3 +97,25 @@ def _require_few_pixels(image: Image.Image) -> None:
             f"{image.width} x {image.height} pixels may be a decompression bomb; accepted are {limit} pixels "
             "(PIL.Image.MAX_IMAGE_PIXELS)"
         )
+
+
+def _require_end_of_jpeg2000(content: bytes) -> None:
+    """PIL decodes what is there of a JPEG 2000 that is cut off, and leaves the rest black."""
+    if not _codestream(content).rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise ValueError("image file is truncated")
+
+
+def _codestream(content: bytes) -> bytes:
+    """What is in the box ``jp2c``, or everything where there are no boxes (ISO/IEC 15444-1, annex I)."""
+    if not content.startswith(b"\0\0\0\x0cjP"):
+        return content
+    start = 0
+    while start < len(content):
+        size, kind, header = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8], 8
+        if size == 1:
+            size, header = int.from_bytes(content[start + 8 : start + 16], "big"), 16
+        end = start + max(size, header) if size else len(content)
+        if kind == b"jp2c":
+            return content[start + header : end]
+        start = end
+    return b""
