@@ -1,11 +1,12 @@
-"""What the benchmarks share: the machine's name, features to work on, fresh processes."""
+"""What the benchmarks share: the machine's name, features to work on, fresh processes, timing side by side."""
 
+import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 SUITE, WEIGHTS = HERE.parents[1] / "shared/data/suite", HERE.parents[1] / "shared/data/weights"
 
 
-def machine(threads: int) -> str:
+def machine(threads: int, packages: Sequence[str] = ("torch", "numpy", "scikit-learn")) -> str:
     """Processor, GPU, threads and versions, in a line."""
     import torch
 
@@ -29,8 +30,8 @@ def machine(threads: int) -> str:
         platform.processor(),
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    packages = " ".join(f"{package} {version(package)}" for package in ("torch", "numpy", "scikit-learn"))
-    return f"{name}, {os.cpu_count()} cores, {threads} threads, {gpu}; python {platform.python_version()} {packages}"
+    versions = " ".join(f"{package} {version(package)}" for package in packages)
+    return f"{name}, {os.cpu_count()} cores, {threads} threads, {gpu}; python {platform.python_version()} {versions}"
 
 
 def suite_features(task: str, split: str, suite: Path, weights: Path, work: Path) -> FeatureMatrix:
@@ -134,3 +135,39 @@ def launch(spec: dict[str, Any], script: Path, python: str = sys.executable) -> 
         raise SystemExit(f"{spec['run']} failed:\n{done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def alternate(works: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, list[Any]]:
+    """What each piece of work returns in each of ``repeat`` rounds; every round runs all of them, in turning order.
+
+    What is compared is so measured within moments, and a machine that slows down hits each as often as the others.
+    """
+    results: dict[str, list[Any]] = {name: [] for name in works}
+    for i in range(repeat):
+        order = list(works.items())
+        for name, work in order if i % 2 == 0 else reversed(order):
+            gc.collect()
+            results[name].append(work())
+    return results
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest quotient of numbers measured in the same round."""
+    quotients = np.divide(numerators, denominators)
+    return {"median": float(np.median(quotients)), "min": float(quotients.min()), "max": float(quotients.max())}
+
+
+def shown(quotient: Mapping[str, float], target: str = "") -> str:
+    """A ratio as it is printed: ``0.97 (0.95 to 0.98)``, and what it should be."""
+    wanted = f", wanted {target}" if target else ""
+    return f"{quotient['median']:.3f} ({quotient['min']:.3f} to {quotient['max']:.3f}){wanted}"
+
+
+def drop_caches() -> bool:
+    """Make the system forget the files it has read, so that the next reading is from the disk; whether it could."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError:
+        return False
+    return True

@@ -6,6 +6,7 @@ pipeline. A chunk that is absent, cut short or changed is an error, whatever par
 
 import os
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,13 +111,12 @@ def read_bytes(path: Path, where: str, crc: int | None = None) -> NDArray[np.uin
         Where the file is missing, cut short, changed or another chunk's.
     """
     try:
-        size = os.stat(path).st_size
-        data = np.empty(size, dtype=np.uint8)
+        data = np.empty(os.stat(path).st_size, dtype=np.uint8)
         _fill(path, data)
     except FileNotFoundError:
         raise DamagedError(f"{where} is missing") from None
-    except OSError as error:
-        raise DamagedError(f"{where} cannot be read: {error.strerror or error}") from error
+    except (OSError, MemoryError) as error:
+        raise DamagedError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return _checked(data, where, crc)
 
 
@@ -142,19 +142,19 @@ def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], c
         Where the file is missing, of another size, changed or another chunk's.
     """
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + CRC_BYTES
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or len(buffer) < size + 1:
-        buffer = _scratch.buffer = np.empty(size + 1, dtype=np.uint8)
     try:
-        read = _fill(path, buffer[: size + 1])
+        read = os.stat(path).st_size
+        if read == size:  # memory is taken for what is there, whatever the metadata say
+            buffer = getattr(_scratch, "buffer", None)
+            if buffer is None or len(buffer) < size:
+                buffer = _scratch.buffer = np.empty(size, dtype=np.uint8)
+            read = _fill(path, buffer[:size])
     except FileNotFoundError:
         raise DamagedError(f"{where} is missing") from None
     except OSError as error:
         raise DamagedError(f"{where} cannot be read: {error.strerror or error}") from error
     if read != size:
-        raise DamagedError(
-            f"{where} is damaged: {'more than ' if read > size else ''}{min(read, size)} bytes of {size}"
-        )
+        raise DamagedError(f"{where} is damaged: {read} bytes instead of {size}")
     return _checked(buffer[:size], where, crc).view(dtype).reshape(shape)
 
 
@@ -189,19 +189,26 @@ def encode_strings(strings: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def decode_strings(data: NDArray[np.uint8]) -> list[str]:
-    """The inverse of `encode_strings`."""
+    """The inverse of `encode_strings`; raises `ValueError` where the bytes are no strings."""
     raw, at, strings = data.tobytes(), 4, []
     for _ in range(int.from_bytes(raw[:4], "little")):
         stop = at + 4 + int.from_bytes(raw[at : at + 4], "little")
+        if stop > len(raw) or at == len(raw):
+            break
         strings.append(raw[at + 4 : stop].decode())
         at = stop
+    if at != len(raw) or len(strings) != int.from_bytes(raw[:4], "little"):
+        raise ValueError("not as many strings as there should be")
     return strings
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all, on disk before anything that follows."""
+def replace_file(path: Path, content: bytes, *, shared: bool = False) -> None:
+    """Write a small file so that it is there whole or not at all, on disk before anything that follows.
+
+    What several processes may write at once (``shared``) takes shape under a name that is this call's alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()

@@ -67,6 +67,7 @@ def verify(
     StoreError
         Where there is no such extraction.
     """
+    store.finish_replacing(name)
     folder = store.folder(name)
     yield from _damaged_groups(store, name)
     try:
@@ -125,7 +126,7 @@ def _damaged_labels(extraction: Extraction, name: str) -> Iterator[Damage]:
         try:
             if not damaged:
                 read()
-        except (DamagedError, UnicodeDecodeError):
+        except DamagedError:
             yield Damage(f"{name}/{path}/c", "it holds other values than were written", "labels")
 
 
@@ -140,19 +141,19 @@ def _damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[D
             yield Damage(f"{name}/committed/c/{block}", "damaged: it holds another value", "block", block)
     except DamagedError as error:
         yield Damage(f"{name}/committed/c/{block}", _problem(error), "block", block)
-    try:
-        record = extraction.read_record(block)
-    except DamagedError as error:
-        yield Damage(f"{name}/checksums/c/{block}/0", _problem(error), "block", block)
-        return
     files = [
         (layout.feature_path(layer), f"{block}/{column}")
         for layer in extraction.header.layers
         for column in range(layer.n_chunks)
     ]
     files += [("layer_norms", f"{block}/0"), ("failures", f"{block}")]
+    crcs: list[int | None] = [None] * len(files)
+    try:
+        crcs = extraction.read_record(block)[1:].tolist()
+    except DamagedError as error:
+        yield Damage(f"{name}/checksums/c/{block}/0", _problem(error), "block", block)
 
-    def check(job: tuple[tuple[str, str], int]) -> Damage | None:
+    def check(job: tuple[tuple[str, str], int | None]) -> Damage | None:
         (path, index), crc = job
         spec, file = extraction.specs[path], extraction.folder / path / "c" / index
         try:
@@ -164,7 +165,7 @@ def _damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[D
             return Damage(f"{name}/{path}/c/{index}", _problem(error), "block", block)
         return None
 
-    found = chunks.in_threads(check, list(zip(files, map(int, record[1:]), strict=True)))
+    found = chunks.in_threads(check, list(zip(files, crcs, strict=True)))
     yield from (damage for damage in found if damage)
 
 
@@ -192,7 +193,8 @@ def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> 
     folder, where = store.folder(name), f"{store.path}: {name}"
     groups = {damage.path for damage in damages if damage.kind in ("group", "header")}
     for path in groups - {f"{name}/zarr.json", f"{name}/features/zarr.json"}:
-        write_group((store.path / path).parent, {} if "/" in path else {"h2t_format": layout.FORMAT})
+        attributes = {} if "/" in path else {"h2t_format": layout.FORMAT}
+        write_group((store.path / path).parent, attributes, shared=True)
     header = _copied_header(folder) if f"{name}/zarr.json" in groups else Extraction(folder, where).header
     if header is None:
         raise StoreError(f"{where} cannot be repaired: both copies of its attributes are damaged; extract it again")

@@ -182,7 +182,7 @@ class ExtractionHeader:
             header = cls(
                 n_samples=int(attrs["n_samples"]),
                 rows_per_block=int(attrs["rows_per_block"]),
-                dtype=str(np.dtype(attrs["dtype"])),
+                dtype=str(attrs["dtype"]),
                 classes=tuple(attrs["classes"]),
                 layers=tuple(
                     Layer(name, start, stop, tuple(shape), tuple(sizes))
@@ -194,10 +194,34 @@ class ExtractionHeader:
                 ids_sha256=str(attrs["ids_sha256"]),
                 documents=dict(attrs["documents"]),
             )
-            array_specs(header)
-        except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            _require_sense(header)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise DamagedError(f"{where}: the attributes in its zarr.json are not those of an extraction") from error
         return header
+
+
+def _require_sense(header: ExtractionHeader) -> None:
+    """Raise `ValueError` where a header, though its digest is right, would lead to odd paths, sizes or types."""
+    counts = [header.n_samples, header.rows_per_block, *header.segments]
+    counts += [n for layer in header.layers for n in (layer.start, layer.stop, *layer.shape, *layer.target_sizes)]
+    edges = [0, *(layer.stop for layer in header.layers)]
+    names = [layer.name for layer in header.layers]
+    sensible = (
+        all(type(n) is int for n in counts)
+        and header.n_samples > 0
+        and header.rows_per_block > 0
+        and header.dtype in STORAGE_DTYPES
+        and all(isinstance(name, str) for name in (*header.classes, *names))
+        and [layer.start for layer in header.layers] == edges[:-1]
+        and all(layer.width > 0 for layer in header.layers)
+        and not any(name in ("", ".", "..") or "\0" in name for name in names)
+        and len({*names}) == len(names) > 0
+        and list(header.segments) == sorted(row for row in {*header.segments} if 0 < row < header.n_samples)
+        and {*header.documents} == {*array_specs(header)}
+    )
+    if not sensible:
+        raise ValueError("out of range")
+    "".join(names).encode()  # what is no Unicode cannot be a path
 
 
 def _digest(attrs: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import unquote
 
 import numpy as np
 import zarr
@@ -35,6 +36,7 @@ _TRASH = ".trash-"
 _STAGED = ".append-"
 _LOCKS = ".locks"
 _CACHED_BLOCKS = 4096
+_MAX_UNSEEN_ROWS = 10_000_000
 
 
 class Extraction:
@@ -66,12 +68,21 @@ class Extraction:
         attributes = read_group(folder, where) if header is None else header.to_attrs() | header.state()
         self.header = ExtractionHeader.from_attrs(attributes, where)
         self.complete = attributes.get("complete") is True
-        self.n_failed = int(attributes.get("n_failed", 0)) if self.complete else 0
+        self.n_failed: int = attributes.get("n_failed", 0) if self.complete else 0
         expected = self.header.to_attrs() | self.header.state(self.n_failed if self.complete else None)
         if attributes != expected:
             raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged: their seal differs")
+        if type(self.n_failed) is not int or not self._holds_its_rows():
+            raise DamagedError(f"{where}: the attributes in its zarr.json are not those of an extraction")
         self._sound: set[str] = set()
         self.record = lru_cache(_CACHED_BLOCKS)(self.read_record)
+
+    def _holds_its_rows(self) -> bool:
+        """Whether there are labels for most of the rows; only asked where so many rows would fill the memory."""
+        if self.header.n_samples <= _MAX_UNSEEN_ROWS:
+            return True
+        n_bytes = sum(file.stat().st_size for file in (self.folder / "y" / "c").glob("*"))
+        return n_bytes > self.header.n_samples * np.dtype(np.int64).itemsize // 2
 
     @cached_property
     def specs(self) -> dict[str, layout.ArraySpec]:
@@ -114,7 +125,11 @@ class Extraction:
 
     def _strings(self, path: str, index: int, crc: int | None = None) -> list[str]:
         name = self._chunk_name(path, [index])
-        return chunks.decode_strings(chunks.read_bytes(self.chunk_file(path, index), name, crc))
+        data = chunks.read_bytes(self.chunk_file(path, index), name, crc)
+        try:
+            return chunks.decode_strings(data)
+        except ValueError:
+            raise DamagedError(f"{name} is damaged: it does not hold strings") from None
 
     def read_record(self, block: int) -> NDArray[np.uint32]:
         """The checksums of a row block, found to be this block's."""
@@ -143,10 +158,13 @@ class Extraction:
     def failures(self) -> dict[int, str]:
         """Why samples were skipped, by their row."""
         reasons: dict[int, str] = {}
-        for block in np.flatnonzero(self.committed()).tolist():
+        blocks = range(layout.n_blocks(self.header))
+        for block in blocks if self.complete else np.flatnonzero(self.committed()).tolist():
             first = block * self.header.rows_per_block
             strings = self._strings("failures", block, int(self.record(block)[-1]))
             reasons |= {first + i: reason for i, reason in enumerate(strings) if reason}
+        if self.complete and len(reasons) != self.n_failed:
+            raise DamagedError(f"{self.where}: {len(reasons)} samples were skipped, not {self.n_failed}")
         return reasons
 
     def skipped(self) -> dict[str, str]:
@@ -210,8 +228,9 @@ class Extraction:
         height, reasons = self.header.rows_per_block, [(failures or {}).get(i, "") for i in range(len(norms))]
         known = 0 if before is None else before.header.n_samples - block * height
         if before is not None:
-            norms = np.concatenate([before.read("layer_norms", (block, 0))[:known], norms])
-            reasons = before._strings("failures", block)[:known] + reasons
+            record = before.record(block)
+            norms = np.concatenate([before.read("layer_norms", (block, 0), int(record[-2]))[:known], norms])
+            reasons = before._strings("failures", block, int(record[-1]))[:known] + reasons
 
         def write(job: tuple[Layer, int, NDArray[Any]]) -> int:
             layer, column, values = job
@@ -258,6 +277,8 @@ class Extraction:
             source = other.folder / path.relative_to(self.folder)
             try:
                 os.link(source, path)
+            except FileNotFoundError:
+                raise DamagedError(f"{other.where}: chunk {path.relative_to(self.folder)} is missing") from None
             except OSError:
                 shutil.copyfile(source, path)
         self._commit(block, other.record(block)[1:])
@@ -340,7 +361,7 @@ class FeatureStore:
             if not create:
                 raise StoreError(f"store {str(path)!r} does not exist")
             try:
-                write_group(self.path, {"h2t_format": layout.FORMAT})
+                write_group(self.path, {"h2t_format": layout.FORMAT}, shared=True)
             except OSError as error:
                 raise StoreError(f"store {str(path)!r} cannot be made: {error.strerror or error}") from error
         found = read_group(self.path, f"store {str(path)!r}").get("h2t_format")
@@ -360,17 +381,19 @@ class FeatureStore:
 
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
+        for staged in self.path.glob(f"{_STAGED}*"):
+            self.finish_replacing(unquote(staged.name.removeprefix(_STAGED)))
         return sorted(name for name, _ in _names_below(self.path))
 
     def folder(self, name: str) -> Path:
         """Where an extraction of that name lies."""
-        return self.path / layout.check_name(name)
+        return Path(os.path.abspath(self.path)) / layout.check_name(name)
 
     def open(self, name: str) -> Extraction:
         """Open the extraction ``name``; raises `StoreError` where there is none."""
         folder = self.folder(name)
         if not _may_be_extraction(folder):
-            self._finish_replacing(name)
+            self.finish_replacing(name)
         if not _may_be_extraction(folder):
             known = self.names()
             listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
@@ -383,7 +406,7 @@ class FeatureStore:
         """Open the extraction ``name``; None where there is none."""
         folder = self.folder(name)
         if not _may_be_extraction(folder):
-            self._finish_replacing(name)
+            self.finish_replacing(name)
         return Extraction(folder, f"{self.path}: {name}") if _may_be_extraction(folder) else None
 
     @contextmanager
@@ -438,12 +461,14 @@ class FeatureStore:
                 return begun
         elif any(True for _ in _names_below(folder)):
             raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
+        if self._staged(name).exists():
+            self._discard(self._staged(name))
         if folder.exists():
             self._discard(folder)  # what a crash left, or a beginning of something else without any row
         for depth in range(1, len(parts)):
             above = self.path.joinpath(*parts[:depth])
             if not (above / "zarr.json").exists():
-                write_group(above, {})
+                write_group(above, {}, shared=True)
         return _create(folder, f"{self.path}: {name}", header, y, sample_ids)
 
     def stage(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
@@ -468,17 +493,18 @@ class FeatureStore:
 
     def replace(self, name: str) -> Extraction:
         """Put what was staged, which must be complete, in the place of the extraction ``name``."""
-        self._discard(self.folder(name))
-        self._finish_replacing(name)
+        trash = self._set_aside(self.folder(name))
+        self.finish_replacing(name)
+        shutil.rmtree(trash, ignore_errors=True)
         return self.open(name)
 
     def _staged(self, name: str) -> Path:
         return self.path / f"{_STAGED}{layout.check_name(name).replace('%', '%25').replace('/', '%2F')}"
 
-    def _finish_replacing(self, name: str) -> None:
+    def finish_replacing(self, name: str) -> None:
         """A crash can come between the two halves of `replace`: then only what was staged, complete, is there."""
-        folder, staged = self.folder(name), self._staged(name)
         with suppress(StoreError, OSError):
+            folder, staged = self.folder(name), self._staged(name)
             if not folder.exists() and Extraction(staged, name).complete:
                 staged.rename(folder)
 
@@ -496,9 +522,12 @@ class FeatureStore:
 
     def _discard(self, folder: Path) -> None:
         """Take a folder away at once, then delete it, with what an interrupted removal left."""
-        folder.rename(self.path / f"{_TRASH}{uuid.uuid4().hex}")
+        self._set_aside(folder)
         for trash in self.path.glob(f"{_TRASH}*"):
             shutil.rmtree(trash, ignore_errors=True)
+
+    def _set_aside(self, folder: Path) -> Path:
+        return folder.rename(self.path / f"{_TRASH}{uuid.uuid4().hex}")
 
 
 def _create(folder: Path, where: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
@@ -518,9 +547,9 @@ def _create(folder: Path, where: str, header: ExtractionHeader, y: NDArray[np.in
     return Extraction(folder, where)
 
 
-def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
-    """Write the zarr.json of a group."""
-    chunks.replace_file(folder / "zarr.json", layout.group_document(attributes))
+def write_group(folder: Path, attributes: Mapping[str, Any], *, shared: bool = False) -> None:
+    """Write the zarr.json of a group, which writers of other extractions may do at once where it is ``shared``."""
+    chunks.replace_file(folder / "zarr.json", layout.group_document(attributes), shared=shared)
 
 
 def read_group(folder: Path, where: str) -> dict[str, Any]:
@@ -539,7 +568,7 @@ def read_group(folder: Path, where: str) -> dict[str, Any]:
         attributes = json.loads(content)["attributes"]
         if layout.group_document(attributes) == content:
             return dict(attributes)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise DamagedError(f"{where}: its zarr.json was changed or damaged")
 
@@ -558,7 +587,7 @@ def _kind(folder: Path) -> Literal["extraction", "unreadable", "group", "array",
         return "extraction" if {*document["attributes"]} - {"header"} else "group"
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "unreadable"
 
 

@@ -99,18 +99,19 @@ def test_it_is_found_where_a_change_of_its_parameter_stays(model, taps, position
 
 
 @pytest.mark.parametrize(
-    ("name", "counts"),
+    ("name", "options", "counts"),
     [
-        ("deit_tiny_distilled_patch16_224", {198: 0}),
-        ("eva02_tiny_patch14_224", {257: 0}),
-        ("cait_xxs24_224", {197: 0}),
-        ("mvitv2_small_cls", {3137: 0, 785: 0, 197: 0, 50: 0}),
-        ("convit_tiny", {197: 0}),
+        ("deit_tiny_distilled_patch16_224", {"depth": 2}, {18: 0}),
+        ("eva02_tiny_patch14_224", {"depth": 2}, {17: 0}),
+        ("cait_xxs24_224", {"depth": 2}, {17: 0}),
+        ("mvitv2_small_cls", {}, {257: 0, 65: 0, 17: 0, 5: 0}),
+        ("convit_tiny", {"depth": 3, "local_up_to_layer": 2}, {17: 0}),
     ],
 )
-def test_timms_networks_with_a_class_token(name, counts):
-    model = timm.create_model(name)
-    found = find(model, "activations", "keep", 224)
+def test_timms_networks_with_a_class_token(name, options, counts):
+    size = 56 if "patch14" in name else 64
+    model = timm.create_model(name, img_size=size, **options)
+    found = find(model, "activations", "keep", size)
     assert {tap.shape[1]: tap.class_token for tap in found.values() if tap.class_token is not None} == counts
 
 

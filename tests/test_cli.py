@@ -1,3 +1,5 @@
+import io
+import json
 import logging
 import os
 import re
@@ -200,3 +202,104 @@ def test_help_names_every_flag_with_timms_words(run):
         assert flag in out
     for flag in ("--device", "--amp", "--taps", "--target-size", "--dtype", "--store", "--name", "--split"):
         assert flag in out
+
+
+def test_json_is_for_machines(run, folder, tmp_path):
+    store = tmp_path / "s"
+    (folder / "a" / "99.png").write_text("no image")
+    args = ("extract", folder, "--model", MODEL, "--store", store, "--name", "x/y", "--on-error", "skip", "--json")
+    code, out, _ = run(*args)
+    assert code == 0
+    done = json.loads(out)
+    assert (done["images"], done["computed"], done["classes"]) == (40, 41, 4)
+    assert list(done["failures"]) == ["a/99.png"]
+    (listed,) = json.loads(run("h2t", "ls", store, "--json")[1])
+    assert (listed["name"], listed["images"], listed["state"]) == ("x/y", 41, "complete, 1 skipped")
+    known = json.loads(run("h2t", "info", store, "x/y", "--json")[1])
+    assert known["inputs"]["model"] == "tiny_models.py:small_input"
+    assert known["layer_list"][0]["activation"] == [4, 8, 8]
+    assert known["class_names"] == ["a", "b", "c", "d"]
+    assert known["stored"] == listed["stored"]
+    assert list(known["failures"]) == ["a/99.png"]
+
+
+def test_a_dry_run_stores_nothing_and_says_what_would_come(run, folder, tmp_path):
+    args = ("extract", folder, "--model", MODEL, "--store", tmp_path / "s", "--name", "x", "--dry-run")
+    args += ("--target-size", 4, "--target-size", 64, "-b", 8)
+    code, out, _ = run(*args)
+    assert code == 0
+    for part in ("layers.0.conv1:in@4", "4 x 8 x 8", "images", "batch size", "images/s"):
+        assert part in out
+    plan = json.loads(run(*args, "--json")[1])
+    assert not (tmp_path / "s").exists()
+    assert plan["features"] == sum(layer["width"] for layer in plan["layers"])
+    assert plan["bytes"] == sum(layer["bytes"] for layer in plan["layers"])
+    assert (plan["images"], plan["batch_size"]) == (40, 8)
+    assert plan["seconds"] > 0
+
+
+def test_removal_asks_first(run, folder, tmp_path, monkeypatch):
+    store = tmp_path / "s"
+    run("extract", folder, "--model", MODEL, "--store", store, "--name", "x")
+    for answer in ("n\n", "\n", ""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+        code, _, err = run("h2t", "rm", store, "x")
+        assert code == 1
+        assert "Remove x (images 40" in err
+        assert "x" in run("h2t", "ls", store)[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    code, out, _ = run("h2t", "rm", store, "x")
+    assert (code, out.strip()) == (0, f"{store}: x removed")
+    assert json.loads(run("h2t", "ls", store, "--json")[1]) == []
+
+
+def test_export_writes_the_layers_asked_for(run, folder, tmp_path):
+    run("extract", folder, "--model", MODEL, "--store", tmp_path / "s", "--name", "x")
+    code, out, _ = run("h2t", "export", tmp_path / "s", "x", tmp_path / "o.npy", "--layers", "head,layers.0")
+    assert code == 0
+    assert "40 rows x " in out
+    expected = open_features(tmp_path / "s", "x").select_layers(["head", "layers.0"])
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), np.asarray(expected))
+    assert run("h2t", "export", tmp_path / "s", "x", tmp_path / "o.npy")[0] == 1
+
+
+def test_a_list_in_the_layout_of_vtab(run, tmp_path, images):
+    root = tmp_path / "caltech101"
+    for split, numbers in (("train800val200", range(30)), ("test", range(30, 40))):
+        lines = []
+        for i in numbers:
+            path = root / "images" / split / f"{i:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i]).save(path)
+            lines.append(f"images/{split}/{i:04}.jpg {i % 10}\n")
+        (root / f"{split}.txt").write_text("".join(lines))
+    for split, n in (("train800val200", 30), ("test", 10)):
+        args = ("extract", root / f"{split}.txt", "--model", MODEL, "--store", tmp_path / "s", "--name", f"c/{split}")
+        code, _, err = run(*args)
+        assert (code, err) == (0, "")
+        matrix = open_features(tmp_path / "s", f"c/{split}")
+        assert matrix.shape[0] == n
+        assert [matrix.classes[y] for y in matrix.y] == [str(int(name[-8:-4]) % 10) for name in matrix.sample_ids]
+
+
+@pytest.mark.parametrize("command", ["extract", "h2t"])
+def test_the_shell_completes(command, tmp_path):
+    program = f"from h2t_store.cli import {command}_main; import sys; sys.argv[0] = {command!r}; {command}_main()"
+    words = f"{command} --" if command == "extract" else "h2t ver"
+    variables = {f"_{command.upper()}_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=os.environ | variables
+    )
+    assert ("--model" if command == "extract" else "verify") in done.stdout
+
+
+def test_every_command_explains_itself_with_an_example(run):
+    commands = ("ls", "info", "verify", "repair", "rm", "export")
+    top = run("h2t", "--help")[1]
+    for command in commands:
+        assert command in top
+        assert f"Example: h2t {command}" in " ".join(run("h2t", command, "--help")[1].split())
+    assert "Exit status: 0 done; 1 error" in " ".join(top.replace("│", " ").split())
+    panels = run("extract", "--help")[1]
+    for topic in ("Data", "Network", "Features", "Speed", "Result"):
+        assert f"─ {topic} ─" in panels

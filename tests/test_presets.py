@@ -143,22 +143,32 @@ def test_functions_in_place_of_modules_change_names_only():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "must_have"),
+    ("name", "options", "must_have"),
     [
-        ("resnet14t", 64, {"layer1.0.act1", "layer4.0.act3", "fc"}),  # no block keeps its shape
-        ("seresnet50", 64, {"layer1.0.se.fc1:in", "layer1.0.act2", "layer4.2.act3"}),
-        ("regnetx_002", 64, {"s1.b1.conv1.bn.act", "s4.b7.act3", "head.fc"}),  # blocks in no Sequential
-        ("test_vit", 160, {"patch_embed.proj", "blocks.0.norm1", "blocks.0.attn", "blocks.5.mlp.fc2", "head:in"}),
-        ("deit_tiny_distilled_patch16_224", 224, {"patch_embed", "blocks.11.attn", "head:in", "head_dist:in"}),
-        ("eva02_tiny_patch14_224", 224, {"patch_embed", "blocks.0.attn", "blocks.0.mlp.fc1", "fc_norm"}),
-        ("cait_xxs24_224", 224, {"patch_embed", "blocks.23.attn", "blocks_token_only.1.mlp.fc2", "norm", "head:in"}),
+        ("resnet14t", {}, {"layer1.0.act1", "layer4.0.act3", "fc"}),  # no block keeps its shape
+        ("seresnet18", {}, {"layer1.0.se.fc1:in", "layer1.0.act1", "layer4.1.act2"}),
+        ("regnetx_002", {}, {"s1.b1.conv1.bn.act", "s4.b7.act3", "head.fc"}),  # blocks in no Sequential
+        ("test_vit", {"img_size": 64}, {"patch_embed.proj", "blocks.0.norm1", "blocks.0.attn", "blocks.5.mlp.fc2"}),
+        (
+            "deit_tiny_distilled_patch16_224",
+            {"img_size": 64, "depth": 2},
+            {"patch_embed", "blocks.1.attn", "head:in", "head_dist:in"},
+        ),
+        ("beit_base_patch16_224", {"img_size": 64, "depth": 1}, {"patch_embed", "blocks.0.attn", "fc_norm"}),
+        ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}, {"patch_embed", "blocks.0.mlp.fc1", "fc_norm"}),
+        (
+            "cait_xxs24_224",
+            {"img_size": 64, "depth": 2},
+            {"patch_embed", "blocks.1.attn", "blocks_token_only.1.mlp.fc2", "norm", "head:in"},
+        ),
     ],
 )
-def test_other_members_of_both_families_are_known_by_their_build(name, size, must_have):
-    assert must_have <= {tap.name for tap in published(timm.create_model(name), size)}
+def test_other_members_of_both_families_are_known_by_their_build(name, options, must_have):
+    model = timm.create_model(name, **options)
+    assert must_have <= {tap.name for tap in published(model, options.get("img_size", 64))}
 
 
-@pytest.mark.parametrize("name", ["vgg11", "test_convnext", "mixer_s32_224", "densenet121", "inception_v3"])
+@pytest.mark.parametrize("name", ["test_convnext", "mixer_s32_224", "densenet121", "inception_v3"])
 def test_other_networks_are_told_what_to_use(name):
     model = timm.create_model(name).eval()
     with pytest.raises(TapError, match=r"'paper' is published for ResNet and ViT families .* use 'activations'"):

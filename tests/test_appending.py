@@ -1,0 +1,197 @@
+"""Extending an extraction by images that its source has got since."""
+
+import numpy as np
+import pytest
+import tiny_models
+from conftest import MODELS
+from PIL import Image
+
+from h2t_store import extract, open_features
+from h2t_store.datasets.source import Source
+from h2t_store.engines import blocks
+from h2t_store.errors import IncompleteError, StoreError
+from h2t_store.integrity import verify
+from h2t_store.store import Extraction, FeatureStore
+
+MODEL = f"{MODELS}:small_input"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+
+
+@pytest.fixture
+def grow(folder, images):
+    """Add images to the folder: one before all others, one in a new class."""
+
+    def grow(*names: str) -> None:
+        for i, name in enumerate(names):
+            (folder / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(images[i][::-1]).save(folder / name)
+
+    return grow
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Identifiers of the images that were read."""
+    seen, read = [], Source.image
+
+    def image(self, row):
+        seen.append(str(self.sample_ids[row]))
+        return read(self, row)
+
+    monkeypatch.setattr(Source, "image", image)
+    return seen
+
+
+def common(tmp_path):
+    return dict(model=MODEL, store=tmp_path / "s", name="x", workers=0, batch_size=5)
+
+
+def test_only_new_images_are_read_and_old_rows_keep_their_values(tmp_path, folder, grow, decoded):
+    before = extract(folder, **common(tmp_path))
+    old, old_ids, old_y = np.asarray(before), before.sample_ids.tolist(), before.y
+    new = ["a/000.png", "a/zz.png", "zebra/1.png", "aaa/1.png"]
+    grow(*new)
+    decoded.clear()
+    after = extract(folder, append=True, **common(tmp_path))
+    assert sorted(decoded) == sorted(new)
+    assert after.sample_ids.tolist() == old_ids + sorted(new)
+    assert after.classes == ("a", "b", "c", "d", "aaa", "zebra")
+    np.testing.assert_array_equal(after.y[:40], old_y)
+    assert [after.classes[label] for label in after.y[40:]] == [name.split("/")[0] for name in sorted(new)]
+    np.testing.assert_array_equal(np.asarray(after)[:40], old)
+    assert list(verify(FeatureStore(tmp_path / "s"), "x")) == []
+    fresh = extract(folder, **(common(tmp_path) | dict(name="fresh")))
+    order = [fresh.sample_ids.tolist().index(name) for name in after.sample_ids]
+    np.testing.assert_allclose(np.asarray(after), np.asarray(fresh)[order], rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(after.layer_norms(), fresh.layer_norms()[order], rtol=2e-3, atol=1e-4)
+
+
+def test_nothing_is_computed_where_nothing_is_new_or_all_is_appended(tmp_path, folder, grow, decoded):
+    extract(folder, **common(tmp_path))
+    for _ in range(2):
+        decoded.clear()
+        extract(folder, append=True, **common(tmp_path))
+        extract(folder, **common(tmp_path))
+        assert decoded == []
+        grow("a/one more.png")
+        extract(folder, append=True, **common(tmp_path))
+
+
+def test_several_appendices_and_a_recomputed_block_give_the_same_bits(tmp_path, folder, grow):
+    extract(folder, **common(tmp_path))
+    grow("b/x.png", "b/y.png")
+    extract(folder, append=True, **common(tmp_path))
+    grow("a/x.png", "c/y.png", "d/z.png")
+    matrix = extract(folder, append=True, **common(tmp_path))
+    values = np.asarray(matrix)
+    extraction = FeatureStore(tmp_path / "s").open("x")
+    assert extraction.header.segments == (40, 42)
+    extraction.reopen([2])
+    np.testing.assert_array_equal(np.asarray(extract(folder, **common(tmp_path))), values)
+
+
+def test_without_append_grown_data_is_refused_with_advice(tmp_path, folder, grow):
+    extract(folder, **common(tmp_path))
+    grow("a/x.png")
+    with pytest.raises(StoreError, match="the data has 1 more images now: add them with --append"):
+        extract(folder, **common(tmp_path))
+    assert open_features(tmp_path / "s", "x").shape[0] == 40
+
+
+@pytest.mark.parametrize("change", ["content", "removal", "model", "batch"])
+def test_what_changed_besides_is_refused(tmp_path, folder, grow, change):
+    extract(folder, **common(tmp_path))
+    grow("a/x.png")
+    settings = common(tmp_path)
+    if change == "content":
+        Image.new("RGB", (8, 8)).save(folder / "b/01.png")
+    elif change == "removal":
+        (folder / "b/01.png").unlink()
+    elif change == "model":
+        settings["seed"] = 1
+    else:
+        settings["batch_size"] = 7
+    with pytest.raises(ValueError, match=r"made from something else|no longer there|was begun elsewhere"):
+        extract(folder, append=True, **settings)
+    assert open_features(tmp_path / "s", "x").shape[0] == 40
+
+
+def test_append_needs_something_to_extend(tmp_path, folder):
+    with pytest.raises(StoreError, match="no extraction 'x' to append to"):
+        extract(folder, append=True, **common(tmp_path))
+
+
+@pytest.mark.parametrize("crash_at", [1, 2])
+def test_until_it_is_done_the_earlier_extraction_stays_and_an_interrupted_one_continues(
+    tmp_path, folder, grow, monkeypatch, decoded, crash_at
+):
+    extract(folder, **common(tmp_path))
+    grow(*(f"b/new{i:02}.png" for i in range(30)))
+    write, calls = Extraction.write_block, []
+
+    def crashing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == crash_at:
+            raise KeyboardInterrupt
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(Extraction, "write_block", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        extract(folder, append=True, **common(tmp_path))
+    monkeypatch.setattr(Extraction, "write_block", write)
+    assert open_features(tmp_path / "s", "x").shape[0] == 40
+    assert FeatureStore(tmp_path / "s").names() == ["x"]
+    decoded.clear()
+    after = extract(folder, append=True, **common(tmp_path))
+    assert after.shape[0] == 70
+    assert not {name for name in decoded if not name.startswith("b/new")}
+    assert len(decoded) < 30 or crash_at == 1
+    assert list(verify(FeatureStore(tmp_path / "s"), "x")) == []
+
+
+def test_a_crash_between_the_halves_of_the_replacement_is_finished_by_whoever_comes_next(
+    tmp_path, folder, grow, monkeypatch
+):
+    extract(folder, **common(tmp_path))
+    grow("b/x.png")
+    monkeypatch.setattr(FeatureStore, "_finish_replacing", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        extract(folder, append=True, **common(tmp_path))
+    monkeypatch.undo()
+    assert open_features(tmp_path / "s", "x").shape[0] == 41
+
+
+def test_an_unfinished_extraction_is_not_extended(tmp_path, folder, grow, monkeypatch):
+    monkeypatch.setattr(Extraction, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        extract(folder, **common(tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(IncompleteError):
+        open_features(tmp_path / "s", "x")
+    grow("b/x.png")
+    with pytest.raises(StoreError, match="unfinished: finish it before"):
+        extract(folder, append=True, **common(tmp_path))
+
+
+def test_order_does_not_matter_to_a_second_run(tmp_path, images, folder, monkeypatch):
+    """What is stored decides the order of rows, whatever order the source has today."""
+    first = extract(folder, **common(tmp_path))
+    (tmp_path / "list.txt").write_text("".join(f"{name} {name[0]}\n" for name in reversed(first.sample_ids.tolist())))
+    listed = dict(common(tmp_path), name="listed", data_dir=folder)
+    extract(tmp_path / "list.txt", **listed)
+    (tmp_path / "list.txt").write_text("".join(f"{name} {name[0]}\n" for name in first.sample_ids.tolist()))
+    monkeypatch.setattr(Extraction, "write_block", lambda *args, **kwargs: pytest.fail("computed again"))
+    again = extract(tmp_path / "list.txt", **listed)
+    assert again.sample_ids.tolist() == first.sample_ids.tolist()[::-1]
+
+
+def test_arrays_are_extended_too(tmp_path, images):
+    settings = dict(model=tiny_models.Functional().eval(), store=tmp_path / "s", name="x")
+    before = np.asarray(extract((images[:30], None), **settings))
+    after = np.asarray(extract((images, None), append=True, **settings))
+    np.testing.assert_array_equal(after[:30], before)
+    assert after.shape[0] == 40

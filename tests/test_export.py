@@ -1,0 +1,86 @@
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import MODELS
+from safetensors import safe_open
+
+from h2t_store import export as exporting
+from h2t_store import extract
+from h2t_store.errors import H2TError
+from h2t_store.export import export
+
+
+@pytest.fixture
+def matrix(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(exporting, "_ROW_BYTES", 4 << 10)  # several pieces
+    labels = [["ant", "bée"][i % 2] for i in range(40)]
+    return extract((images, labels), model=f"{MODELS}:small_input", store=tmp_path / "s", name="x", target_size=8)
+
+
+def test_npy_with_labels_beside_it(tmp_path, matrix):
+    export(matrix, tmp_path / "out.npy")
+    values = np.load(tmp_path / "out.npy")
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, np.asarray(matrix))
+    with open(tmp_path / "out.csv", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["sample_id", "y", "label"]
+    assert rows[2] == ["array/1", "1", "bée"]
+    assert len(rows) == 41
+
+
+def test_parquet_has_a_column_for_each_feature(tmp_path, matrix):
+    export(matrix, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names == ["sample_id", "label", *matrix.feature_names]
+    assert table["label"].to_pylist() == ["ant", "bée"] * 20
+    read = np.stack([table[name].to_numpy() for name in matrix.feature_names], axis=1)
+    np.testing.assert_array_equal(read, np.asarray(matrix))
+
+
+def test_safetensors(tmp_path, matrix):
+    export(matrix, tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("X"), np.asarray(matrix))
+        np.testing.assert_array_equal(file.get_tensor("y"), matrix.y)
+        assert json.loads(file.metadata()["classes"]) == ["ant", "bée"]
+        assert json.loads(file.metadata()["feature_names"]) == matrix.feature_names.tolist()
+        assert json.loads(file.metadata()["sample_ids"])[3] == "array/3"
+
+
+@pytest.mark.parametrize("suffix", exporting.EXPORTS)
+def test_selections_and_unlabelled_rows(tmp_path, images, suffix):
+    matrix = extract((images, None), model=f"{MODELS}:small_input", store=tmp_path / "s", name="u")
+    view, path, steps = matrix[5:9].select_layers("head"), tmp_path / f"out{suffix}", []
+    export(view, path, lambda *step: steps.append(step))
+    assert steps[-1] == (4, 4)
+    if suffix == ".npy":
+        np.testing.assert_array_equal(np.load(path), np.asarray(view))
+    elif suffix == ".parquet":
+        assert pq.read_table(path)["label"].to_pylist() == [""] * 4
+    else:
+        with safe_open(path, "numpy") as file:
+            assert file.get_tensor("X").shape == (4, 5)
+
+
+def test_what_exists_is_not_overwritten_and_other_kinds_are_refused(tmp_path, matrix):
+    (tmp_path / "out.npy").write_text("precious")
+    with pytest.raises(H2TError, match="exists: choose another name"):
+        export(matrix, tmp_path / "out.npy")
+    assert (tmp_path / "out.npy").read_text() == "precious"
+    with pytest.raises(H2TError, match=r"accepted are names that end in \.npy, \.parquet, \.safetensors"):
+        export(matrix, tmp_path / "out.csv")
+    with pytest.raises(H2TError, match="cannot be written"):
+        export(matrix, tmp_path / "nowhere" / "out.npy")
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, matrix):
+    def failing(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(matrix, tmp_path / "out.npy", failing)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]

@@ -1,0 +1,163 @@
+"""How batches are run: images that fail, memory that does not suffice, several processes, what is to be expected."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from conftest import MODELS
+from PIL import Image
+
+from h2t_store import extract, open_features
+from h2t_store.engines import blocks
+from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
+from h2t_store.extraction import expected_seconds, extract_job
+from h2t_store.preparation import prepare
+from h2t_store.store import FeatureStore
+
+MODEL = f"{MODELS}:small_input"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_keep_their_row_and_are_masked(tmp_path, folder, workers):
+    (folder / "a/04.png").write_text("no image")
+    for name in sorted(path.name for path in (folder / "b").iterdir()):
+        (folder / "b" / name).write_bytes((folder / "b" / name).read_bytes()[:60])
+    common = dict(model=MODEL, store=tmp_path / "s", workers=workers, batch_size=4)
+    with pytest.raises(DataError, match=r"a/04\.png"):
+        extract(folder, name="x", **common)
+    matrix = extract(folder, name="x", on_error="skip", **common)
+    assert matrix.shape[0] == 29
+    assert set(matrix.failures) == {"a/04.png"} | {f"b/{i:02}.png" for i in range(1, 40, 4)}
+    assert "not an image" in matrix.failures["a/04.png"]
+    assert not set(matrix.sample_ids) & set(matrix.failures)
+    assert len(matrix.y) == 29
+    assert np.isfinite(np.asarray(matrix)).all()
+    assert matrix.layer_norms().shape == (29, len(matrix.layers))
+    extraction = matrix._extraction
+    assert extraction.header.n_samples == 40
+    assert sorted(extraction.failures()) == [1, *range(10, 20)]
+    good = extract(folder / "c", name="c", **common)
+    np.testing.assert_allclose(np.asarray(matrix[matrix.y == 2]), np.asarray(good), rtol=2e-3, atol=1e-4)
+    assert extract(folder, name="x", **common).shape[0] == 29
+
+
+def test_on_error_is_checked(tmp_path, folder):
+    with pytest.raises(H2TError, match="on_error 'ignore': accepted are raise and skip"):
+        extract(folder, model=MODEL, store=tmp_path / "s", name="x", on_error="ignore")
+
+
+class Greedy(tiny_models.Functional):
+    """A network that memory suffices for only in batches of at most ``most`` images."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.sizes = most, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x)
+
+
+def test_batches_are_halved_until_memory_suffices(tmp_path, images, caplog):
+    torch.manual_seed(0)
+    model = Greedy(5)
+    matrix = extract((images, None), model=model, store=tmp_path / "s", name="x", batch_size=16)
+    assert "out of memory with 16 images at once: going on with 8" in caplog.text
+    assert "out of memory with 8 images at once: going on with 4" in caplog.text
+    assert [size for size in model.sizes if size > 5] == [16, 8]
+    model.most = 16
+    whole = extract((images, None), model=model, store=tmp_path / "s", name="y", batch_size=16)
+    np.testing.assert_allclose(np.asarray(matrix), np.asarray(whole), rtol=2e-3, atol=1e-4)
+
+
+def test_an_image_that_does_not_fit_alone_is_an_error(tmp_path, images):
+    model = Greedy(2)
+    job = prepare((images, None), model=model, batch_size=4)
+    model.most = 0
+    with pytest.raises(ModelError, match=r"the network failed on a batch of .*out of memory"):
+        extract_job(job, FeatureStore(tmp_path / "s", create=True), "x")
+
+
+def test_stopping_finishes_the_block_in_hand(tmp_path, images):
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", batch_size=4)
+    seen = []
+    with pytest.raises(StoppedError):
+        extract((images, None), stopped=lambda: True, progress=lambda *step: seen.append(step[0]), **common)
+    assert seen[-1] == 16
+    matrix = extract((images, None), **common)
+    whole = extract((images, None), **(common | dict(name="whole")))
+    np.testing.assert_array_equal(np.asarray(matrix), np.asarray(whole))
+
+
+def test_torchrun_shares_the_blocks_and_gives_the_same_bits(tmp_path, images):
+    (tmp_path / "p" / "a").mkdir(parents=True)
+    for i in range(1400):
+        Image.fromarray(np.roll(images[i % 40], i, axis=0)).save(tmp_path / "p" / "a" / f"{i:04}.bmp")
+    args = [str(tmp_path / "p"), "--model", MODEL, "--store", str(tmp_path / "s"), "--device", "cpu", "-j", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "h2t_store", *args, "--name", "shared"],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1400 images" in done.stdout
+    alone = extract(tmp_path / "p", model=MODEL, store=tmp_path / "s", name="alone", workers=0, device="cpu")
+    shared = open_features(tmp_path / "s", "shared")
+    assert shared.sample_ids.tolist() == alone.sample_ids.tolist()
+    np.testing.assert_allclose(np.asarray(shared), np.asarray(alone), rtol=2e-3, atol=1e-4)
+
+
+def test_several_target_sizes_are_one_pass_with_nothing_twice(tmp_path, images):
+    common = dict(model=MODEL, store=tmp_path / "s", batch_size=8)
+    both = extract((images, None), name="both", target_size=[4, 64], **common)
+    for size in (4, 64):
+        alone = extract((images, None), name=f"t{size}", target_size=size, **common)
+        np.testing.assert_array_equal(np.asarray(both.select_target_size(size)), np.asarray(alone))
+    names = [layer.name for layer in both.layers]
+    assert len(set(names)) == len(names)
+    assert "head" in names
+    assert {"layers.0@4", "layers.0@64"} <= set(names)
+    with pytest.raises(H2TError, match="select_target_size: 5; accepted are 4, 64"):
+        both.select_target_size(5)
+
+
+def test_what_is_to_be_expected_is_what_comes(tmp_path, images):
+    job = prepare((images, None), model=MODEL, target_size=[4, 100])
+    matrix = extract((images, None), model=MODEL, target_size=[4, 100], store=tmp_path / "s", name="x")
+    stored = sum(path.stat().st_size for path in (tmp_path / "s/x/features").rglob("c/*/*"))
+    assert job.expected_bytes() == stored
+    assert job.layers == matrix.layers
+    assert expected_seconds(job) > 0
+
+
+def test_provenance_says_how_to_do_it_again(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    first = extract(folder.name, model=MODEL, store="s", name="x", target_size=9, taps="blocks", dtype="float32")
+    arguments = first.provenance["environment"]["arguments"]
+    monkeypatch.chdir("/")
+    again = extract(arguments.pop("data"), store=tmp_path / "t", name="x", **arguments)
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(first))
+    assert json.loads(json.dumps(first.provenance)) == first.provenance
+    assert again.provenance["inputs"] == first.provenance["inputs"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_finds_a_batch_size_and_survives_a_small_memory(tmp_path, images):
+    torch.cuda.set_per_process_memory_fraction(0.2)
+    matrix = extract((images, None), model=MODEL, store=tmp_path / "s", name="x", device="cuda")
+    size = matrix.provenance["environment"]["arguments"]["batch_size"]
+    assert size >= 1
+    assert size & (size - 1) == 0
