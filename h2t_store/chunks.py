@@ -4,6 +4,7 @@ Chunks are read and written whole, straight from and into memory, because that i
 pipeline. A chunk that is absent, cut short or changed is an error, whatever part of it is wanted.
 """
 
+import math
 import os
 import threading
 import uuid
@@ -141,11 +142,11 @@ def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], c
     DamagedError
         Where the file is missing, of another size, changed or another chunk's.
     """
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize + CRC_BYTES
+    size = math.prod(shape) * np.dtype(dtype).itemsize + CRC_BYTES
+    buffer = getattr(_scratch, "buffer", None)
     try:
         read = os.stat(path).st_size
         if read == size:  # memory is taken for what is there, whatever the metadata say
-            buffer = getattr(_scratch, "buffer", None)
             if buffer is None or len(buffer) < size:
                 buffer = _scratch.buffer = np.empty(size, dtype=np.uint8)
             read = _fill(path, buffer[:size])
@@ -153,7 +154,7 @@ def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], c
         raise DamagedError(f"{where} is missing") from None
     except OSError as error:
         raise DamagedError(f"{where} cannot be read: {error.strerror or error}") from error
-    if read != size:
+    if read != size or buffer is None:
         raise DamagedError(f"{where} is damaged: {read} bytes instead of {size}")
     return _checked(buffer[:size], where, crc).view(dtype).reshape(shape)
 

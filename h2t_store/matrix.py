@@ -23,7 +23,7 @@ from h2t_store.store import Extraction, FeatureStore
 __all__ = ["FeatureMatrix", "open_features"]
 
 Index = slice | Sequence[int] | Sequence[bool] | NDArray[Any]
-_TORCH_GRAIN = 16384
+_TORCH_GRAIN = 32767
 
 
 def open_features(store: str | os.PathLike[str], name: str) -> "FeatureMatrix":

@@ -3,16 +3,18 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from inspect import signature
+from typing import Any, Literal
 
 from torch import nn
 
-from h2t_store.datasets import arrange
+from h2t_store.datasets import Source, arrange
 from h2t_store.errors import DamagedError, StoreError
+from h2t_store.extraction import _require_same_environment as require_same_environment
 from h2t_store.extraction import extract_job
 from h2t_store.integrity import Damage, restore_documents, verify
 from h2t_store.preparation import Job, prepare
-from h2t_store.store import Extraction, FeatureStore
+from h2t_store.store import Extraction, FeatureStore, differences
 
 __all__ = ["repair"]
 
@@ -59,44 +61,60 @@ def repair(
         extraction = opened.open(name)
         blocks = {damage.block for damage in damages if damage.kind == "block"}
         lost_labels = any(damage.kind == "labels" for damage in damages)
-        failed = extraction.n_failed
-        if blocks:
-            extraction.reopen(blocks)
         if not blocks and not extraction.complete and extraction.committed().all():
             extraction.finish()
-        if lost_labels or not extraction.complete:
-            job = _job(extraction, data, model)
-            if lost_labels:
-                _restore_labels(extraction, job)
-            extract_job(
-                job,
-                opened,
-                name,
-                workers=workers,
-                on_error="skip" if failed else "raise",
-                stopped=stopped,
-                progress=progress,
-            )
+        if not blocks and not lost_labels and extraction.complete:
+            return damages
+        job = _job(extraction, data, model)
+        source = _as_it_was(extraction, job)
+        on_error: Literal["raise", "skip"] = "skip" if _skips(extraction, damages) else "raise"
+        if lost_labels:
+            extraction.write_labels(source.y, source.sample_ids)
+        if blocks:
+            extraction.reopen(blocks)
+        extract_job(job, opened, name, workers=workers, on_error=on_error, stopped=stopped, progress=progress)
     return damages
 
 
+def _skips(extraction: Extraction, damages: list[Damage]) -> bool:
+    """Whether samples were skipped, or may have been: their reasons can be what is lost.
+
+    Skipping then hides nothing, as the data were found to be the same.
+    """
+    if extraction.complete:
+        return extraction.n_failed > 0
+    return any(damage.kind == "header" for damage in damages) or extraction.has_failures()
+
+
 def _job(extraction: Extraction, data: Any, model: Any) -> Job:
-    arguments = dict(extraction.header.provenance["environment"]["arguments"])
+    arguments = extraction.header.provenance["environment"].get("arguments")
+    known = {"data"} | {key for key in signature(prepare).parameters} - {"download"}
+    if not isinstance(arguments, dict) or {*arguments} - known or not {"data", "model"} <= {*arguments}:
+        raise StoreError(f"{extraction.where} cannot be repaired: it does not say how it was made")
     given = {"data": data, "model": model}
     for key, value in given.items():
         if value is not None:
-            arguments[key] = value
+            arguments = arguments | {key: value}
         elif arguments[key] is None:
             kind = "arrays" if key == "data" else "a module"
             raise StoreError(
                 f"{extraction.where} was made from {kind} in memory: call h2t_store.repair(store, name, {key}=...)"
             )
-    return prepare(arguments.pop("data"), **arguments)
+    return prepare(**arguments)
 
 
-def _restore_labels(extraction: Extraction, job: Job) -> None:
-    """Labels and identifiers come from the data; where identifiers are lost, too, its order must be as it was."""
+def _as_it_was(extraction: Extraction, job: Job) -> Source:
+    """The data in the order of the rows, found to be what it was before anything is given up.
+
+    Where the identifiers are lost, it must still be in the order that it had then.
+    """
     source = job.source
     with suppress(DamagedError):
         source = arrange(source, extraction.sample_ids().tolist(), extraction.header.classes)
-    extraction.write_labels(source.y, source.sample_ids)
+    different = differences(extraction.header.provenance["inputs"], job.header(source).provenance["inputs"])
+    if different:
+        raise StoreError(
+            f"{extraction.where} was made from something else ({'; '.join(different)}): it is repaired from the same"
+        )
+    require_same_environment(extraction, job)
+    return source

@@ -167,6 +167,14 @@ class Extraction:
             raise DamagedError(f"{self.where}: {len(reasons)} samples were skipped, not {self.n_failed}")
         return reasons
 
+    def has_failures(self) -> bool:
+        """Whether a sample was skipped, as far as it can be read, committed or not."""
+        for block in range(layout.n_blocks(self.header)):
+            with suppress(DamagedError):
+                if any(self._strings("failures", block)):
+                    return True
+        return False
+
     def skipped(self) -> dict[str, str]:
         """Why samples were skipped, by their identifiers; empty until the extraction is complete."""
         if not self.n_failed:
