@@ -17,7 +17,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/extraction.py --json benchmarks/extraction.json
+	$(BIN)/python benchmarks/extraction.py --memory --json benchmarks/extraction.json
+	$(BIN)/python benchmarks/store.py --json benchmarks/store.json
+	$(BIN)/python benchmarks/durability.py --json benchmarks/durability.json
+	$(BIN)/python benchmarks/timm_sweep.py --json benchmarks/timm_sweep.json
 	$(BIN)/python benchmarks/group_lasso.py --json benchmarks/group_lasso.json --plot benchmarks/group_lasso.svg
 	$(BIN)/python benchmarks/tuning.py --json benchmarks/tuning.json --plots benchmarks
 
