@@ -7,6 +7,10 @@ The layout is that of a network such as ResNet-50: layers of 256 to 2048 columns
 of so many rows plans them. Every round writes new files, the store and the numpy files in turning order, and speeds are
 compared within a round. A file is timed until it is written, and until `os.sync` returns, too. Reading follows with the
 files in the page cache and, where the system lets its cache be dropped (root), from the disk.
+
+All that is written stays until the end, (repeat + 2) times the store, because ext4 does not give the inodes of files
+deleted within the last minutes to new ones and takes up to half a millisecond a file to step over them. For the same
+reason, wait five minutes after something else, such as this script, has deleted thousands of files there.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import cycle, islice, pairwise
+from itertools import count, cycle, islice, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -128,14 +132,26 @@ def timed(work: Callable[[], object], cold: bool = False) -> Callable[[], float]
     return run
 
 
+def forget(path: Path) -> None:
+    """Take files that are on disk out of the page cache, so that the next ones need not push them out."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
 def bench_writing(rows: Rows, folder: Path, repeat: int) -> dict[str, Any]:
-    """Write each in every round, into folders that are new and removed before the next is timed."""
+    """Write each in every round, under names that are new."""
+    numbers = count()
 
     def fresh(write: Callable[[Rows, Path], dict[str, float]]) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            path = folder / "written"
+            path = folder / f"written{next(numbers)}"
             times = write(rows, path)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            forget(path)
+            if write is not write_store:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             os.sync()
             return times
 
@@ -146,17 +162,20 @@ def bench_writing(rows: Rows, folder: Path, repeat: int) -> dict[str, Any]:
         work()
     found = alternate(works, repeat)
     seconds = {
-        f"{name}, {stage}": [times[stage] for times in rounds]
-        for name, rounds in found.items()
-        for stage in rounds[0]
+        f"{name}, {stage}": [times[stage] for times in rounds] for name, rounds in found.items() for stage in rounds[0]
     }
     return {"seconds": seconds, "ratios": writing_ratios(seconds)}
+
+
+def quotient_of(numerators: list[float], denominators: list[float]) -> dict[str, float]:
+    """Quotients of seconds within a round, and that of the fastest ones, which what else the machine did spares."""
+    return ratio(numerators, denominators) | {"best": min(numerators) / min(denominators)}
 
 
 def writing_ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Speed of the store over that of the numpy files."""
     return {
-        f"store over {other}, {stage}": ratio(seconds[f"{other}, {stage}"], seconds[f"store, {stage}"])
+        f"store over {other}, {stage}": quotient_of(seconds[f"{other}, {stage}"], seconds[f"store, {stage}"])
         for other in ("npy", "npys")
         for stage in ("written", "synced")
     }
@@ -185,7 +204,7 @@ def few_columns(layers: tuple[Layer, ...], seed: int) -> NDArray[np.int64]:
 def bench_reading(rows: Rows, folder: Path, repeat: int, cold: bool) -> dict[str, Any]:
     """Read the store and the file in every round, each opened anew."""
     store, file = folder / "s.zarr", folder / "x.npy"
-    draws = iter(range(10**6))
+    draws = count()
 
     def few() -> NDArray[Any]:
         X = open_features(store, NAME)
@@ -207,10 +226,10 @@ def bench_reading(rows: Rows, folder: Path, repeat: int, cold: bool) -> dict[str
     return {
         "seconds": seconds,
         "ratios": {
-            "float32, store over npy": ratio(seconds["npy as float32"], everything),
-            "float32, store over npy and torch": ratio(seconds["npy as float32, by torch"], everything),
-            "as stored, store over npy": ratio(seconds["npy as stored"], seconds["store, chunks as stored"]),
-            "200 columns over everything": ratio(seconds["200 columns"], everything),
+            "float32, store over npy": quotient_of(seconds["npy as float32"], everything),
+            "float32, store over npy and torch": quotient_of(seconds["npy as float32, by torch"], everything),
+            "as stored, store over npy": quotient_of(seconds["npy as stored"], seconds["store, chunks as stored"]),
+            "200 columns over everything": quotient_of(seconds["200 columns"], everything),
         },
     }
 
@@ -226,18 +245,20 @@ def check(rows: Rows, folder: Path) -> None:
 def report(rows: Rows, results: dict[str, dict[str, Any]]) -> None:
     """Print medians and ratios."""
     wanted = {
-        "store over npy, written": ">= 0.8",
-        "float32, store over npy": ">= 1.0",
-        "200 columns over everything": "<= 0.15",
+        "store over npy, written": "(wanted >= 0.8)",
+        "store over npys, written": "(wanted >= 0.8)",
+        "float32, store over npy": "(wanted >= 1.0)",
+        "as stored, store over npy": "(wanted >= 1.0)",
+        "200 columns over everything": "(wanted <= 0.15)",
     }
     for stage, found in results.items():
         print(f"\n{stage}")
         for name, seconds in found["seconds"].items():
             median = float(np.median(seconds))
             speed = "" if name == "200 columns" else f"{rows.nbytes / median / 1e9:8.2f} GB/s of float16"
-            print(f"  {name:36}{median:8.3f} s{speed}")
+            print(f"  {name:36}{median:8.3f} s, best {min(seconds):8.3f} s{speed}")
         for name, quotient in found["ratios"].items():
-            print(f"  {name:36}{shown(quotient, wanted.get(name, ''))}")
+            print(f"  {name:36}{shown(quotient)}, of the best {quotient['best']:.3f} {wanted.get(name, '')}")
 
 
 def main() -> None:

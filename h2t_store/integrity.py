@@ -67,14 +67,16 @@ def verify(
     StoreError
         Where there is no such extraction.
     """
-    store.finish_replacing(name)
+    store._finish_replacing(name)
     folder = store.folder(name)
     yield from _damaged_groups(store, name)
     try:
         extraction = Extraction(folder, f"{store.path}: {name}")
-    except DamagedError as error:
-        yield Damage(f"{name}/zarr.json", _problem(error), "header")
+    except StoreError as error:
         copy = _copied_header(folder)
+        if copy is None and not isinstance(error, DamagedError):
+            raise  # of another version
+        yield Damage(f"{name}/zarr.json", _problem(error), "header")
         if copy is None:
             yield Damage(f"{name}/features/zarr.json", "the copy of the attributes is damaged, too", "header")
             return
@@ -169,7 +171,7 @@ def _damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[D
     yield from (damage for damage in found if damage)
 
 
-def _problem(error: DamagedError) -> str:
+def _problem(error: StoreError) -> str:
     """What is wrong, without the name that stands beside it."""
     return str(error).rpartition(": ")[2].removeprefix(" is ").strip() or str(error)
 

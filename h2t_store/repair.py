@@ -88,7 +88,7 @@ def _skips(extraction: Extraction, damages: list[Damage]) -> bool:
 
 def _job(extraction: Extraction, data: Any, model: Any) -> Job:
     arguments = extraction.header.provenance["environment"].get("arguments")
-    known = {"data"} | {key for key in signature(prepare).parameters} - {"download"}
+    known = {"data"} | set(signature(prepare).parameters) - {"download"}
     if not isinstance(arguments, dict) or {*arguments} - known or not {"data", "model"} <= {*arguments}:
         raise StoreError(f"{extraction.where} cannot be repaired: it does not say how it was made")
     given = {"data": data, "model": model}

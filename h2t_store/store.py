@@ -36,7 +36,7 @@ _TRASH = ".trash-"
 _STAGED = ".append-"
 _LOCKS = ".locks"
 _CACHED_BLOCKS = 4096
-_MAX_UNSEEN_ROWS = 10_000_000
+_MAX_UNSEEN = 10_000_000
 
 
 class Extraction:
@@ -72,17 +72,25 @@ class Extraction:
         expected = self.header.to_attrs() | self.header.state(self.n_failed if self.complete else None)
         if attributes != expected:
             raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged: their seal differs")
-        if type(self.n_failed) is not int or not self._holds_its_rows():
+        if type(self.n_failed) is not int or not self._holds_its_rows() or not self._holds_its_columns():
             raise DamagedError(f"{where}: the attributes in its zarr.json are not those of an extraction")
         self._sound: set[str] = set()
         self.record = lru_cache(_CACHED_BLOCKS)(self.read_record)
 
     def _holds_its_rows(self) -> bool:
         """Whether there are labels for most of the rows; only asked where so many rows would fill the memory."""
-        if self.header.n_samples <= _MAX_UNSEEN_ROWS:
+        if self.header.n_samples <= _MAX_UNSEEN:
             return True
         n_bytes = sum(file.stat().st_size for file in (self.folder / "y" / "c").glob("*"))
         return n_bytes > self.header.n_samples * np.dtype(np.int64).itemsize // 2
+
+    def _holds_its_columns(self) -> bool:
+        """Whether a row block has checksums of that many columns; only asked where so many would fill the memory."""
+        begun = self.complete or any((self.folder / "committed" / "c").glob("*"))
+        if self.header.n_features <= _MAX_UNSEEN or not begun:
+            return True
+        size = self.specs["checksums"].shape[1] * np.dtype(np.uint32).itemsize + chunks.CRC_BYTES
+        return any(file.stat().st_size == size for file in (self.folder / "checksums" / "c").glob("*/0"))
 
     @cached_property
     def specs(self) -> dict[str, layout.ArraySpec]:
@@ -362,11 +370,12 @@ class FeatureStore:
         if not os.fspath(path) or "://" in os.fspath(path):
             raise StoreError(f"store {str(path)!r}: accepted is the path of a local folder")
         self.path = Path(path)
-        if not (self.path / "zarr.json").exists():
+        document = self.path / "zarr.json"
+        if not document.exists():
             held = [file for file in self.path.iterdir() if file.suffix != ".partial"] if self.path.is_dir() else []
-            if self.path.is_file() or held:
+            if (self.path.is_file() or held) and not document.exists():  # unless another process is making it
                 raise StoreError(f"store {str(path)!r} exists and is not a feature store: choose another path")
-            if not create:
+            if not create and not document.exists():
                 raise StoreError(f"store {str(path)!r} does not exist")
             try:
                 write_group(self.path, {"h2t_format": layout.FORMAT}, shared=True)
@@ -390,7 +399,7 @@ class FeatureStore:
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
         for staged in self.path.glob(f"{_STAGED}*"):
-            self.finish_replacing(unquote(staged.name.removeprefix(_STAGED)))
+            self._finish_replacing(unquote(staged.name.removeprefix(_STAGED)))
         return sorted(name for name, _ in _names_below(self.path))
 
     def folder(self, name: str) -> Path:
@@ -401,7 +410,7 @@ class FeatureStore:
         """Open the extraction ``name``; raises `StoreError` where there is none."""
         folder = self.folder(name)
         if not _may_be_extraction(folder):
-            self.finish_replacing(name)
+            self._finish_replacing(name)
         if not _may_be_extraction(folder):
             known = self.names()
             listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
@@ -414,7 +423,7 @@ class FeatureStore:
         """Open the extraction ``name``; None where there is none."""
         folder = self.folder(name)
         if not _may_be_extraction(folder):
-            self.finish_replacing(name)
+            self._finish_replacing(name)
         return Extraction(folder, f"{self.path}: {name}") if _may_be_extraction(folder) else None
 
     @contextmanager
@@ -427,11 +436,13 @@ class FeatureStore:
             Where another process holds it; the message says which.
         """
         file = self.path / _LOCKS / layout.check_name(name).replace("%", "%25").replace("/", "%2F")
-        file.parent.mkdir(exist_ok=True)
         lock = FileLock(f"{file}.lock", blocking=False)
         try:
+            file.parent.mkdir(exist_ok=True)
             lock.acquire()
-        except Timeout:
+        except OSError as error:
+            if not isinstance(error, Timeout):
+                raise StoreError(f"{self.path}: {name} cannot be written: {error.strerror or error}") from error
             with suppress(OSError):
                 raise StoreError(f"{self.path}: {name} is being written by {file.read_text()}") from None
             raise StoreError(f"{self.path}: {name} is being written by another process") from None
@@ -502,14 +513,14 @@ class FeatureStore:
     def replace(self, name: str) -> Extraction:
         """Put what was staged, which must be complete, in the place of the extraction ``name``."""
         trash = self._set_aside(self.folder(name))
-        self.finish_replacing(name)
+        self._finish_replacing(name)
         shutil.rmtree(trash, ignore_errors=True)
         return self.open(name)
 
     def _staged(self, name: str) -> Path:
         return self.path / f"{_STAGED}{layout.check_name(name).replace('%', '%25').replace('/', '%2F')}"
 
-    def finish_replacing(self, name: str) -> None:
+    def _finish_replacing(self, name: str) -> None:
         """A crash can come between the two halves of `replace`: then only what was staged, complete, is there."""
         with suppress(StoreError, OSError):
             folder, staged = self.folder(name), self._staged(name)
