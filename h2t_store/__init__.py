@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from h2t_store.extraction import extract
     from h2t_store.matrix import FeatureMatrix, open_features
+    from h2t_store.repairing import repair
 
-__all__ = ["FeatureMatrix", "extract", "open_features"]
+__all__ = ["FeatureMatrix", "extract", "open_features", "repair"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from h2t_store.extraction import extract
 
         return extract
+    if name == "repair":
+        from h2t_store.repairing import repair
+
+        return repair
     if name in ("FeatureMatrix", "open_features"):
         from h2t_store import matrix
 

@@ -73,8 +73,8 @@ class _Interruption:
             yield self.meter
 
 
-class _StoppedAtOnceError(Exception):
-    """Not KeyboardInterrupt, which typer keeps to itself."""
+class _StoppedAtOnceError(BaseException):
+    """Not KeyboardInterrupt, which typer keeps to itself, and nothing that a handler of errors would take for one."""
 
 
 _interruption = _Interruption()
@@ -452,7 +452,7 @@ def repair(store: _Store, name: _Name, workers: _Workers = None, as_json: _Json 
 
     Example: h2t repair pets.zarr pets/train
     """
-    from h2t_store.repair import repair as restore
+    from h2t_store.repairing import repair as restore
 
     with _interruption.computing() as meter:
         damages = restore(store, name, workers=workers, stopped=_interruption.asked, progress=meter)
@@ -557,9 +557,8 @@ def _run(app: typer.Typer) -> None:
     except StoppedError:
         code = _fail("stopped: finished row blocks are stored, the same command continues", 128 + _interruption.signal)
     except _StoppedAtOnceError:
-        code = _fail(
-            "interrupted: finished row blocks are stored, the same command continues", 128 + _interruption.signal
-        )
+        resumable = ": finished row blocks are stored, the same command continues" if _interruption.meter else ""
+        code = _fail(f"interrupted{resumable}", 128 + _interruption.signal)
     except H2TError as error:
         code = _fail(str(error), 1)
     except OSError as error:

@@ -37,14 +37,16 @@ def export(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], Non
     path = Path(path)
     if path.suffix not in EXPORTS:
         raise H2TError(f"file {str(path)!r}: accepted are names that end in {', '.join(EXPORTS)}")
-    if path.exists():
-        raise H2TError(f"file {str(path)!r} exists: choose another name")
+    labels = path.with_suffix(".csv")
+    for file in (path, labels) if path.suffix == ".npy" else (path,):
+        if file.exists():
+            raise H2TError(f"file {str(file)!r} exists: choose another name")
     partial = path.with_name(f".{path.name}.partial")
     try:
         EXPORTS[path.suffix](matrix, partial, progress)
-        partial.replace(path)
         if path.suffix == ".npy":
-            _write_labels(matrix, path.with_suffix(".csv"))
+            _write_labels(matrix, labels)
+        partial.replace(path)
     except OSError as error:
         raise StoreError(f"file {str(path)!r} cannot be written: {error.strerror or error}") from error
     finally:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -187,6 +188,18 @@ def extract_job(
     processes: Ranks = ALONE,
 ) -> FeatureMatrix:
     """Do a job, or what is left of it, under the lock of its name; `extract` describes the parameters."""
+    earlier = _unfinished_part(job, store, name) if append else None
+    if earlier is not None:
+        extract_job(
+            earlier,
+            store,
+            name,
+            workers=workers,
+            on_error=on_error,
+            stopped=stopped,
+            progress=progress,
+            processes=processes,
+        )
     if processes.leads:
         extraction, source = _begin(job, store, name, append)
         processes.meet()
@@ -195,11 +208,14 @@ def extract_job(
         extraction, source = _begin(job, store, name, append)
     staged = extraction.folder != store.folder(name)
     before = store.open(name) if staged else None
+    blocks: list[RowBlock] = []
     if extraction.complete:
         _log.info("%s is complete: nothing to compute", extraction.where)
     else:
         _require_same_environment(extraction, job)
         blocks = _missing(extraction, before)
+    processes.meet()  # all have the same list before anything is committed
+    if not extraction.complete:
         _compute(job, extraction, source, blocks, before, workers, on_error, stopped, progress, processes)
     processes.meet()
     if processes.leads:
@@ -238,10 +254,17 @@ def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extr
         raise
 
 
+def _unfinished_part(job: Job, store: FeatureStore, name: str) -> Job | None:
+    """The job that was interrupted before the data got more images, if there is one."""
+    begun = store.find(name)
+    if begun is None or begun.complete:
+        return None
+    source = arrange(job.source, begun.sample_ids().tolist(), begun.header.classes)
+    return replace(job, source=source.take(np.arange(begun.header.n_samples)))
+
+
 def _stage(job: Job, store: FeatureStore, name: str, begun: Extraction, source: Source) -> tuple[Extraction, Source]:
     old = begun.header
-    if not begun.complete:
-        raise StoreError(f"{begun.where} is unfinished: finish it before more images are appended to it")
     different = differences(old.provenance["inputs"], _inputs_of_earlier_rows(job, begun, source))
     if different:
         raise StoreError(f"{begun.where} was made from something else ({'; '.join(different)}): it cannot be extended")

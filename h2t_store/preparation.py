@@ -180,12 +180,12 @@ def prepare(
     height, width = backbone.data_config["input_size"][1:]
     images_at_once = choose_batch_size(forward, (height, width)) if batch_size == "auto" else int(batch_size)
     arguments = {
-        "data": None if isinstance(data, tuple) else _absolute(data),
-        "model": model if isinstance(model, str) else None,
+        "data": None if isinstance(data, tuple) else _address(data),
+        "model": _model_address(model) if isinstance(model, str) else None,
         "split": split,
-        "data_dir": None if data_dir is None else _absolute(data_dir),
+        "data_dir": os.getcwd() if data_dir is None and str(data).startswith("torch/") else _optional(data_dir),
         "pretrained": pretrained,
-        "checkpoint": None if checkpoint is None else _absolute(checkpoint),
+        "checkpoint": _optional(checkpoint),
         "img_size": img_size,
         "taps": taps if isinstance(taps, str) else list(taps),
         "cls_token": cls_token,
@@ -216,6 +216,27 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else os.fspath(path)
 
 
+def _optional(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else _absolute(path)
+
+
+def _address(data: str | os.PathLike[str]) -> str:
+    """Where the data is, from wherever one looks; names of datasets stay as they are."""
+    name = os.fspath(data)
+    if isinstance(data, str) and (name == "digits" or name.startswith("torch/")):
+        return name
+    for prefix in ("hfds/", "wds/"):
+        if isinstance(data, str) and name.startswith(prefix):
+            return prefix + _absolute(name.removeprefix(prefix))
+    return _absolute(name)
+
+
+def _model_address(model: str) -> str:
+    """``file.py:factory`` with the file's whole path; other names as they are."""
+    path, colon, factory = model.rpartition(":")
+    return f"{_absolute(path)}{colon}{factory}" if path.endswith(".py") else model
+
+
 def _memory_format(model: nn.Module) -> torch.memory_format:
     """Channels last where there are convolutions of maps, which are faster that way on CPUs and on tensor cores."""
     convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -238,9 +259,12 @@ def _transform(backbone: Backbone) -> Callable[[Image.Image], Tensor]:
 
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda", _local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", _local_rank() if chosen.index is None else chosen.index)
+            torch.cuda.set_device(chosen)
         torch.empty(0, device=chosen)
     except Exception as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error

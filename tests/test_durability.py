@@ -22,7 +22,7 @@ from h2t_store.engines import blocks
 from h2t_store.errors import H2TError, IncompleteError, StoreError
 from h2t_store.integrity import verify
 from h2t_store.layout import ExtractionHeader, Layer
-from h2t_store.repair import repair
+from h2t_store.repairing import repair
 from h2t_store.store import Extraction, FeatureStore
 
 MODEL = f"{MODELS}:small_input"

@@ -102,9 +102,9 @@ def _collate(items: Sequence[Tensor | str]) -> _Batch:
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    """A terminal sends Ctrl-C to workers, too, but the block in hand needs their images."""
+    """Ctrl-C and a first SIGTERM may be sent to workers, too, but the block in hand needs their images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class _Rows:
@@ -267,7 +267,8 @@ def _start_copying(forward: Forward, layers: list[Tensor], batch: _Batch) -> _Fe
     if not layers:
         return _Features([], [], torch.empty(0), batch.n, batch.failed, None)
     stored = [layer.to(forward.dtype) for layer in layers]
-    norms = torch.stack([torch.linalg.vector_norm(part.float(), dim=1) for part in stored], dim=1)
+    wide = torch.float32 if forward.dtype == torch.float16 else torch.float64  # so that squares fit
+    norms = torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=wide).float() for part in stored], dim=1)
     if forward.device.type != "cuda":
         return _Features(layers, [part.cpu() for part in stored], norms.cpu(), batch.n, batch.failed, None)
     whole = torch.cat(stored, dim=1).to("cpu", non_blocking=True)
