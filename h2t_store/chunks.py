@@ -8,8 +8,9 @@ import math
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,13 +112,9 @@ def read_bytes(path: Path, where: str, crc: int | None = None) -> NDArray[np.uin
     DamagedError
         Where the file is missing, cut short, changed or another chunk's.
     """
-    try:
+    with _told_as_damage(where):
         data = np.empty(os.stat(path).st_size, dtype=np.uint8)
         _fill(path, data)
-    except FileNotFoundError:
-        raise DamagedError(f"{where} is missing") from None
-    except (OSError, MemoryError) as error:
-        raise DamagedError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return _checked(data, where, crc)
 
 
@@ -144,19 +141,25 @@ def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], c
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize + CRC_BYTES
     buffer = getattr(_scratch, "buffer", None)
-    try:
+    with _told_as_damage(where):
         read = os.stat(path).st_size
         if read == size:  # memory is taken for what is there, whatever the metadata say
             if buffer is None or len(buffer) < size:
                 buffer = _scratch.buffer = np.empty(size, dtype=np.uint8)
             read = _fill(path, buffer[:size])
-    except FileNotFoundError:
-        raise DamagedError(f"{where} is missing") from None
-    except OSError as error:
-        raise DamagedError(f"{where} cannot be read: {error.strerror or error}") from error
     if read != size or buffer is None:
         raise DamagedError(f"{where} is damaged: {read} bytes instead of {size}")
     return _checked(buffer[:size], where, crc).view(dtype).reshape(shape)
+
+
+@contextmanager
+def _told_as_damage(where: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedError(f"{where} is missing") from None
+    except (OSError, MemoryError) as error:
+        raise DamagedError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _fill(path: Path, buffer: NDArray[np.uint8]) -> int:

@@ -17,7 +17,7 @@ from h2t_store.reporting import Meter, duration, facts, json_text, progress, sho
 
 if TYPE_CHECKING:
     from h2t_store.preparation import Job
-    from h2t_store.store import Extraction
+    from h2t_store.store import Extraction, FeatureStore
 
 __all__ = ["extract_main", "h2t_main"]
 
@@ -439,7 +439,7 @@ def verify(
         raise typer.Exit(3)
 
 
-def _soundness(store: Any, name: str) -> str:
+def _soundness(store: "FeatureStore", name: str) -> str:
     extraction = store.open(name)
     return "sound" if extraction.complete else f"sound as far as it is: {_state(extraction)}"
 
@@ -479,7 +479,8 @@ def rm(
 
     opened = FeatureStore(store)
     try:
-        what = short(_summary(opened.open(name)) | {"stored": size(opened.open(name).stored_bytes())})
+        summary = _summary(opened.open(name))
+        what = short(summary | {"stored": size(summary["stored"])})
     except DamagedError:
         what = "damaged"
     if not yes and not typer.confirm(f"Remove {name} ({what}) from {store}?", err=True):

@@ -22,7 +22,7 @@ from h2t_store.matrix import FeatureMatrix, open_features
 from h2t_store.preparation import Job, check_integer, prepare
 from h2t_store.store import Extraction, FeatureStore, differences
 
-__all__ = ["expected_seconds", "extract", "extract_job"]
+__all__ = ["expected_seconds", "extract", "extract_job", "require_same_environment"]
 
 _log = logging.getLogger("h2t_store")
 _MAX_DEFAULT_WORKERS = 4
@@ -212,7 +212,7 @@ def extract_job(
     if extraction.complete:
         _log.info("%s is complete: nothing to compute", extraction.where)
     else:
-        _require_same_environment(extraction, job)
+        require_same_environment(extraction, job)
         blocks = _missing(extraction, before)
     processes.meet()  # all have the same list before anything is committed
     if not extraction.complete:
@@ -268,7 +268,7 @@ def _stage(job: Job, store: FeatureStore, name: str, begun: Extraction, source: 
     different = differences(old.provenance["inputs"], _inputs_of_earlier_rows(job, begun, source))
     if different:
         raise StoreError(f"{begun.where} was made from something else ({'; '.join(different)}): it cannot be extended")
-    _require_same_environment(begun, job)
+    require_same_environment(begun, job)
     header = job.header(source, (*old.segments, old.n_samples), old.rows_per_block)
     return store.stage(name, header, source.y, source.sample_ids), source
 
@@ -368,7 +368,7 @@ def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeade
                 _log.warning("%s and %s were made by %s with different weights", name, sibling, mine["model"])
 
 
-def _require_same_environment(extraction: Extraction, job: Job) -> None:
+def require_same_environment(extraction: Extraction, job: Job) -> None:
     """An extraction is finished as it was begun: other versions, devices and batches round differently."""
     begun = extraction.header.provenance["environment"]
     keys = ("device", "batch_size", "torchcompile")

@@ -100,14 +100,9 @@ def verify(
 def _damaged_groups(store: FeatureStore, name: str) -> Iterator[Damage]:
     if _content(store.path / "zarr.json") != layout.group_document({"h2t_format": layout.FORMAT}):
         yield Damage("zarr.json", "missing, changed or damaged", "group")
-    for above in _above(name):
+    for above in layout.names_above(name):
         if _content(store.path / above / "zarr.json") != layout.group_document({}):
             yield Damage(f"{above}/zarr.json", "missing, changed or damaged", "group")
-
-
-def _above(name: str) -> list[str]:
-    parts = name.split("/")
-    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _copied_header(folder: Path) -> ExtractionHeader | None:
@@ -143,28 +138,23 @@ def _damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[D
             yield Damage(f"{name}/committed/c/{block}", "damaged: it holds another value", "block", block)
     except DamagedError as error:
         yield Damage(f"{name}/committed/c/{block}", _problem(error), "block", block)
-    files = [
-        (layout.feature_path(layer), f"{block}/{column}")
-        for layer in extraction.header.layers
-        for column in range(layer.n_chunks)
-    ]
-    files += [("layer_norms", f"{block}/0"), ("failures", f"{block}")]
+    files = extraction.block_chunks(block)
     crcs: list[int | None] = [None] * len(files)
     try:
         crcs = extraction.read_record(block)[1:].tolist()
     except DamagedError as error:
         yield Damage(f"{name}/checksums/c/{block}/0", _problem(error), "block", block)
 
-    def check(job: tuple[tuple[str, str], int | None]) -> Damage | None:
+    def check(job: tuple[tuple[str, tuple[int, ...]], int | None]) -> Damage | None:
         (path, index), crc = job
-        spec, file = extraction.specs[path], extraction.folder / path / "c" / index
+        spec, file = extraction.specs[path], extraction.chunk_file(path, *index)
         try:
             if spec.dtype == "string":
                 chunks.read_bytes(file, "", crc)
             else:
                 chunks.read_chunk(file, "", spec.dtype, spec.chunks, crc)
         except DamagedError as error:
-            return Damage(f"{name}/{path}/c/{index}", _problem(error), "block", block)
+            return Damage(f"{name}/{file.relative_to(extraction.folder)}", _problem(error), "block", block)
         return None
 
     found = chunks.in_threads(check, list(zip(files, crcs, strict=True)))

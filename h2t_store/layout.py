@@ -43,11 +43,13 @@ __all__ = [
     "check_name",
     "create_array",
     "document_digest",
+    "escaped",
     "feature_path",
     "group_document",
     "ids_digest",
     "labels_digest",
     "n_blocks",
+    "names_above",
     "seal",
 ]
 
@@ -259,9 +261,14 @@ def n_blocks(header: ExtractionHeader) -> int:
     return -(-header.n_samples // header.rows_per_block)
 
 
+def escaped(name: str) -> str:
+    """A name with slashes as the name of one file; `urllib.parse.unquote` undoes it."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
 def feature_path(layer: Layer) -> str:
     """Path of a layer's array below its extraction, the tap's name with ``%`` and ``/`` escaped."""
-    name = layer.name.replace("%", "%25").replace("/", "%2F")
+    name = escaped(layer.name)
     return "features/zarr%2Ejson" if name == "zarr.json" else f"features/{name}"
 
 
@@ -271,6 +278,12 @@ def check_name(name: str) -> str:
     if any(not p or p == "zarr.json" or p.startswith((".", "__")) or "\\" in p or not p.isprintable() for p in parts):
         raise StoreError(f"name {name!r}: accepted are words joined by '/', such as 'pets/train'")
     return name
+
+
+def names_above(name: str) -> list[str]:
+    """The groups that the extraction ``name`` lies in: ``a`` and ``a/b`` for ``a/b/c``."""
+    parts = name.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 class ArraySpec(NamedTuple):

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
@@ -84,7 +85,7 @@ class Job:
         }
         return ExtractionHeader(
             n_samples=len(source),
-            rows_per_block=rows or rows_per_block(len(source), layers[-1].stop * forward.dtype.itemsize),
+            rows_per_block=rows or self._block_rows(source),
             dtype=dtype,
             classes=source.classes,
             layers=layers,
@@ -94,16 +95,19 @@ class Job:
 
     def layer_bytes(self, layer: Layer) -> int:
         """Bytes that a layer takes on disk, chunk by whole chunk."""
-        header_rows = rows_per_block(len(self.source), self.layers[-1].stop * self.forward.dtype.itemsize)
-        n_blocks = -(-len(self.source) // header_rows)
-        chunk = header_rows * layer.chunk_width * self.forward.dtype.itemsize + CRC_BYTES
+        rows = self._block_rows(self.source)
+        n_blocks = -(-len(self.source) // rows)
+        chunk = rows * layer.chunk_width * self.forward.dtype.itemsize + CRC_BYTES
         return n_blocks * layer.n_chunks * chunk
 
     def expected_bytes(self) -> int:
         """Bytes that the features take on disk."""
         return sum(map(self.layer_bytes, self.layers))
 
-    @property
+    def _block_rows(self, source: Source) -> int:
+        return rows_per_block(len(source), self.layers[-1].stop * self.forward.dtype.itemsize)
+
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """Layers as stored, side by side."""
         layers: list[Layer] = []

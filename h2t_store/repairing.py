@@ -10,8 +10,7 @@ from torch import nn
 
 from h2t_store.datasets import Source, arrange
 from h2t_store.errors import DamagedError, StoreError
-from h2t_store.extraction import _require_same_environment as require_same_environment
-from h2t_store.extraction import extract_job
+from h2t_store.extraction import extract_job, require_same_environment
 from h2t_store.integrity import Damage, restore_documents, verify
 from h2t_store.preparation import Job, prepare
 from h2t_store.store import Extraction, FeatureStore, differences

@@ -107,6 +107,15 @@ class Extraction:
         """File of a chunk."""
         return self.folder.joinpath(path, "c", *map(str, index))
 
+    def block_chunks(self, block: int) -> list[tuple[str, tuple[int, ...]]]:
+        """(array, index) of every chunk of a row block, in the order of its checksums."""
+        features = [
+            (layout.feature_path(layer), (block, column))
+            for layer in self.header.layers
+            for column in range(layer.n_chunks)
+        ]
+        return [*features, ("layer_norms", (block, 0)), ("failures", (block,))]
+
     def check_metadata(self, path: str) -> None:
         """Raise `DamagedError` unless the zarr.json of an array is as it was created."""
         if path in self._sound:
@@ -279,18 +288,9 @@ class Extraction:
 
     def take_block(self, block: int, other: "Extraction") -> None:
         """Take over a whole row block of another extraction with the same layers, without copying where that can be."""
-        paths = [
-            *(
-                self.chunk_file(layout.feature_path(layer), block, column)
-                for layer in self.header.layers
-                for column in range(layer.n_chunks)
-            ),
-            self.chunk_file("layer_norms", block, 0),
-            self.chunk_file("failures", block),
-        ]
-        for path in paths:
+        for array, index in self.block_chunks(block):
+            path, source = self.chunk_file(array, *index), other.chunk_file(array, *index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            source = other.folder / path.relative_to(self.folder)
             try:
                 os.link(source, path)
             except FileNotFoundError:
@@ -408,16 +408,14 @@ class FeatureStore:
 
     def open(self, name: str) -> Extraction:
         """Open the extraction ``name``; raises `StoreError` where there is none."""
-        folder = self.folder(name)
-        if not _may_be_extraction(folder):
-            self._finish_replacing(name)
-        if not _may_be_extraction(folder):
+        found = self.find(name)
+        if found is None:
             known = self.names()
             listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
             raise StoreError(
                 f"store {str(self.path)!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}"
             )
-        return Extraction(folder, f"{self.path}: {name}")
+        return found
 
     def find(self, name: str) -> Extraction | None:
         """Open the extraction ``name``; None where there is none."""
@@ -435,7 +433,7 @@ class FeatureStore:
         StoreError
             Where another process holds it; the message says which.
         """
-        file = self.path / _LOCKS / layout.check_name(name).replace("%", "%25").replace("/", "%2F")
+        file = self.path / _LOCKS / layout.escaped(layout.check_name(name))
         lock = FileLock(f"{file}.lock", blocking=False)
         try:
             file.parent.mkdir(exist_ok=True)
@@ -462,13 +460,11 @@ class FeatureStore:
             Where an extraction of that name, or of a part of it, was made from something else; the message names what
             differs.
         """
-        parts = layout.check_name(name).split("/")
-        for depth in range(1, len(parts)):
-            if _may_be_extraction(self.path.joinpath(*parts[:depth])):
-                raise StoreError(
-                    f"name {name!r}: {'/'.join(parts[:depth])!r} is an extraction already; choose another name"
-                )
-        folder, begun = self.folder(name), self.find(name)
+        folder, above = self.folder(name), layout.names_above(name)
+        for group in above:
+            if _may_be_extraction(self.path / group):
+                raise StoreError(f"name {name!r}: {group!r} is an extraction already; choose another name")
+        begun = self.find(name)
         if begun is not None:
             different = differences(begun.header.provenance["inputs"], header.provenance["inputs"])
             if different and begun.committed().any():
@@ -484,10 +480,9 @@ class FeatureStore:
             self._discard(self._staged(name))
         if folder.exists():
             self._discard(folder)  # what a crash left, or a beginning of something else without any row
-        for depth in range(1, len(parts)):
-            above = self.path.joinpath(*parts[:depth])
-            if not (above / "zarr.json").exists():
-                write_group(above, {}, shared=True)
+        for group in above:
+            if not (self.path / group / "zarr.json").exists():
+                write_group(self.path / group, {}, shared=True)
         return _create(folder, f"{self.path}: {name}", header, y, sample_ids)
 
     def stage(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
@@ -518,7 +513,7 @@ class FeatureStore:
         return self.open(name)
 
     def _staged(self, name: str) -> Path:
-        return self.path / f"{_STAGED}{layout.check_name(name).replace('%', '%25').replace('/', '%2F')}"
+        return self.path / f"{_STAGED}{layout.escaped(layout.check_name(name))}"
 
     def _finish_replacing(self, name: str) -> None:
         """A crash can come between the two halves of `replace`: then only what was staged, complete, is there."""

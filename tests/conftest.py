@@ -1,5 +1,7 @@
 """What several test files need: images, labels, and a store with something in it."""
 
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from estimators import solving
+from h2t_store.errors import DataError
 
 MODELS = Path(__file__).with_name("tiny_models.py")
+
+
+def raises_with(message: str):
+    """Expect a `DataError` that says this."""
+    return pytest.raises(DataError, match=re.escape(message))
+
+
+def as_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Pixels as the content of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import os
 import pickle
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,10 +15,6 @@ from h2t_store.datasets.names import as_names
 from h2t_store.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-
-
-def raises_with(message: str):
-    return pytest.raises(DataError, match=re.escape(message))
 
 
 def test_a_folder_is_read_in_one_order_with_its_folders_as_classes(folder, images):

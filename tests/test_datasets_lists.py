@@ -1,18 +1,14 @@
 import os
-import re
 
 import numpy as np
 import pytest
+from conftest import raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from h2t_store.datasets import open_source
 from h2t_store.errors import DataError
-
-
-def raises_with(message: str):
-    return pytest.raises(DataError, match=re.escape(message))
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import io
-import re
 import warnings
 import zlib
 
 import numpy as np
 import pytest
+from conftest import raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -14,10 +14,6 @@ from h2t_store.datasets.pictures import decode
 from h2t_store.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
-
-
-def raises_with(message: str):
-    return pytest.raises(DataError, match=re.escape(message))
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:

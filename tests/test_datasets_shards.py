@@ -1,18 +1,13 @@
 import io
 import json
-import re
 
 import numpy as np
 import pytest
+from conftest import raises_with
 from PIL import Image
 from test_datasets_tar import as_png, write_tar
 
 from h2t_store.datasets import arrange, open_source
-from h2t_store.errors import DataError
-
-
-def raises_with(message: str):
-    return pytest.raises(DataError, match=re.escape(message))
 
 
 @pytest.fixture

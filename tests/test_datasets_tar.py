@@ -2,27 +2,16 @@ import io
 import multiprocessing
 import os
 import pickle
-import re
 import tarfile
 
 import numpy as np
 import pytest
+from conftest import as_png, raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from h2t_store.datasets import open_source
 from h2t_store.errors import DataError
-
-
-def raises_with(message: str):
-    return pytest.raises(DataError, match=re.escape(message))
-
-
-def as_png(pixels) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes = b"", **fields) -> None:

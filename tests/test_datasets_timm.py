@@ -1,13 +1,12 @@
-import io
 import os
 import pickle
-import re
 import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import as_png, raises_with
 from PIL import Image
 from timm.data import create_dataset
 
@@ -15,16 +14,6 @@ from h2t_store.datasets import FolderSource, arrange, open_source
 from h2t_store.errors import DataError
 
 datasets = pytest.importorskip("datasets")
-
-
-def raises_with(message: str):
-    return pytest.raises(DataError, match=re.escape(message))
-
-
-def as_png(pixels) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def idx(array) -> bytes:

@@ -366,8 +366,7 @@ class _Writer:
 def choose_batch_size(forward: Forward, image_size: tuple[int, int]) -> int:
     """How many images to run at once: the same whenever it is asked on a machine of the same kind.
 
-    On the CPU 16, because activations that fit its caches are pooled faster and no machine has been seen to gain from
-    more. On CUDA the largest power of two up to 256 that two thirds of the card's memory hold.
+    On the CPU 16. On CUDA the largest power of two up to 256 that seven tenths of the card's memory hold.
     """
     if forward.device.type != "cuda":
         return _CPU_BATCH
