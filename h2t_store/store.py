@@ -438,17 +438,19 @@ class FeatureStore:
         try:
             file.parent.mkdir(exist_ok=True)
             lock.acquire()
+            file.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         except OSError as error:
+            lock.release()
             if not isinstance(error, Timeout):
                 raise StoreError(f"{self.path}: {name} cannot be written: {error.strerror or error}") from error
             with suppress(OSError):
                 raise StoreError(f"{self.path}: {name} is being written by {file.read_text()}") from None
             raise StoreError(f"{self.path}: {name} is being written by another process") from None
         try:
-            file.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             yield
         finally:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
             lock.release()
 
     def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:

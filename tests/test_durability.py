@@ -269,7 +269,7 @@ def test_a_store_that_cannot_be_written_is_read_and_says_so(tmp_path, monkeypatc
         real = getattr(os, call)
 
         def refuse(*args, _real=real, _call=call, **kwargs):
-            if _call == "open" and not args[1] & os.O_CREAT:
+            if _call == "open" and not args[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
                 return _real(*args, **kwargs)
             if _call == "mkdir" and Path(args[0]).exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(args[0]))
