@@ -1,14 +1,16 @@
 """The commands ``extract`` and ``h2t``: what they accept and what they print, and nothing else."""
 
 import logging
+import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +25,9 @@ __all__ = ["extract_main", "h2t_main"]
 
 _EXIT_CODES = """Exit status: 0 done; 1 error, told in one line on stderr; 2 wrong usage; 3 damage found (verify);
 130 or 143 stopped by Ctrl-C or SIGTERM after the row block in hand."""
+
+_IN_COMPANY = int(os.environ.get("WORLD_SIZE", "1")) > 1
+_ECHO_SECONDS = 2.0  # torchrun passes on the Ctrl-C that its processes had from the terminal already
 
 _extract_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
 _h2t_app = typer.Typer(
@@ -49,18 +54,36 @@ _Workers = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"head2toe {version('head2toe')}")
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")]
+
+
+@_h2t_app.callback()
+def _h2t(_: _Version = False) -> None:
+    pass
+
+
 class _Interruption:
     """SIGINT and SIGTERM: the first asks for an end after the row block in hand, the second one ends at once."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.asked_at = 0.0
         self.meter: Meter | None = None
 
     def __call__(self, number: int, _: Any) -> None:
-        before, self.signal = self.signal, number
+        now = time.monotonic()
+        if self.signal and _IN_COMPANY and now - self.asked_at < _ECHO_SECONDS:
+            return
+        before, self.signal, self.asked_at = self.signal, number, now
         if before or self.meter is None or self.meter.began is None:
             raise _StoppedAtOnceError
-        print("stopping after the row block in hand; once more stops at once", file=sys.stderr, flush=True)
+        os.write(2, b"stopping after the row block in hand; once more stops at once\n")
 
     def asked(self) -> bool:
         """Whether to stop."""
@@ -129,9 +152,8 @@ def _extract(
         bool, typer.Option("--dataset-download", help="Let torch/NAME be downloaded.", rich_help_panel="Data")
     ] = False,
     on_error: Annotated[
-        str,
+        Literal["raise", "skip"],
         typer.Option(
-            metavar="raise|skip",
             help="At an image that cannot be read, stop; or record why and go on: its row stays, masked.",
             rich_help_panel="Data",
         ),
@@ -182,9 +204,8 @@ def _extract(
         ),
     ] = "activations",
     cls_token: Annotated[
-        str,
+        Literal["pool", "only", "keep"],
         typer.Option(
-            metavar="pool|only|keep",
             help="A class token is pooled with the others, taken alone, or kept beside the pooled others.",
             rich_help_panel="Features",
         ),
@@ -198,7 +219,8 @@ def _extract(
         ),
     ] = [512],  # noqa: B006  typer reads it once
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="As stored: float16 or float32.", rich_help_panel="Features")
+        Literal["float16", "float32"],
+        typer.Option(help="As stored.", rich_help_panel="Features"),
     ] = "float16",
     batch_size: Annotated[
         str,
@@ -237,6 +259,7 @@ def _extract(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Result")
     ] = False,
+    _: _Version = False,
 ) -> None:
     """Run a frozen network once over DATA and store the pooled activations of all its layers.
 
@@ -253,7 +276,7 @@ def _extract(
 
     torchrun --nproc-per-node 4 -m h2t_store pets/train --model resnet50 --store pets.zarr --name pets/train
     """
-    from h2t_store.extraction import extract
+    from h2t_store.extraction import check_running, extract
 
     settings: dict[str, Any] = dict(
         model=model,
@@ -276,6 +299,7 @@ def _extract(
     if dry_run:
         from h2t_store.preparation import prepare
 
+        check_running(name, workers, on_error)
         _print_plan(prepare(data, **settings), workers, as_json)
         return
     start = time.perf_counter()
@@ -285,7 +309,7 @@ def _extract(
             store=store,
             name=name,
             workers=workers,
-            on_error=on_error,  # type: ignore[arg-type]  # checked by extract, which knows what is accepted
+            on_error=on_error,
             append=append,
             stopped=_interruption.asked,
             progress=meter,
@@ -303,7 +327,7 @@ def _extract(
     images = f"{n_rows} images of {len(matrix.classes)} classes" if matrix.classes else f"{n_rows} unlabelled images"
     print(f"{store}: {name}: {images} x {n_columns} features from {len(matrix.layers)} layers ({work})")
     if failures:
-        sample, reason = next(iter(failures.items()))
+        sample, reason = failures[0]
         print(f"{len(failures)} images were skipped, such as {sample}: {reason}", file=sys.stderr)
 
 
@@ -323,9 +347,10 @@ def _print_plan(job: "Job", workers: int | None, as_json: bool) -> None:
         {"layer": layer.name, "activation": list(layer.shape), "width": layer.width, "bytes": job.layer_bytes(layer)}
         for layer in header.layers
     ]
+    preprocessing = header.provenance["inputs"]["preprocessing"]
     total = {"images": header.n_samples, "features": header.n_features, "bytes": n_bytes, "seconds": seconds}
     if as_json:
-        print(json_text(total | {"batch_size": job.batch_size, "layers": layers}))
+        print(json_text(total | {"batch_size": job.batch_size, "preprocessing": preprocessing, "layers": layers}))
         return
     rows = [
         (layer["layer"], " x ".join(map(str, layer["activation"])), layer["width"], size(layer["bytes"]))
@@ -338,6 +363,7 @@ def _print_plan(job: "Job", workers: int | None, as_json: bool) -> None:
             "images": header.n_samples,
             "features": f"{header.n_features} from {len(layers)} layers, {header.dtype}",
             "stored": size(n_bytes),
+            "preprocessing": preprocessing,
             "batch size": job.batch_size,
             "time": f"{duration(seconds)}, {header.n_samples / seconds:.1f} images/s",
         }
@@ -398,7 +424,7 @@ def info(store: _Store, name: _Name, as_json: _Json = False) -> None:
     for part in ("inputs", "environment"):
         shown |= {key: value for key, value in header.provenance[part].items() if key not in shown}
     facts(shown)
-    for sample, reason in failures.items():
+    for sample, reason in failures:
         print(f"skipped {sample}: {reason}")
     print()
     rows = [
@@ -445,17 +471,32 @@ def _soundness(store: "FeatureStore", name: str) -> str:
 
 
 @_h2t_app.command()
-def repair(store: _Store, name: _Name, workers: _Workers = None, as_json: _Json = False) -> None:
+def repair(
+    store: _Store,
+    name: _Name,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Where its images are now.", show_default="where they were"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Its network, if that goes by another name now.", show_default="as then"),
+    ] = None,
+    workers: _Workers = None,
+    as_json: _Json = False,
+) -> None:
     """Restore what is damaged: metadata from its copy, row blocks by computing them again, and only those.
 
-    Data and network must be where they were.
+    Images and network must be the same.
 
-    Example: h2t repair pets.zarr pets/train
+    Example: h2t repair pets.zarr pets/train --data /mnt/moved/pets/train
     """
     from h2t_store.repairing import repair as restore
 
     with _interruption.computing() as meter:
-        damages = restore(store, name, workers=workers, stopped=_interruption.asked, progress=meter)
+        damages = restore(
+            store, name, data=data, model=model, workers=workers, stopped=_interruption.asked, progress=meter
+        )
     blocks = sorted({damage.block for damage in damages if damage.kind == "block"})
     if as_json:
         print(json_text({"damages": [damage._asdict() for damage in damages], "computed": meter.computed}))
@@ -517,13 +558,14 @@ def export(
 
 def _summary(extraction: "Extraction") -> dict[str, Any]:
     header = extraction.header
+    inputs = header.provenance["inputs"]
     return {
         "images": header.n_samples,
         "classes": len(header.classes),
         "features": header.n_features,
         "layers": len(header.layers),
         "stored": extraction.stored_bytes(),
-        "model": "{model} {weights_sha256:.8}".format(**header.provenance["inputs"]),
+        "model": f"{inputs.get('model')} {inputs.get('weights_sha256')!s:.8}",
         "state": _state(extraction),
     }
 
@@ -555,6 +597,7 @@ def _run(app: typer.Typer) -> None:
         signal.signal(number, _interruption)
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except StoppedError:
         code = _fail("stopped: finished row blocks are stored, the same command continues", 128 + _interruption.signal)
     except _StoppedAtOnceError:
@@ -562,6 +605,9 @@ def _run(app: typer.Typer) -> None:
         code = _fail(f"interrupted{resumable}", 128 + _interruption.signal)
     except H2TError as error:
         code = _fail(str(error), 1)
+    except BrokenPipeError:  # as in: h2t ls STORE | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = _fail(f"{where}{error.strerror or error}", 1)

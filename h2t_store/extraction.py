@@ -17,12 +17,13 @@ from h2t_store.engines import local
 from h2t_store.engines.blocks import RowBlock, plan
 from h2t_store.engines.ranks import ALONE, Ranks, ranks
 from h2t_store.errors import DataError, H2TError, StoreError, one_line
+from h2t_store.integrity import damaged_chunks
 from h2t_store.layout import ExtractionHeader, check_name
 from h2t_store.matrix import FeatureMatrix, open_features
 from h2t_store.preparation import Job, check_integer, prepare
 from h2t_store.store import Extraction, FeatureStore, differences
 
-__all__ = ["expected_seconds", "extract", "extract_job", "require_same_environment"]
+__all__ = ["check_running", "expected_seconds", "extract", "extract_job", "require_same_environment"]
 
 _log = logging.getLogger("h2t_store")
 _MAX_DEFAULT_WORKERS = 4
@@ -131,8 +132,9 @@ def extract(
     StoppedError
         Where ``stopped`` returned true; the same call continues.
     """
-    check_name(name)
-    _check_running(workers, on_error)
+    check_running(name, workers, on_error)
+    if batch_size == "auto":
+        batch_size = _batch_size_begun(store, name) or "auto"
     with ranks() as processes:
         job = prepare(
             data,
@@ -154,6 +156,8 @@ def extract(
             seed=seed,
         )
         opened = FeatureStore(store, create=True)
+        if not append and _is_done(job, opened, name):
+            return open_features(store, name)
         with opened.lock(name) if processes.leads else contextlib.nullcontext():
             return extract_job(
                 job,
@@ -168,7 +172,9 @@ def extract(
             )
 
 
-def _check_running(workers: int | None, on_error: str) -> None:
+def check_running(name: str, workers: int | None, on_error: str) -> None:
+    """Raise `H2TError` unless these arguments of `extract` are as it accepts them."""
+    check_name(name)
     if workers is not None:
         check_integer("workers", workers, 0)
     if on_error not in _ON_ERROR:
@@ -202,6 +208,8 @@ def extract_job(
         )
     if processes.leads:
         extraction, source = _begin(job, store, name, append)
+        if not extraction.complete:
+            _give_up_damaged(extraction, name)
         processes.meet()
     else:
         processes.meet()
@@ -209,9 +217,7 @@ def extract_job(
     staged = extraction.folder != store.folder(name)
     before = store.open(name) if staged else None
     blocks: list[RowBlock] = []
-    if extraction.complete:
-        _log.info("%s is complete: nothing to compute", extraction.where)
-    else:
+    if not extraction.complete:
         require_same_environment(extraction, job)
         blocks = _missing(extraction, before)
     processes.meet()  # all have the same list before anything is committed
@@ -226,6 +232,43 @@ def extract_job(
         _warn_about_siblings(store, name, extraction.header)
     processes.meet()
     return open_features(store.path, name)
+
+
+def _batch_size_begun(store: str | os.PathLike[str], name: str) -> int | None:
+    """Batch size of an extraction that was begun: it can be finished or extended with no other."""
+    with contextlib.suppress(StoreError, KeyError, TypeError):
+        begun = FeatureStore(store).find(name)
+        if begun is not None and begun.committed().any():
+            return int(begun.header.provenance["environment"]["arguments"]["batch_size"])
+    return None
+
+
+def _is_done(job: Job, store: FeatureStore, name: str) -> bool:
+    """Whether the extraction is there and complete; then nothing is written, not even a lock."""
+    begun = store.find(name)
+    if begun is None or not begun.complete:
+        return False
+    with contextlib.suppress(DataError):
+        source = arrange(job.source, begun.sample_ids().tolist(), begun.header.classes)
+        if not differences(begun.header.provenance["inputs"], job.header(source).provenance["inputs"]):
+            _log.info("%s is complete: nothing to compute", begun.where)
+            return True
+    return False
+
+
+def _give_up_damaged(extraction: Extraction, name: str) -> None:
+    """Have row blocks computed again that are not as they were written: a power failure can lose what was committed."""
+    for block in np.flatnonzero(extraction.committed()).tolist():
+        damages = list(damaged_chunks(extraction, name, block))
+        if damages:
+            _log.warning(
+                "%s: row block %d is computed again: %s: %s",
+                extraction.where,
+                block,
+                damages[0].path,
+                damages[0].problem,
+            )
+            extraction.reopen([block])
 
 
 def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extraction, Source]:

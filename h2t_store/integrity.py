@@ -9,14 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import zarr
-
 from h2t_store import chunks, layout
 from h2t_store.errors import DamagedError, StoreError
 from h2t_store.layout import ExtractionHeader
 from h2t_store.store import Extraction, FeatureStore, read_group, write_group
 
-__all__ = ["Damage", "restore_documents", "verify"]
+__all__ = ["Damage", "damaged_chunks", "restore_documents", "verify"]
 
 Kind = Literal["block", "labels", "array", "group", "header"]
 
@@ -93,7 +91,7 @@ def verify(
     yield from _damaged_labels(extraction, name)
     total = layout.n_blocks(extraction.header)
     for block in range(total):
-        yield from _damaged_chunks(extraction, name, block)
+        yield from damaged_chunks(extraction, name, block)
         progress(block + 1, total)
 
 
@@ -127,7 +125,8 @@ def _damaged_labels(extraction: Extraction, name: str) -> Iterator[Damage]:
             yield Damage(f"{name}/{path}/c", "it holds other values than were written", "labels")
 
 
-def _damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[Damage]:
+def damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[Damage]:
+    """Read a row block, if it is committed, and tell what of it is damaged or missing."""
     flag = extraction.chunk_file("committed", block)
     if not flag.exists():
         if extraction.complete:
@@ -198,15 +197,8 @@ def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> 
     for damage in damages:
         if damage.kind == "array":
             path = damage.path.removeprefix(f"{name}/").removesuffix("/zarr.json")
-            document = _array_document(specs[path])
+            document = layout.array_document(specs[path])
             if layout.document_digest(document) != header.documents[path]:
                 written = header.provenance["environment"].get("versions", {}).get("zarr")
                 raise StoreError(f"{where}: zarr {written} wrote the metadata of {path!r}: repair it with that version")
             chunks.replace_file(folder / path / "zarr.json", document)
-
-
-def _array_document(spec: layout.ArraySpec) -> bytes:
-    memory: dict[str, zarr.core.buffer.Buffer] = {}
-    group = zarr.create_group(zarr.storage.MemoryStore(memory), zarr_format=3)
-    layout.create_array(group, "array", spec)
-    return memory["array/zarr.json"].to_bytes()

@@ -22,7 +22,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -39,9 +39,9 @@ __all__ = [
     "ArraySpec",
     "ExtractionHeader",
     "Layer",
+    "array_document",
     "array_specs",
     "check_name",
-    "create_array",
     "document_digest",
     "escaped",
     "feature_path",
@@ -58,6 +58,7 @@ MAX_CHUNK_COLUMNS = 1024
 MAX_LABEL_ROWS = 65536
 UNLABELLED = -1
 STORAGE_DTYPES = ("float16", "float32")
+_NAN = float("nan")  # one object, so that equal specs compare equal
 _STATE = ("digest", "complete", "n_failed", "seal")
 
 
@@ -301,10 +302,10 @@ def array_specs(header: ExtractionHeader) -> dict[str, ArraySpec]:
     n_crcs = 3 + sum(layer.n_chunks for layer in header.layers)
     label_rows = min(n, MAX_LABEL_ROWS)
     specs = {
-        feature_path(layer): ArraySpec((n, layer.width), (rows, layer.chunk_width), header.dtype, float("nan"))
+        feature_path(layer): ArraySpec((n, layer.width), (rows, layer.chunk_width), header.dtype, _NAN)
         for layer in header.layers
     }
-    specs["layer_norms"] = ArraySpec((n, n_layers), (rows, n_layers), "float32", float("nan"))
+    specs["layer_norms"] = ArraySpec((n, n_layers), (rows, n_layers), "float32", _NAN)
     specs["failures"] = ArraySpec((n,), (rows,), "string", "")
     specs["checksums"] = ArraySpec((blocks, n_crcs), (1, n_crcs), "uint32", 0)
     specs["committed"] = ArraySpec((blocks,), (1,), "uint8", 0)
@@ -313,18 +314,20 @@ def array_specs(header: ExtractionHeader) -> dict[str, ArraySpec]:
     return specs
 
 
-def create_array(group: zarr.Group, path: str, spec: ArraySpec) -> zarr.Array[Any]:
-    """Create one array; chunks of nothing but the fill value are stored, too, so that an absent one is a lost one."""
-    return group.create_array(
-        path,
+@lru_cache
+def array_document(spec: ArraySpec) -> bytes:
+    """The zarr.json of an array, as zarr makes it; the layers of a network share few specs, and making one is slow."""
+    memory: dict[str, zarr.core.buffer.Buffer] = {}
+    zarr.create_array(
+        zarr.storage.MemoryStore(memory),
         shape=spec.shape,
         chunks=spec.chunks,
         dtype=spec.dtype,
         fill_value=spec.fill_value,
         compressors=[Crc32cCodec()],
-        config={"write_empty_chunks": True},
-        overwrite=True,
+        zarr_format=3,
     )
+    return memory["zarr.json"].to_bytes()
 
 
 def group_document(attributes: Mapping[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ Reads go by whole chunks, each checked against its checksum, and a chunk that is
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from html import escape
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from h2t_store.chunks import in_threads
-from h2t_store.errors import IncompleteError, StoreError, did_you_mean
+from h2t_store.errors import DamagedError, IncompleteError, StoreError, did_you_mean
 from h2t_store.layout import ExtractionHeader, Layer, n_blocks
 from h2t_store.store import Extraction, FeatureStore
 
@@ -64,6 +65,10 @@ def _require_complete(extraction: Extraction) -> None:
         )
 
 
+def _replaced(extraction: Extraction) -> StoreError:
+    return StoreError(f"{extraction.where} was replaced by another extraction since this matrix was opened")
+
+
 class FeatureMatrix:
     """Rows and columns of one extraction, read on demand as float32.
 
@@ -102,10 +107,24 @@ class FeatureMatrix:
             store, name, digest = self._address
             extraction = FeatureStore(store).open(name)
             if extraction.header.digest != digest:
-                raise StoreError(f"{extraction.where} was replaced by another extraction since this matrix was opened")
+                raise _replaced(extraction)
             _require_complete(extraction)
             self._opened = extraction
         return self._opened
+
+    @contextmanager
+    def _reading(self) -> Iterator[Extraction]:
+        """What to read from; where that finds damage, it may be that another extraction has taken its place."""
+        extraction = self._extraction
+        try:
+            yield extraction
+        except DamagedError:
+            store, name, digest = self._address
+            with suppress(DamagedError):
+                now = FeatureStore(store).find(name)
+                if now is not None and now.header.digest != digest:
+                    raise _replaced(now) from None
+            raise
 
     @property
     def _header(self) -> ExtractionHeader:
@@ -148,7 +167,8 @@ class FeatureMatrix:
         They count within one extraction: where two were made from folders with different classes, compare names,
         ``np.array(X.classes)[X.y]``.
         """
-        y = self._extraction.labels()
+        with self._reading() as extraction:
+            y = extraction.labels()
         return y if self._rows is None else y[self._rows]
 
     @property
@@ -159,13 +179,15 @@ class FeatureMatrix:
     @property
     def sample_ids(self) -> NDArray[Any]:
         """Identifiers (n_rows,) of strings: paths relative to the data, or ``SPLIT/index``."""
-        ids = self._extraction.sample_ids()
+        with self._reading() as extraction:
+            ids = extraction.sample_ids()
         return ids if self._rows is None else ids[self._rows]
 
     @property
-    def failures(self) -> dict[str, str]:
-        """Why samples of the extraction were skipped (``on_error="skip"``), by their identifiers."""
-        return self._extraction.skipped()
+    def failures(self) -> list[tuple[str, str]]:
+        """(identifier, why) of every sample of the extraction that was skipped (``on_error="skip"``)."""
+        with self._reading() as extraction:
+            return extraction.skipped()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -243,7 +265,8 @@ class FeatureMatrix:
 
     def layer_norms(self) -> NDArray[np.float32]:
         """Euclidean norms (n_rows, len(layers)) of each layer's stored vector, over all its columns."""
-        norms = self._extraction.layer_norms()
+        with self._reading() as extraction:
+            norms = extraction.layer_norms()
         columns = np.array([index for index, _ in self._runs()], dtype=np.int64)
         return norms[:, columns] if self._rows is None else norms[np.ix_(self._rows, columns)]
 
@@ -284,7 +307,7 @@ class FeatureMatrix:
 
     def _read(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read stored columns (any order) for the selected rows: every chunk that holds some of them, once."""
-        header, extraction = self._header, self._extraction
+        header = self._header
         rows = np.arange(header.n_samples) if self._rows is None else self._rows
         out = np.empty((len(rows), len(columns)), dtype=np.float32)
         row_parts = list(_by_chunk(rows, header.rows_per_block))
@@ -302,7 +325,8 @@ class FeatureMatrix:
             chunk = extraction.features(layer, down.chunk, across.chunk)
             _widen(chunk[_cross(down.source, across.source)], out, _cross(down.target, across.target))
 
-        in_threads(fill, jobs)
+        with self._reading() as extraction:
+            in_threads(fill, jobs)
         return out
 
     def __getitem__(self, key: Any) -> "FeatureMatrix":

@@ -5,6 +5,7 @@ A `Job` is all of that, found out and tried on two images before anything is wri
 
 import logging
 import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,6 +205,7 @@ def prepare(
     environment = {
         "arguments": arguments,
         "taps_left_out": left_out,
+        "platform": {"python": platform.python_version(), "device": _device_name(torch_device)},
         "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr", "pillow")},
     }
     return Job(source, backbone, forward, images_at_once, environment)
@@ -273,6 +275,10 @@ def _device(device: str | torch.device) -> torch.device:
     except Exception as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error
     return chosen
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def _local_rank() -> int:

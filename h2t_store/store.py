@@ -20,12 +20,11 @@ from typing import Any, Literal, Self
 from urllib.parse import unquote
 
 import numpy as np
-import zarr
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from h2t_store import chunks, layout
-from h2t_store.errors import DamagedError, StoreError, did_you_mean, one_line
+from h2t_store.errors import DamagedError, DataError, StoreError, did_you_mean, one_line
 from h2t_store.layout import ExtractionHeader, Layer
 
 __all__ = ["Extraction", "FeatureStore", "differences", "read_group", "write_group"]
@@ -152,8 +151,6 @@ class Extraction:
         """The checksums of a row block, found to be this block's."""
         record: NDArray[np.uint32] = self.read("checksums", (block, 0))[0].copy()
         if (record != layout.seal(self.header, block, record[1:])).any():
-            if read_group(self.folder, self.where).get("digest") != self.header.digest:
-                raise StoreError(f"{self.where} was replaced by another extraction since it was opened")
             raise DamagedError(f"{self._chunk_name('checksums', (block, 0))} is damaged: it belongs elsewhere")
         return record
 
@@ -192,12 +189,12 @@ class Extraction:
                     return True
         return False
 
-    def skipped(self) -> dict[str, str]:
-        """Why samples were skipped, by their identifiers; empty until the extraction is complete."""
+    def skipped(self) -> list[tuple[str, str]]:
+        """(identifier, why) of every sample that was skipped; empty until the extraction is complete."""
         if not self.n_failed:
-            return {}
+            return []
         ids = self.sample_ids()
-        return {str(ids[row]): reason for row, reason in self.failures().items()}
+        return [(str(ids[row]), reason) for row, reason in self.failures().items()]
 
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,), -1 where unlabelled."""
@@ -300,11 +297,14 @@ class Extraction:
         self._commit(block, other.record(block)[1:])
 
     def finish(self) -> None:
-        """Mark the extraction complete; every block must be committed."""
+        """Mark the extraction complete; every block must be committed, and some sample not skipped."""
         missing = int((~self.committed()).sum())
         if missing:
             raise StoreError(f"{self.where}: {missing} row blocks are not committed")
-        self.n_failed = len(self.failures())
+        failures = self.failures()
+        if len(failures) == self.header.n_samples:
+            raise DataError(f"{self.where}: no image could be read; the first: {next(iter(failures.values()))}")
+        self.n_failed = len(failures)
         self._write_attributes(self.n_failed)
 
     def reopen(self, blocks: Iterable[int]) -> None:
@@ -431,7 +431,7 @@ class FeatureStore:
         Raises
         ------
         StoreError
-            Where another process holds it; the message says which.
+            Where another process holds it; the message says which. Where it, or what is written under it, cannot be.
         """
         file = self.path / _LOCKS / layout.escaped(layout.check_name(name))
         lock = FileLock(f"{file}.lock", blocking=False)
@@ -448,6 +448,8 @@ class FeatureStore:
             raise StoreError(f"{self.path}: {name} is being written by another process") from None
         try:
             yield
+        except OSError as error:
+            raise StoreError(f"{self.path}: {name} cannot be written: {error.strerror or error}") from error
         finally:
             with suppress(OSError):
                 file.unlink()
@@ -509,8 +511,13 @@ class FeatureStore:
 
     def replace(self, name: str) -> Extraction:
         """Put what was staged, which must be complete, in the place of the extraction ``name``."""
-        trash = self._set_aside(self.folder(name))
-        self._finish_replacing(name)
+        folder = self.folder(name)
+        trash = self._set_aside(folder)
+        try:
+            self._staged(name).rename(folder)
+        except OSError:
+            trash.rename(folder)
+            raise
         shutil.rmtree(trash, ignore_errors=True)
         return self.open(name)
 
@@ -550,11 +557,12 @@ def _create(folder: Path, where: str, header: ExtractionHeader, y: NDArray[np.in
     """Create every array; labels and identifiers are filled, features are left absent."""
     write_group(folder, {})
     write_group(folder / "features", {})
-    group = zarr.open_group(str(folder), mode="r+", zarr_format=3)
     documents = {}
     for path, spec in layout.array_specs(header).items():
-        layout.create_array(group, path, spec)
-        documents[path] = layout.document_digest((folder / path / "zarr.json").read_bytes())
+        document = layout.array_document(spec)
+        documents[path] = layout.document_digest(document)
+        (folder / path).mkdir(parents=True)
+        (folder / path / "zarr.json").write_bytes(document)
     ids_sha256 = layout.ids_digest(sample_ids)
     header = replace(header, labels_sha256=layout.labels_digest(y), ids_sha256=ids_sha256, documents=documents)
     _write_labels(folder, layout.array_specs(header)["y"].chunks[0], y, sample_ids)

@@ -1,5 +1,7 @@
 """Extending an extraction by images that its source has got since."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_models
@@ -68,6 +70,16 @@ def test_only_new_images_are_read_and_old_rows_keep_their_values(tmp_path, folde
     order = [fresh.sample_ids.tolist().index(name) for name in after.sample_ids]
     np.testing.assert_allclose(np.asarray(after), np.asarray(fresh)[order], rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(after.layer_norms(), fresh.layer_norms()[order], rtol=2e-3, atol=1e-4)
+
+
+def test_a_matrix_from_before_says_that_it_was_replaced(tmp_path, folder, grow):
+    before = extract(folder, **common(tmp_path))
+    np.asarray(before)
+    grow("a/zz.png")
+    extract(folder, append=True, **common(tmp_path))
+    for read in (np.asarray, lambda X: X.y, lambda X: X.layer_norms()):
+        with pytest.raises(StoreError, match="x was replaced by another extraction since this matrix was opened"):
+            read(before)
 
 
 def test_nothing_is_computed_where_nothing_is_new_or_all_is_appended(tmp_path, folder, grow, decoded):
@@ -158,7 +170,14 @@ def test_a_crash_between_the_halves_of_the_replacement_is_finished_by_whoever_co
 ):
     extract(folder, **common(tmp_path))
     grow("b/x.png")
-    monkeypatch.setattr(FeatureStore, "_finish_replacing", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = Path.rename
+
+    def rename(self, target):
+        if self.name.startswith(".append-"):
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
         extract(folder, append=True, **common(tmp_path))
     monkeypatch.undo()

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -158,7 +159,10 @@ def test_a_signal_says_how_to_continue_and_the_same_command_does(tmp_path, image
         "            Slow.passes += 1\n"
         "            if Slow.passes == 3 and not os.environ.get('GO_ON'): os.kill(os.getpid(), signal.SIGTERM)\n"
         "        return super().forward(x)\n"
-        "def build(): return Slow()\n"
+        "def build():\n"
+        "    model = Slow()\n"
+        "    model.pretrained_cfg = {'input_size': (3, 8, 8), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}\n"
+        "    return model\n"
     )
     (tmp_path / "p" / "a").mkdir(parents=True)
     for i in range(600):
@@ -212,7 +216,7 @@ def test_json_is_for_machines(run, folder, tmp_path):
     assert code == 0
     done = json.loads(out)
     assert (done["images"], done["computed"], done["classes"]) == (40, 41, 4)
-    assert list(done["failures"]) == ["a/99.png"]
+    assert [sample for sample, _ in done["failures"]] == ["a/99.png"]
     (listed,) = json.loads(run("h2t", "ls", store, "--json")[1])
     assert (listed["name"], listed["images"], listed["state"]) == ("x/y", 41, "complete, 1 skipped")
     known = json.loads(run("h2t", "info", store, "x/y", "--json")[1])
@@ -220,7 +224,7 @@ def test_json_is_for_machines(run, folder, tmp_path):
     assert known["layer_list"][0]["activation"] == [4, 8, 8]
     assert known["class_names"] == ["a", "b", "c", "d"]
     assert known["stored"] == listed["stored"]
-    assert list(known["failures"]) == ["a/99.png"]
+    assert known["failures"] == done["failures"]
 
 
 def test_a_dry_run_stores_nothing_and_says_what_would_come(run, folder, tmp_path):
@@ -303,3 +307,41 @@ def test_every_command_explains_itself_with_an_example(run):
     panels = run("extract", "--help")[1]
     for topic in ("Data", "Network", "Features", "Speed", "Result"):
         assert f"─ {topic} ─" in panels
+
+
+def test_an_extraction_is_repaired_from_where_its_images_are_now(run, folder, tmp_path):
+    store = tmp_path / "s"
+    run("extract", folder, "--model", MODEL, "--store", store, "--name", "x", "-j", 0)
+    next((store / "x/features").rglob("c/0/0")).unlink()
+    folder.rename(tmp_path / "moved")
+    assert run("h2t", "repair", store, "x", "-j", 0)[0] == 1
+    code, out, _ = run("h2t", "repair", store, "x", "-j", 0, "--data", tmp_path / "moved")
+    assert code == 0
+    assert "1 things repaired, 1 row blocks computed again" in out
+    assert run("h2t", "verify", store)[0] == 0
+
+
+def test_a_plan_says_what_the_images_go_through_and_checks_what_a_run_would(run, folder, tmp_path):
+    args = ("extract", folder, "--model", MODEL, "--store", tmp_path / "s", "--dry-run", "-j", 0)
+    code, out, _ = run(*args, "--name", "x")
+    assert code == 0
+    assert "mean 0.0, 0.0, 0.0, std 1.0, 1.0, 1.0" in out
+    code, _, err = run(*args, "--name", "../x")
+    assert code == 1
+    assert "name '../x': accepted are" in err
+
+
+@pytest.mark.parametrize("command", ["extract", "h2t"])
+def test_versions(run, command):
+    assert run(command, "--version") == (0, f"head2toe {version('head2toe')}\n", "")
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    assert (
+        subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {sys.executable} -m h2t_store --help | true"],
+            capture_output=True,
+            check=False,
+        ).stderr
+        == b""
+    )

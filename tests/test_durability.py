@@ -19,7 +19,7 @@ from conftest import MODELS
 
 from h2t_store import cli, extract, open_features
 from h2t_store.engines import blocks
-from h2t_store.errors import H2TError, IncompleteError, StoreError
+from h2t_store.errors import H2TError, IncompleteError, StoppedError, StoreError
 from h2t_store.integrity import verify
 from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.repairing import repair
@@ -262,6 +262,45 @@ def test_the_command_says_in_one_line_that_a_file_cannot_grow(tmp_path):
     assert list(verify(FeatureStore(tmp_path / "s"), "x")) == []
 
 
+def test_what_a_power_failure_took_is_computed_again(tmp_path, caplog):
+    """Chunks are not forced to disk: after a power failure they can be empty though their block was committed."""
+    run(job, tmp_path / "whole")
+    asked = []
+
+    def stop_late() -> bool:
+        asked.append(1)
+        return len(asked) == 5
+
+    with pytest.raises(StoppedError):
+        job(tmp_path / "s", stopped=stop_late)
+    chunks = sorted((tmp_path / "s/x/features").rglob("c/*/*"))
+    chunks[0].write_bytes(b"")
+    next(path for path in chunks if path.parent.name == "3").unlink()
+    job(tmp_path / "s")
+    assert [record.args[1] for record in caplog.records if "computed again" in record.msg] == [0, 3]
+    assert tree(tmp_path / "s/x") == tree(tmp_path / "whole/x")
+
+
+def test_a_disk_that_fails_while_an_extension_takes_its_place_loses_nothing(tmp_path, monkeypatch):
+    job(tmp_path / "s", n=40)
+    before, real = read(tmp_path / "s"), Path.rename
+
+    def rename(self, target):
+        if self.name.startswith(".append-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    more = np.concatenate([images, images[::-1]])
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", batch_size=8, append=True)
+    with pytest.raises(StoreError, match="x cannot be written: Input/output error"):
+        extract((more, np.arange(80) % 4), **common)
+    assert equal(read(tmp_path / "s"), before)
+    monkeypatch.setattr(Path, "rename", real)
+    assert len(extract((more, np.arange(80) % 4), **common)) == 80
+
+
 def test_a_store_that_cannot_be_written_is_read_and_says_so(tmp_path, monkeypatch):
     job(tmp_path / "s")
     before = read(tmp_path / "s")
@@ -278,6 +317,7 @@ def test_a_store_that_cannot_be_written_is_read_and_says_so(tmp_path, monkeypatc
         monkeypatch.setattr(os, call, refuse)
     assert equal(read(tmp_path / "s"), before)
     assert list(verify(FeatureStore(tmp_path / "s"), "x")) == []
+    job(tmp_path / "s")
     with pytest.raises(StoreError, match="y cannot be written: Read-only file system"):
         job(tmp_path / "s", "y")
     with pytest.raises(StoreError, match="cannot be made: Read-only file system"):

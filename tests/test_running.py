@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,8 +14,9 @@ from conftest import MODELS
 from PIL import Image
 
 from h2t_store import extract, open_features
+from h2t_store.datasets import ArraySource
 from h2t_store.engines import blocks
-from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
+from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError
 from h2t_store.extraction import expected_seconds, extract_job
 from h2t_store.preparation import prepare
 from h2t_store.store import FeatureStore
@@ -37,9 +39,9 @@ def test_skipped_images_keep_their_row_and_are_masked(tmp_path, folder, workers)
         extract(folder, name="x", **common)
     matrix = extract(folder, name="x", on_error="skip", **common)
     assert matrix.shape[0] == 29
-    assert set(matrix.failures) == {"a/04.png"} | {f"b/{i:02}.png" for i in range(1, 40, 4)}
-    assert "not an image" in matrix.failures["a/04.png"]
-    assert not set(matrix.sample_ids) & set(matrix.failures)
+    assert {*dict(matrix.failures)} == {"a/04.png"} | {f"b/{i:02}.png" for i in range(1, 40, 4)}
+    assert "not an image" in dict(matrix.failures)["a/04.png"]
+    assert not set(matrix.sample_ids) & {*dict(matrix.failures)}
     assert len(matrix.y) == 29
     assert np.isfinite(np.asarray(matrix)).all()
     assert matrix.layer_norms().shape == (29, len(matrix.layers))
@@ -49,6 +51,46 @@ def test_skipped_images_keep_their_row_and_are_masked(tmp_path, folder, workers)
     good = extract(folder / "c", name="c", **common)
     np.testing.assert_allclose(np.asarray(matrix[matrix.y == 2]), np.asarray(good), rtol=2e-3, atol=1e-4)
     assert extract(folder, name="x", **common).shape[0] == 29
+
+
+def test_a_picture_that_is_listed_twice_is_skipped_twice(tmp_path, folder):
+    (folder / "a/00.png").write_text("no image")
+    (folder / "list.txt").write_text("a/00.png 0\nb/01.png 1\na/00.png 0\n")
+    matrix = extract(folder / "list.txt", model=MODEL, store=tmp_path / "s", name="x", workers=0, on_error="skip")
+    assert matrix.shape[0] == 1
+    assert [sample for sample, _ in matrix.failures] == ["a/00.png", "a/00.png"]
+
+
+def test_an_extraction_without_any_image_is_an_error(tmp_path, folder):
+    for file in folder.glob("*/*"):
+        file.write_text("no image")
+    with pytest.raises(DataError, match=r"no image could be read; the first: .*a/00\.png"):
+        extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0, on_error="skip")
+    with pytest.raises(IncompleteError):
+        open_features(tmp_path / "s", "x")
+
+
+def test_a_worker_that_is_killed_is_not_blamed_on_the_network_or_a_picture(tmp_path, images, monkeypatch):
+    real = ArraySource.image
+
+    def image(self, row):
+        if row == 20:  # as the system does with one that is too large for the memory
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, row)
+
+    monkeypatch.setattr(ArraySource, "image", image)
+    job = prepare((images, None), model=MODEL, batch_size=4)
+    with pytest.raises(DataError, match=r"^a process that decodes images failed: DataLoader worker .*fewer workers"):
+        extract_job(job, FeatureStore(tmp_path / "s", create=True), "x", workers=1)
+    assert FeatureStore(tmp_path / "s").open("x").committed().tolist() == [True, False, False]
+
+
+def test_a_batch_size_left_open_is_the_one_it_was_begun_with(tmp_path, images):
+    common = dict(model=MODEL, store=tmp_path / "s", name="x")
+    with pytest.raises(StoppedError):
+        extract((images, None), stopped=lambda: True, batch_size=5, **common)
+    matrix = extract((images, None), **common)
+    assert matrix.provenance["environment"]["arguments"]["batch_size"] == 5
 
 
 def test_on_error_is_checked(tmp_path, folder):

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import logging
 import os
 import socket
 import sys
@@ -29,6 +30,8 @@ import h2t_store.backbones.resnet_cifar  # noqa: F401  registers h2t_resnet20
 from h2t_store.errors import ModelError, did_you_mean, one_line
 
 __all__ = ["Backbone", "load_backbone"]
+
+_log = logging.getLogger("h2t_store")
 
 _CONNECT_SECONDS = 3
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -253,6 +256,12 @@ def _data_config(
         described["input_size"] = (3, *fallback_size)
     described.setdefault("crop_pct", 1.0)
     config: dict[str, Any] = resolve_data_config({"img_size": img_size}, pretrained_cfg=described)
+    if not described.get("mean"):
+        _log.warning(
+            "model %r does not say how its images are normalized: mean and std of ImageNet are taken (a factory can "
+            "set pretrained_cfg = {'mean': ..., 'std': ...} on what it returns)",
+            name,
+        )
     if config["input_size"][0] != 3:
         raise ModelError(f"model {name!r} takes {config['input_size'][0]} channels; accepted are models of RGB images")
     return config

@@ -177,20 +177,40 @@ def run(
     )
     rows_of_batches = batches(blocks, batch_size, segments)
     computed = _compute(forward, _checked(loader, on_error), rows_of_batches, source.sample_ids)
-    with contextlib.closing(computed), _Writer(extraction, before) as writer:
-        for block in blocks:
-            part = _Part(forward, block)
-            while part.done < len(part.norms):
-                features = next(computed)
-                part.add(features)
-                progress(features.n)
-            writer.write(part)
-            if stopped() and block != blocks[-1]:
-                raise StoppedError("stopped after a row block")
+    try:
+        with contextlib.closing(computed), _Writer(extraction, before) as writer:
+            for block in blocks:
+                part = _Part(forward, block)
+                while part.done < len(part.norms):
+                    features = next(computed)
+                    part.add(features)
+                    progress(features.n)
+                writer.write(part)
+                if stopped() and block != blocks[-1]:
+                    raise StoppedError("stopped after a row block")
+    except Exception as error:
+        if _is_of_a_worker(error):
+            raise DataError(
+                f"a process that decodes images failed: {one_line(error)} (fewer workers need less memory; with 0 this "
+                "process decodes)"
+            ) from error
+        raise
+
+
+def _is_of_a_worker(error: Exception) -> bool:
+    """Whether torch says that a worker died, which a signal handler does in the midst of whatever runs."""
+    return "DataLoader worker" in str(error)
 
 
 def _checked(loader: Iterable[_Batch], on_error: Literal["raise", "skip"]) -> Iterator[_Batch]:
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except OSError as error:
+            raise DataError(f"images cannot be read: {one_line(error)}") from error
         if batch.failed and on_error == "raise":
             raise DataError(next(iter(batch.failed.values())))
         yield batch
@@ -223,6 +243,8 @@ def _compute(
             except ModelError:
                 raise
             except Exception as error:
+                if _is_of_a_worker(error):
+                    raise
                 where = f"a batch of {tuple(batch.images.shape)} from image {str(sample_ids[good[0]])!r}"
                 raise ModelError(f"the network failed on {where}: {one_line(error)}") from error
             on_their_way.append((_start_copying(forward, layers, batch), good))
@@ -374,7 +396,10 @@ def choose_batch_size(forward: Forward, image_size: tuple[int, int]) -> int:
     with torch.inference_mode(), _running(forward) as network:
         for n in (2, 4):
             torch.cuda.reset_peak_memory_stats(forward.device)
-            network(torch.zeros((n, 3, *image_size), dtype=torch.uint8))
+            try:
+                network(torch.zeros((n, 3, *image_size), dtype=torch.uint8))
+            except torch.OutOfMemoryError:
+                return 1
             peaks.append(torch.cuda.max_memory_allocated(forward.device))
     each = max(1, (peaks[1] - peaks[0]) // 2)
     room = int(_CUDA_MEMORY_SHARE * torch.cuda.mem_get_info(forward.device)[1]) - peaks[0]

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from h2t_store.errors import H2TError
+
 __all__ = ["ALONE", "Ranks", "ranks"]
 
 T = TypeVar("T")
@@ -38,9 +40,12 @@ class Ranks:
         return work[self.rank :: self.size]
 
     def meet(self) -> None:
-        """Wait for the others."""
+        """Wait for the others; raises `H2TError` where one of them ended."""
         if self.size > 1:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                raise H2TError("another of the processes ended: its own error says why") from error
 
 
 ALONE = Ranks()
