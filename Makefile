@@ -23,6 +23,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/timm_sweep.py --json benchmarks/timm_sweep.json
 	$(BIN)/python benchmarks/group_lasso.py --json benchmarks/group_lasso.json --plot benchmarks/group_lasso.svg
 	$(BIN)/python benchmarks/tuning.py --json benchmarks/tuning.json --plots benchmarks
+	$(BIN)/python benchmarks/transfer.py
+	$(BIN)/python benchmarks/ablations.py
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -64,7 +64,7 @@ def _place(cell: Cell) -> tuple[int, str]:
     return (known.index(cell["task"]) if cell["task"] in known else len(known)), cell["task"]
 
 
-def _of(cells: Sequence[Cell], method: str, task: str, figure: str = "accuracy") -> list[float]:
+def _of(cells: Sequence[Cell], method: str, task: str, figure: str = "accuracy") -> list[Any]:
     return [cell[figure] for cell in cells if (cell["method"], cell["task"]) == (method, task)]
 
 
@@ -119,6 +119,10 @@ def _accuracies(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
         means = [_mean(cells, method, task) for task in tasks]
         row = [method, *(_spread(_of(cells, method, task)) for task in tasks)]
         rows.append([*row, _number(float(np.mean(means)))])
+        if method == OURS:
+            alone = {task: [note["best_alone"] for note in _of(cells, OURS, task, "notes")] for task in tasks}
+            means = [float(np.mean(values)) if values else np.nan for values in alone.values()]
+            rows.append(["its best candidate alone", *map(_spread, alone.values()), _number(float(np.mean(means)))])
     note = "Mean over seeds ± its standard error, and the median in brackets; the mean over tasks last."
     return f"## Test accuracy\n\n{note}\n\n{_table(['', *tasks, 'mean'], rows)}"
 

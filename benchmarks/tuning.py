@@ -1,17 +1,14 @@
-"""What tuning costs and what it brings: grid searches, features on disk, accuracy against the alternatives.
+"""What tuning costs: grid searches, features on disk, memory.
 
-    python benchmarks/tuning.py [grid] [overhead] [memory] [accuracy] [--suite DIR --weights FILE] [--json FILE]
+    python benchmarks/tuning.py [grid] [overhead] [memory] [--suite DIR --weights FILE] [--json FILE]
 
 grid      8 alphas x 6 fractions x 3 C x 5 folds on sign_digits: GridSearchCV without a cache, with memory=, and
           Head2ToeClassifierCV, one after the other, each in a fresh process with --threads threads.
 overhead  one fit on a FeatureMatrix against one on the array that it holds.
 memory    peak memory of a fit on a store of --gigabytes with max_memory="1GB".
-accuracy  on every task of the suite, all tuned on the training images alone: Head2ToeClassifierCV() as it comes, L2
-          logistic regression on the last layer and on all features, the published training, and Head2Toe's best
-          candidate alone.
 
-Without --suite, grid and overhead use synthetic features and accuracy is left out. Prints tables; --json writes the
-figures.
+Without --suite, grid and overhead use synthetic features. Prints tables; --json writes the figures. What tuning brings
+is measured by transfer.py.
 """
 
 import argparse
@@ -26,18 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from common import SUITE, WEIGHTS, big_store, launch, machine, peak_mb, suite_features, synthetic
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import GridSearchCV
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeLayersDisplay, Head2ToePathDisplay
 from h2t_store import FeatureMatrix, open_features
 
 SCRIPT = Path(__file__).resolve()
-SECTIONS = ("grid", "overhead", "memory", "accuracy")
-TASKS = ("cifar10", "sign_digits", "digits", "sprites_orientation", "sprites_location")
+SECTIONS = ("grid", "overhead", "memory")
 GRID: dict[str, list[Any]] = {
     "alpha": [0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5],
     "keep_fraction": [None, 0.01, 0.05, 0.1, 0.3, 1.0],
@@ -50,12 +42,11 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", default=[], help=f"{', '.join(SECTIONS)}; default: all")
     parser.add_argument("--suite", type=Path, default=SUITE)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--work", type=Path, help="where features are kept between runs; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="sections that were not run keep the figures they have there")
-    parser.add_argument("--plots", type=Path, help="folder for pictures of the search on sign_digits, by accuracy")
+    parser.add_argument("--plots", type=Path, help="folder for pictures of the default search on sign_digits")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -74,6 +65,8 @@ def main() -> None:
             if args.json:
                 known = json.loads(args.json.read_text()) if args.json.exists() else {}
                 args.json.write_text(json.dumps(known | {section: figures}, indent=1) + "\n")
+        if args.plots and there(args):
+            draw(suite_features("sign_digits", "train", args.suite, args.weights, work), args.plots)
 
 
 def there(args: argparse.Namespace) -> bool:
@@ -187,69 +180,6 @@ def run_memory(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Accuracy
-
-
-def accuracy(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    if not there(args):
-        print("\naccuracy: left out, as --suite is not there")
-        return {}
-    torch.set_num_threads(args.threads)
-    rows: dict[str, Any] = {}
-    methods: dict[str, Callable[[FeatureMatrix, FeatureMatrix], dict[str, Any]]] = {
-        "linear probe": lambda X, X_test: probe(X.select_layers("layer3.8"), X_test.select_layers("layer3.8")),
-        "all features, L2": probe,
-        "published training": published,
-        "Head2Toe": head2toe,
-    }
-    print(f"\n{'test accuracy':22}" + "".join(f"{name:>20}" for name in [*methods, "its best alone"]), flush=True)
-    for task in args.tasks:
-        X, X_test = (suite_features(task, split, args.suite, args.weights, work) for split in ("train", "test"))
-        rows[task] = {name: method(X, X_test) for name, method in methods.items()}
-        figures = [rows[task][name]["accuracy"] for name in methods] + [rows[task]["Head2Toe"]["best_alone"]]
-        if args.plots and task == "sign_digits":
-            draw(X, args.plots)
-        print(f"{task:22}" + "".join(f"{figure:20.3f}" for figure in figures), flush=True)
-    return rows
-
-
-def probe(X: FeatureMatrix, X_test: FeatureMatrix) -> dict[str, Any]:
-    """L2 logistic regression on features as they are or standardised, that and C by cross-validation.
-
-    Features are rotated into the span of the samples first, which changes nothing but the time.
-    """
-    values, start = np.asarray(X), time.perf_counter()
-    searches = {}
-    for scaling, steps in (("standard", [StandardScaler()]), ("none", [])):
-        rotation = make_pipeline(*steps, PCA(svd_solver="full")).fit(values)
-        logistic = LogisticRegression(max_iter=5000, tol=1e-3)
-        search = GridSearchCV(logistic, {"C": np.logspace(-5, 3, 9)}, cv=5).fit(rotation.transform(values), X.y)
-        searches[scaling] = search.best_score_, rotation, search
-    scaling = max(searches, key=lambda name: searches[name][0])
-    _, rotation, search = searches[scaling]
-    return {
-        "accuracy": search.score(rotation.transform(np.asarray(X_test)), X_test.y),
-        "seconds": time.perf_counter() - start,
-        "params": {"scaling": scaling, "C": float(search.best_params_["C"])},
-    }
-
-
-def published(X: FeatureMatrix, X_test: FeatureMatrix) -> dict[str, Any]:
-    """Adam with the published settings; strength of the penalty and fraction by hold-out."""
-    start = time.perf_counter()
-    options: dict[str, Any] = dict(solver="adam", head="adam", normalization="layer", max_iter=500, random_state=0)
-    alpha_max = Head2ToeClassifier(**(options | {"max_iter": 1, "keep_fraction": 0.01})).fit(X, X.y).alpha_max_
-    candidates = {
-        "alpha": [strength / alpha_max for strength in (1e-5, 1e-3)],
-        "keep_fraction": [0.01, 0.05, 0.2],
-    }
-    hold_out = StratifiedShuffleSplit(1, test_size=0.2, random_state=0)
-    search = GridSearchCV(Head2ToeClassifier(**options), candidates, cv=hold_out).fit(X, X.y)
-    score = search.score(X_test, X_test.y)
-    return {"accuracy": score, "seconds": time.perf_counter() - start, "params": search.best_params_}
-
-
 def draw(X: FeatureMatrix, folder: Path) -> None:
     """The layers that the default search selects from, and the search along alpha."""
     import matplotlib as mpl
@@ -261,25 +191,11 @@ def draw(X: FeatureMatrix, folder: Path) -> None:
         figure.savefig(folder / f"tuning_{name}.png", dpi=100, bbox_inches="tight")
 
 
-def head2toe(X: FeatureMatrix, X_test: FeatureMatrix) -> dict[str, Any]:
-    model = Head2ToeClassifierCV()
-    took = seconds(lambda: model.fit(X, X.y))
-    return {
-        "accuracy": model.score(X_test, X_test.y),
-        "seconds": took,
-        "params": model.best_params_,
-        "cv_score": model.best_score_,
-        "n_selected": len(model.selected_features_),
-        "best_alone": model.best_estimator_.score(X_test, X_test.y),
-    }
-
-
 WORKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"grid": run_grid, "memory": run_memory}
 SECTION: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "grid": grid,
     "overhead": overhead,
     "memory": memory,
-    "accuracy": accuracy,
 }
 
 if __name__ == "__main__":
