@@ -1,9 +1,8 @@
 """The benchmark of transfer: a folder as VTAB-1k comes, a file per cell, a page of results that agrees with them."""
 
 import json
-import os
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -33,25 +32,36 @@ def vtab(tmp_path):
     return tmp_path / "vtab"
 
 
-def run(script: str, *args: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *map(str, args)],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a benchmark in this process, with short trainings: what it prints, or the line that it ends with."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import methods
+
+    monkeypatch.setitem(methods.PUBLISHED, "n_steps", 5)
+    monkeypatch.setitem(methods.FINETUNING, "epochs", 2)
+
+    def run(script: str, *args: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        try:
+            import_module(script).main()
+        except SystemExit as stop:
+            return str(stop)
+        return capsys.readouterr().out
+
+    return run
 
 
 def read(folder: Path) -> dict[str, dict]:
     return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
 
 
-def test_cells_are_computed_once_and_the_tables_say_what_they_do(vtab, tmp_path):
+def test_cells_are_computed_once_and_the_tables_say_what_they_do(run, vtab, tmp_path):
     out = tmp_path / "out"
     args = ("--vtab-root", vtab, "--model", f"{MODELS}:small_input", "--work", tmp_path / "work", "--out", out)
     args += ("--target-size", 16, "--target-size", 64)
     methods = ("--methods", "linear probe", "published Head2Toe", "fine-tuning")
-    printed = run("transfer.py", *args, *methods, "--seeds", 0, 1)
+    printed = run("transfer", *args, *methods, "--seeds", 0, 1)
     assert printed.count("seed") == 12
     cells = read(out / "cells")
     assert len(cells) == 12
@@ -68,21 +78,21 @@ def test_cells_are_computed_once_and_the_tables_say_what_they_do(vtab, tmp_path)
         error = np.std(values, ddof=1) / np.sqrt(2)
         assert f"{np.mean(values):.3f} ± {error:.3f} ({np.median(values):.3f})" in page
 
-    assert "seed" not in run("transfer.py", *args, *methods, "--seeds", 0, 1)
+    assert "seed" not in run("transfer", *args, *methods, "--seeds", 0, 1)
     (out / "cells/eurosat/linear_probe-1.json").unlink()
-    again = run("transfer.py", *args, *methods, "--seeds", 0, 1)
+    again = run("transfer", *args, *methods, "--seeds", 0, 1)
     assert [line.split()[0] for line in again.splitlines() if "seed" in line] == ["eurosat"]
     same = ("accuracy", "params", "n_weights", "flops", "settings")
     one, other = (read(out / "cells")["eurosat/linear_probe-1.json"], cells["eurosat/linear_probe-1.json"])
     assert [one[key] for key in same] == [other[key] for key in same]
 
 
-def test_ablations_draw_their_pictures(vtab, tmp_path):
+def test_ablations_draw_their_pictures(run, vtab, tmp_path):
     out = tmp_path / "out"
     args = ("--vtab-root", vtab, "--tasks", "eurosat", "--model", f"{MODELS}:small_input", "--out", out)
     args += ("--work", tmp_path / "work")
-    run("transfer.py", *args, "--methods", "linear probe", "--seeds", 0)
-    run("ablations.py", *args, "--only", "fraction", "offset", "layers", "--seeds", 0)
+    run("transfer", *args, "--methods", "linear probe", "--seeds", 0)
+    run("ablations", *args, "--only", "fraction", "offset", "layers", "--seeds", 0)
     cells = read(out / "cells")
     offset = cells["eurosat/ablation_offset-0.json"]
     assert len(offset["accuracy"]) == len(offset["offsets"])
@@ -94,7 +104,7 @@ def test_ablations_draw_their_pictures(vtab, tmp_path):
         assert Image.open(out / f"results_{name}.png").size[0] > 100
 
 
-def test_what_is_not_there_is_one_line(tmp_path):
-    assert "no folder with train800val200.txt and test.txt" in run("transfer.py", "--vtab-root", tmp_path, code=1)
-    text = run("transfer.py", "--suite", tmp_path, "--tasks", "pets", "--work", tmp_path / "w", code=1)
+def test_what_is_not_there_is_one_line(run, tmp_path):
+    assert "no folder with train800val200.txt and test.txt" in run("transfer", "--vtab-root", tmp_path)
+    text = run("transfer", "--suite", tmp_path, "--tasks", "pets", "--work", tmp_path / "w")
     assert "--tasks: pets not found; there are digits" in text
