@@ -24,7 +24,7 @@ from h2t_store.preparation import Job
 
 FOLDS = 5
 FRACTIONS = (0.01, 0.05, 0.2)
-L2_GRID: dict[str, Any] = {"Cs": tuple(10.0**k for k in range(-5, 4)), "normalizations": ("standard", None)}
+L2_GRID: dict[str, Any] = {"Cs": tuple(10.0**k for k in range(-5, 3)), "normalizations": ("standard", None)}
 L1_RATIOS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 PUBLISHED: dict[str, Any] = {"coef": (1e-5, 1e-3), "keep_fraction": FRACTIONS, "learning_rate": 0.01, "n_steps": 500}
 FINETUNING: dict[str, Any] = {
