@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import machine
-from methods import all_l2, by_variance, folds, head2toe, l1_scores, linear_probe
+from methods import all_l2, by_variance, head2toe, l1_scores, l2_search, linear_probe
 from numpy.typing import NDArray
+from report import write
 from sklearn.model_selection import train_test_split
 from transfer import add_backbone_options, find_tasks, load, the_backbone
 
-from estimators import Head2ToeClassifierCV
 from estimators.group_lasso import group_lasso_path
-from estimators.selection import rank_features
+from estimators.selection import count_kept, rank_features
 from h2t_store import FeatureMatrix
 
 ALPHAS = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
@@ -50,9 +50,7 @@ class Ridge:
 
     def __call__(self, columns: NDArray[np.int64], X_test: NDArray[Any], y_test: NDArray[Any]) -> float:
         columns = np.sort(columns)
-        model = Head2ToeClassifierCV(
-            alphas=(1.0,), keep_fractions=(1.0,), Cs=CS, last_layers=(), refit="best", cv=folds(self.seed)
-        ).fit(self.X[:, columns], self.y)
+        model = l2_search(self.seed, Cs=CS).fit(self.X[:, columns], self.y)
         return float((model.predict(X_test[:, columns]) == y_test).mean())
 
 
@@ -61,28 +59,26 @@ def lasso_ranking(X: NDArray[np.float32], y: NDArray[Any]) -> NDArray[np.int64]:
     return rank_features(group_lasso_path(X, y, alpha_ratios=ALPHAS, tol=1e-3), -1)
 
 
-def rankings(X: NDArray[np.float32], matrix: FeatureMatrix, y: NDArray[Any], seed: int) -> dict[str, NDArray[np.int64]]:
+def rankings(X: NDArray[np.float32], y: NDArray[Any], seed: int) -> dict[str, NDArray[np.int64]]:
     """Columns from the first to the last, by criterion."""
     _, weights = l1_scores(X, y)
     # By the largest weight of any class at the weakest penalty, those that entered later after those before.
     entered = (weights > 0).any(axis=2).sum(axis=0)
-    dense = Head2ToeClassifierCV(
-        alphas=(1.0,), keep_fractions=(1.0,), Cs=CS, last_layers=(), refit="best", cv=folds(seed)
-    ).fit(X, y).best_estimator_  # fmt: skip
+    dense = l2_search(seed, Cs=CS).fit(X, y).best_estimator_
     scale = X.std(axis=0, dtype=np.float64)
     return {
         "group lasso": lasso_ranking(X, y),
         "L1": np.lexsort((-entered, -weights[-1].max(axis=1))),
         "L2": np.argsort(-np.linalg.norm(dense.coef_, axis=0) * scale, kind="stable"),
         "random": np.random.default_rng(seed).permutation(X.shape[1]),
-        "variance": by_variance(matrix),
+        "variance": by_variance(X),
     }
 
 
 def fraction(data: Any, seed: int) -> dict[str, Any]:
     X, X_test = (np.asarray(matrix) for matrix in data.pair)
-    ridge, ranked = Ridge(data.pair[0], data.y, seed), rankings(X, data.pair[0], data.y, seed)
-    counts = [int(np.ceil(share * X.shape[1])) for share in KEPT]
+    ridge, ranked = Ridge(data.pair[0], data.y, seed), rankings(X, data.y, seed)
+    counts = [count_kept(share, X.shape[1]) for share in KEPT]
     whole = ridge(np.arange(X.shape[1]), X_test, data.y_test)
     accuracy = {
         name: [*(ridge(order[:count], X_test, data.y_test) for count in counts[:-1]), whole]
@@ -94,7 +90,7 @@ def fraction(data: Any, seed: int) -> dict[str, Any]:
 def offset(data: Any, seed: int) -> dict[str, Any]:
     X, X_test = (np.asarray(matrix) for matrix in data.pair)
     ridge, order = Ridge(data.pair[0], data.y, seed), lasso_ranking(X, data.y)
-    count = int(np.ceil(OFFSET_SHARE * X.shape[1]))
+    count = count_kept(OFFSET_SHARE, X.shape[1])
     offsets = [at for at in OFFSETS if (at + 1) * count <= len(order)]
     accuracy = [ridge(order[at * count : (at + 1) * count], X_test, data.y_test) for at in offsets]
     return {"count": count, "offsets": offsets, "accuracy": accuracy}
@@ -102,7 +98,7 @@ def offset(data: Any, seed: int) -> dict[str, Any]:
 
 def layers(data: Any, seed: int) -> dict[str, Any]:
     matrix = data.pair[0]
-    order = lasso_ranking(np.asarray(matrix), data.y)[: int(np.ceil(OFFSET_SHARE * matrix.shape[1]))]
+    order = lasso_ranking(np.asarray(matrix), data.y)[: count_kept(OFFSET_SHARE, matrix.shape[1])]
     edges = [layer.stop for layer in matrix.layers]
     counts = np.bincount(np.searchsorted(edges, order, side="right"), minlength=len(edges))
     return {"layers": [layer.name for layer in matrix.layers], "selected": counts.tolist()}
@@ -164,8 +160,6 @@ def main() -> None:
             run(ablation, tasks[name].name, load(tasks[name], backbone, 0.0)[0], args)
         if ablation == "target_size":
             args.target_size, args.work = None, work
-    from report import write
-
     write(args.out)
 
 

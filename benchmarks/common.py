@@ -20,6 +20,14 @@ from h2t_store import FeatureMatrix, extract, open_features
 HERE = Path(__file__).resolve().parent
 SUITE, WEIGHTS = HERE.parents[1] / "shared/data/suite", HERE.parents[1] / "shared/data/weights"
 
+SUITE_TASKS = ("cifar10", "sign_digits", "digits", "sprites_orientation", "sprites_location")
+VTAB_TASKS = (
+    "cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397",
+    "patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy",
+    "clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "smallnorb_azi", "smallnorb_ele",
+)  # fmt: skip
+RESNET56_TAPS = "layer?.*.conv?:in,layer3.8,linear"
+
 
 def machine(threads: int, packages: Sequence[str] = ("torch", "numpy", "scikit-learn")) -> str:
     """Processor, GPU, threads and versions, in a line."""
@@ -34,6 +42,15 @@ def machine(threads: int, packages: Sequence[str] = ("torch", "numpy", "scikit-l
     return f"{name}, {os.cpu_count()} cores, {threads} threads, {gpu}; python {platform.python_version()} {versions}"
 
 
+def resnet56(weights: Path) -> dict[str, Any]:
+    """What `extract` is told of the ResNet-56 of CIFAR-10, whose weights lie in that folder."""
+    return {
+        "model": f"{HERE.parent / 'tests/tiny_models.py'}:resnet56",
+        "checkpoint": weights / "resnet56_cifar10.safetensors",
+        "img_size": 32,
+    }
+
+
 def suite_features(task: str, split: str, suite: Path, weights: Path, work: Path) -> FeatureMatrix:
     """ResNet-56's features of a task's images, extracted once into ``work/features.zarr``."""
     store, name = work / "features.zarr", f"{task}/{split}"
@@ -42,12 +59,10 @@ def suite_features(task: str, split: str, suite: Path, weights: Path, work: Path
         return open_features(store, name)
     return extract(
         (images[f"X_{split}"], images[f"y_{split}"]),
-        model=f"{HERE.parent / 'tests/tiny_models.py'}:resnet56",
-        checkpoint=weights / "resnet56_cifar10.safetensors",
         store=store,
         name=name,
-        img_size=32,
-        taps="layer?.*.conv?:in,layer3.8,linear",
+        taps=RESNET56_TAPS,
+        **resnet56(weights),
     )
 
 

@@ -33,7 +33,7 @@ C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
 def features(split: str, store: Path) -> FeatureMatrix:
     start = time.perf_counter()
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, _: int) -> None:
         seconds = time.perf_counter() - start
         if done == total or sys.stdout.isatty():
             end = "\n" if done == total else "\r"

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from estimators import Head2ToeClassifierCV
 from estimators.group_lasso import group_lasso_path
 from estimators.group_lasso.adam import train as train_by_adam
+from estimators.normalization import layer_index
+from estimators.selection import count_kept
 from h2t_store import FeatureMatrix
 from h2t_store.preparation import Job
 
@@ -103,12 +105,17 @@ def folds(seed: int) -> StratifiedKFold:
 # L2 logistic regression, on some features or on all of them
 
 
+def l2_search(seed: int, **grid: Any) -> Head2ToeClassifierCV:
+    """L2 logistic regression on all columns it is given; what ``grid`` leaves open by cross-validation."""
+    return Head2ToeClassifierCV(
+        alphas=(1.0,), keep_fractions=(1.0,), last_layers=(), refit="best", cv=folds(seed), **grid
+    )
+
+
 def ridge(pair: Pair, data: Data, seed: int, columns: NDArray[np.int64] | None = None) -> Outcome:
     """L2 logistic regression; C, and whether features are standardised, by cross-validation."""
     X, X_test = (matrix if columns is None else matrix[:, columns] for matrix in pair)
-    model = Head2ToeClassifierCV(
-        alphas=(1.0,), keep_fractions=(1.0,), last_layers=(), refit="best", cv=folds(seed), **L2_GRID
-    ).fit(X, data.y)
+    model = l2_search(seed, **L2_GRID).fit(X, data.y)
     params = {name: model.best_params_[name] for name in ("C", "normalization")}
     n_weights = (X.shape[1] + 1) * len(model.classes_)
     accuracy = float((model.predict(X_test) == data.y_test).mean())
@@ -130,7 +137,7 @@ def _best_fraction(data: Data, seed: int, order: Callable[[FeatureMatrix], NDArr
     ranked = order(data.pair[0])
     outcomes = []
     for fraction in FRACTIONS:
-        kept = np.sort(ranked[: math.ceil(fraction * len(ranked))])
+        kept = np.sort(ranked[: count_kept(fraction, len(ranked))])
         outcomes.append(ridge(data.pair, data, seed, kept))
         outcomes[-1].params["keep_fraction"] = fraction
     return max(outcomes, key=lambda outcome: outcome.notes["cv_score"])
@@ -141,7 +148,7 @@ def random_features(data: Data, seed: int) -> Outcome:
     return _best_fraction(data, seed, lambda X: np.random.default_rng(seed).permutation(X.shape[1]))
 
 
-def by_variance(X: FeatureMatrix) -> NDArray[np.int64]:
+def by_variance(X: FeatureMatrix | NDArray[np.float32]) -> NDArray[np.int64]:
     """Columns by falling variance."""
     return np.argsort(-np.asarray(X).var(axis=0, dtype=np.float64), kind="stable")
 
@@ -205,18 +212,6 @@ def unit_layers(X: NDArray[np.float32], owner: NDArray[np.int64]) -> NDArray[np.
     return X * np.repeat(1 / np.where(norms > 0, norms, 1), np.diff([*starts, X.shape[1]]), axis=1)
 
 
-def owners(X: FeatureMatrix) -> NDArray[np.int64]:
-    """Which layer each column is of."""
-    return np.repeat(np.arange(len(X.layers)), [layer.width for layer in X.layers])
-
-
-def published_scores(X: NDArray[np.float32], codes: NDArray[np.int64], coef: float, seed: int) -> NDArray[np.float64]:
-    """Squared norms of the weights that Adam gives the features of unit layers."""
-    options = {name: PUBLISHED[name] for name in ("learning_rate", "n_steps")}
-    weights, _ = train_by_adam(X, codes, int(codes.max()) + 1, coef=coef, seed=seed, **options)
-    return np.asarray(np.square(weights).sum(axis=1))
-
-
 def _published_fits(
     X: NDArray[np.float32], y: NDArray[Any], X_test: NDArray[np.float32], owner: NDArray[np.int64], seed: int
 ) -> Iterator[tuple[float, float, NDArray[Any], NDArray[np.int64]]]:
@@ -225,9 +220,10 @@ def _published_fits(
     scored = unit_layers(X, owner)
     options = {name: PUBLISHED[name] for name in ("learning_rate", "n_steps")}
     for coef in PUBLISHED["coef"]:
-        scores = published_scores(scored, codes, coef, seed)
+        weights, _ = train_by_adam(scored, codes, len(classes), coef=coef, seed=seed, **options)
+        scores = np.square(weights).sum(axis=1)
         for fraction in PUBLISHED["keep_fraction"]:
-            kept = np.sort(np.argsort(-scores, kind="stable")[: math.ceil(fraction * len(scores))])
+            kept = np.sort(np.argsort(-scores, kind="stable")[: count_kept(fraction, len(scores))])
             again, test = (unit_layers(values[:, kept], owner[kept]) for values in (X, X_test))
             weights, intercept = train_by_adam(again, codes, len(classes), seed=seed + 1, **options)
             yield coef, fraction, classes[(test @ weights + intercept).argmax(axis=1)], kept
@@ -237,14 +233,14 @@ def published(data: Data, seed: int) -> Outcome:
     """Head2Toe as published: scores and head by Adam; strength, fraction and target size by cross-validation."""
     candidates: dict[tuple[int, float, float], float] = {}
     for size, (matrix, _) in data.features.items():
-        X, owner = np.asarray(matrix), owners(matrix)
+        X, owner = np.asarray(matrix), layer_index(matrix)
         for train, test in folds(seed).split(X, data.y):
             for coef, fraction, labels, _ in _published_fits(X[train], data.y[train], X[test], owner, seed):
                 key = size, coef, fraction
                 candidates[key] = candidates.get(key, 0.0) + float((labels == data.y[test]).sum()) / len(data.y)
     size, coef, fraction = max(candidates, key=lambda key: candidates[key])
     matrix, matrix_test = data.features[size]
-    fits = _published_fits(np.asarray(matrix), data.y, np.asarray(matrix_test), owners(matrix), seed)
+    fits = _published_fits(np.asarray(matrix), data.y, np.asarray(matrix_test), layer_index(matrix), seed)
     labels, kept = next((labels, kept) for c, f, labels, kept in fits if (c, f) == (coef, fraction))
     params = {"target_size": size, "coef": coef, "keep_fraction": fraction}
     n_weights = (len(kept) + 1) * len(np.unique(data.y))

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from common import HERE
+from common import HERE, SUITE_TASKS, VTAB_TASKS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -58,8 +58,6 @@ def write(folder: Path) -> None:
 
 
 def _place(cell: Cell) -> tuple[int, str]:
-    from transfer import SUITE_TASKS, VTAB_TASKS
-
     known = [*SUITE_TASKS, *VTAB_TASKS]
     return (known.index(cell["task"]) if cell["task"] in known else len(known)), cell["task"]
 

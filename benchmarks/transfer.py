@@ -30,20 +30,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import HERE, SUITE, WEIGHTS, machine
+from common import HERE, RESNET56_TAPS, SUITE, SUITE_TASKS, VTAB_TASKS, WEIGHTS, machine, resnet56
 from methods import METHODS, SETTINGS, Data, forward_flops
 from numpy.typing import NDArray
+from report import write
 from torch.utils.flop_counter import FlopCounterMode
 
 from h2t_store import FeatureMatrix, extract
 from h2t_store.preparation import Job, prepare
 
-SUITE_TASKS = ("cifar10", "sign_digits", "digits", "sprites_orientation", "sprites_location")
-VTAB_TASKS = (
-    "cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397",
-    "patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy",
-    "clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "smallnorb_azi", "smallnorb_ele",
-)  # fmt: skip
 VTAB_FILES = {"train": "train800val200.txt", "test": "test.txt"}
 USUAL = tuple(name for name in METHODS if name not in ("fine-tuning", "from scratch"))
 
@@ -96,8 +91,6 @@ def main() -> None:
     print(machine(torch.get_num_threads()), flush=True)
     for name in args.tasks or tasks:
         run_task(tasks[name], backbone, args)
-    from report import write
-
     write(args.out)
 
 
@@ -153,12 +146,9 @@ def the_backbone(args: argparse.Namespace) -> Backbone:
         "pretrained": not args.no_pretrained, "device": args.device,
     }  # fmt: skip
     taps, probe = {"taps": args.taps, "cls_token": args.cls_token}, args.probe
-    weights = WEIGHTS / "resnet56_cifar10.safetensors"
-    if args.model is None and weights.exists():
-        settings |= {
-            "model": f"{HERE.parent / 'tests/tiny_models.py'}:resnet56", "checkpoint": weights, "img_size": 32
-        }  # fmt: skip
-        taps["taps"], probe = "layer?.*.conv?:in,layer3.8,linear", "linear:in"
+    if args.model is None and resnet56(WEIGHTS)["checkpoint"].exists():
+        settings |= resnet56(WEIGHTS)
+        taps["taps"], probe = RESNET56_TAPS, "linear:in"
     elif args.model is None:
         settings["model"] = "h2t_resnet20"
     taps["target_size"] = args.target_size or [512]

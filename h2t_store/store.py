@@ -399,7 +399,7 @@ class FeatureStore:
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
         for staged in self.path.glob(f"{_STAGED}*"):
-            self._finish_replacing(unquote(staged.name.removeprefix(_STAGED)))
+            self.finish_replacing(unquote(staged.name.removeprefix(_STAGED)))
         return sorted(name for name, _ in _names_below(self.path))
 
     def folder(self, name: str) -> Path:
@@ -421,7 +421,7 @@ class FeatureStore:
         """Open the extraction ``name``; None where there is none."""
         folder = self.folder(name)
         if not _may_be_extraction(folder):
-            self._finish_replacing(name)
+            self.finish_replacing(name)
         return Extraction(folder, f"{self.path}: {name}") if _may_be_extraction(folder) else None
 
     @contextmanager
@@ -524,7 +524,7 @@ class FeatureStore:
     def _staged(self, name: str) -> Path:
         return self.path / f"{_STAGED}{layout.escaped(layout.check_name(name))}"
 
-    def _finish_replacing(self, name: str) -> None:
+    def finish_replacing(self, name: str) -> None:
         """A crash can come between the two halves of `replace`: then only what was staged, complete, is there."""
         with suppress(StoreError, OSError):
             folder, staged = self.folder(name), self._staged(name)

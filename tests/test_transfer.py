@@ -104,6 +104,12 @@ def test_ablations_draw_their_pictures(run, vtab, tmp_path):
         assert Image.open(out / f"results_{name}.png").size[0] > 100
 
 
+def test_the_demo_tells_how_far_its_features_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    assert import_module("demo").features("test", tmp_path / "s").shape[0] == 797
+    assert "digits/test: 797/797 images, " in capsys.readouterr().out
+
+
 def test_what_is_not_there_is_one_line(run, tmp_path):
     assert "no folder with train800val200.txt and test.txt" in run("transfer", "--vtab-root", tmp_path)
     text = run("transfer", "--suite", tmp_path, "--tasks", "pets", "--work", tmp_path / "w")

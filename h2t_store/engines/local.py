@@ -203,10 +203,10 @@ def _is_of_a_worker(error: Exception) -> bool:
 
 
 def _checked(loader: Iterable[_Batch], on_error: Literal["raise", "skip"]) -> Iterator[_Batch]:
-    batches = iter(loader)
+    loading = iter(loader)
     while True:
         try:
-            batch = next(batches)
+            batch = next(loading)
         except StopIteration:
             return
         except OSError as error:
