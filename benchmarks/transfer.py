@@ -218,7 +218,10 @@ def run_task(task: Task, backbone: Backbone, args: argparse.Namespace) -> None:
             with nullcontext() if name in TRAINED else FlopCounterMode(display=False) as counter:
                 outcome = METHODS[name](data, seed)
             cell = {"task": task.name, "method": name, "seed": seed, **asdict(outcome)}
-            cell |= {"seconds": time.perf_counter() - start, "flops": counter.get_total_flops() if counter else outcome.flops}
+            cell |= {
+                "seconds": time.perf_counter() - start,
+                "flops": counter.get_total_flops() if counter else outcome.flops,
+            }
             cell |= {"task_facts": facts, "settings": settings, "machine": machine(torch.get_num_threads())}
             cell["command"] = " ".join(["python benchmarks/transfer.py", *sys.argv[1:]])
             path.parent.mkdir(parents=True, exist_ok=True)
