@@ -51,8 +51,8 @@ def in_threads(work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Resul
 def write_chunk(path: Path, values: NDArray[Any]) -> int:
     """Write an array as one chunk.
 
-    What is at ``path`` already is replaced: readers that hold it open keep it. The file counts once the row block it
-    belongs to is committed, so it need not appear at once.
+    What is at ``path`` already is replaced at once by the whole file, because another process may have written it, and
+    committed the row block it belongs to, meanwhile. A new file counts once its row block is committed, so it may grow.
 
     Parameters
     ----------
@@ -68,31 +68,31 @@ def write_chunk(path: Path, values: NDArray[Any]) -> int:
     """
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     crc: int = google_crc32c.value(data)
+    parts = [data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))]
     try:
-        file = _open_new(path)
+        _write_new(path, parts)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_new(path)
-    try:
-        parts = [data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))]
-        while parts:
-            written = os.writev(file, parts)
-            while parts and written >= len(parts[0]):
-                written -= len(parts.pop(0))
-            if parts:
-                parts[0] = parts[0][written:]
-    finally:
-        os.close(file)
+        _write_new(path, parts)
+    except FileExistsError:
+        partial = partial_of(path, shared=True)
+        _write_new(partial, parts)
+        os.replace(partial, path)
     return crc
 
 
-def _open_new(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+def _write_new(path: Path, parts: Sequence[memoryview]) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        return os.open(path, flags, 0o666)
-    except FileExistsError:
-        path.unlink()
-        return os.open(path, flags, 0o666)
+        left = list(parts)
+        while left:
+            written = os.writev(file, left)
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if left:
+                left[0] = left[0][written:]
+    finally:
+        os.close(file)
 
 
 def read_bytes(path: Path, where: str, crc: int | None = None) -> NDArray[np.uint8]:
@@ -212,9 +212,14 @@ def replace_file(path: Path, content: bytes, *, shared: bool = False) -> None:
     What several processes may write at once (``shared``) takes shape under a name that is this call's alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
+    partial = partial_of(path, shared=shared)
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def partial_of(path: Path, *, shared: bool = False) -> Path:
+    """Under what name a file takes shape; where several processes may write it (``shared``), this call's alone."""
+    return path.with_name(f".{path.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")

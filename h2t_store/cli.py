@@ -47,8 +47,8 @@ _Workers = Annotated[
         "--workers",
         "-j",
         metavar="N",
-        help="Processes that decode images.",
-        show_default="up to 4",
+        help="Processes that decode images; with --engine ray, workers that each hold the network.",
+        show_default="up to 4; one per share of GPUs, or per node",
         rich_help_panel="Speed",
     ),
 ]
@@ -248,6 +248,32 @@ def _extract(
         bool,
         typer.Option("--torchcompile", help="Compile the network with the pooling first.", rich_help_panel="Speed"),
     ] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="Compute in this process, or on a Ray cluster (pip install 'head2toe[ray]'); what one began the other "
+            "can finish.",
+            rich_help_panel="Cluster",
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A running cluster, or 'auto'.",
+            show_default="RAY_ADDRESS, else this machine alone",
+            rich_help_panel="Cluster",
+        ),
+    ] = None,
+    num_gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="GPUs of each Ray worker, such as 0.5.",
+            show_default="1 where there are some",
+            rich_help_panel="Cluster",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -299,7 +325,7 @@ def _extract(
     if dry_run:
         from h2t_store.preparation import prepare
 
-        check_running(name, workers, on_error)
+        check_running(name, workers, on_error, engine, num_gpus_per_worker)
         _print_plan(prepare(data, **settings), workers, as_json)
         return
     start = time.perf_counter()
@@ -311,6 +337,9 @@ def _extract(
             workers=workers,
             on_error=on_error,
             append=append,
+            engine=engine,
+            ray_address=ray_address,
+            num_gpus_per_worker=num_gpus_per_worker,
             stopped=_interruption.asked,
             progress=meter,
             **settings,

@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,19 +16,20 @@ from h2t_store.backbones import ClassTokenPolicy
 from h2t_store.datasets import Source, arrange
 from h2t_store.engines import local
 from h2t_store.engines.blocks import RowBlock, plan
+from h2t_store.engines.interface import Engine
 from h2t_store.engines.ranks import ALONE, Ranks, ranks
 from h2t_store.errors import DataError, H2TError, StoreError, one_line
 from h2t_store.integrity import damaged_chunks
 from h2t_store.layout import ExtractionHeader, check_name
 from h2t_store.matrix import FeatureMatrix, open_features
-from h2t_store.preparation import Job, check_integer, prepare
+from h2t_store.preparation import Job, check_integer, prepare, with_whole_paths
 from h2t_store.store import Extraction, FeatureStore, differences
 
 __all__ = ["check_running", "expected_seconds", "extract", "extract_job", "require_same_environment"]
 
 _log = logging.getLogger("h2t_store")
-_MAX_DEFAULT_WORKERS = 4
 _ON_ERROR = ("raise", "skip")
+_ENGINES = ("local", "ray")
 
 
 def extract(
@@ -54,6 +56,9 @@ def extract(
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
     append: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    num_gpus_per_worker: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> FeatureMatrix:
@@ -100,7 +105,8 @@ def extract(
     batch_size : int or "auto"
         Images per forward pass; halved for as long as CUDA runs out of memory.
     workers : int, optional
-        Processes that decode images; 0 decodes in this one. By default up to 4, and 0 for images in memory.
+        Processes that decode images; 0 decodes in this one. By default up to 4, and 0 for images in memory. With the
+        engine ``ray`` the workers that each hold the network; by default one for each share of GPUs, or one per node.
     device : str or torch.device
         ``auto`` takes CUDA where it is present, else the CPU.
     amp : bool
@@ -114,6 +120,13 @@ def extract(
         matrix (see `FeatureMatrix.failures`).
     append : bool
         Extend the extraction by images that the data has got since; what is stored stays as it is.
+    engine : {"local", "ray"}
+        Compute in this process, or on a Ray cluster, whose nodes all see ``store`` and ``data`` under the same paths.
+        What one began the other can finish, bit for bit the same on the same kind of device.
+    ray_address : str, optional
+        ``auto``, or the address of a running cluster; by default ``RAY_ADDRESS``, else one of this machine alone.
+    num_gpus_per_worker : float, optional
+        By default 1 where the Ray cluster has GPUs and ``device`` is not the CPU.
     stopped : callable
         Asked after every row block whether to stop.
     progress : callable, optional
@@ -132,11 +145,11 @@ def extract(
     StoppedError
         Where ``stopped`` returned true; the same call continues.
     """
-    check_running(name, workers, on_error)
+    check_running(name, workers, on_error, engine, num_gpus_per_worker)
     if batch_size == "auto":
         batch_size = _batch_size_begun(store, name) or "auto"
-    with ranks() as processes:
-        job = prepare(
+    with ranks() as processes, _engine(engine, processes, ray_address, num_gpus_per_worker, device) as (prepared, run):
+        job = prepared(
             data,
             model=model,
             split=split,
@@ -169,16 +182,61 @@ def extract(
                 stopped=stopped,
                 progress=progress,
                 processes=processes,
+                run=run,
             )
 
 
-def check_running(name: str, workers: int | None, on_error: str) -> None:
+@contextlib.contextmanager
+def _engine(
+    engine: Literal["local", "ray"],
+    processes: Ranks,
+    address: str | None,
+    num_gpus: float | None,
+    device: str | torch.device,
+) -> Iterator[tuple[Callable[..., Job], Engine]]:
+    """What finds out what to compute, and what computes it: both in this process, or both on Ray workers."""
+    if engine == "local":
+        yield prepare, local.run
+        return
+    from h2t_store.engines import ray
+
+    if processes.size > 1:
+        raise H2TError("engine 'ray' under torchrun: start it once, Ray starts the workers")
+    with ray.cluster(address, num_gpus, str(device)) as cluster:
+
+        def prepared(data: Any, **settings: Any) -> Job:
+            return cluster.call(_prepare_to_send, **with_whole_paths(data, **settings))
+
+        yield prepared, cluster.run
+
+
+def _prepare_to_send(**settings: Any) -> Job:
+    """Find out in another process what to compute: the caller may lack the GPU that it takes to try."""
+    from h2t_store.engines.ray import send_code_of
+
+    job = prepare(**settings)
+    job.backbone.model.cpu()
+    send_code_of(job.backbone.model)
+    return job
+
+
+def check_running(
+    name: str,
+    workers: int | None,
+    on_error: str,
+    engine: str = "local",
+    num_gpus_per_worker: float | None = None,
+) -> None:
     """Raise `H2TError` unless these arguments of `extract` are as it accepts them."""
     check_name(name)
     if workers is not None:
         check_integer("workers", workers, 0)
     if on_error not in _ON_ERROR:
         raise H2TError(f"on_error {on_error!r}: accepted are {' and '.join(_ON_ERROR)}")
+    if engine not in _ENGINES:
+        raise H2TError(f"engine {engine!r}: accepted are {' and '.join(_ENGINES)}")
+    if num_gpus_per_worker is not None and not 0 <= num_gpus_per_worker < math.inf:
+        raise H2TError(f"num_gpus_per_worker {num_gpus_per_worker!r}: accepted are numbers from 0")
 
 
 def extract_job(
@@ -192,6 +250,7 @@ def extract_job(
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int, int], None] | None = None,
     processes: Ranks = ALONE,
+    run: Engine = local.run,
 ) -> FeatureMatrix:
     """Do a job, or what is left of it, under the lock of its name; `extract` describes the parameters."""
     earlier = _unfinished_part(job, store, name) if append else None
@@ -205,6 +264,7 @@ def extract_job(
             stopped=stopped,
             progress=progress,
             processes=processes,
+            run=run,
         )
     if processes.leads:
         extraction, source = _begin(job, store, name, append)
@@ -222,7 +282,7 @@ def extract_job(
         blocks = _missing(extraction, before)
     processes.meet()  # all have the same list before anything is committed
     if not extraction.complete:
-        _compute(job, extraction, source, blocks, before, workers, on_error, stopped, progress, processes)
+        _compute(job, extraction, source, blocks, before, workers, on_error, stopped, progress, processes, run)
     processes.meet()
     if processes.leads:
         if not extraction.complete:
@@ -349,6 +409,7 @@ def _compute(
     stopped: Callable[[], bool],
     progress: Callable[[int, int, int], None] | None,
     processes: Ranks,
+    run: Engine,
 ) -> None:
     total = extraction.header.n_samples
     mine = processes.share(blocks)
@@ -363,13 +424,13 @@ def _compute(
 
     advance(0)
     try:
-        local.run(
+        run(
             job.forward,
             source,
             extraction,
             mine,
             batch_size=job.batch_size,
-            workers=_default_workers(source) if workers is None else workers,
+            workers=workers,
             on_error=on_error,
             before=before,
             stopped=stopped,
@@ -383,12 +444,7 @@ def _compute(
 
 def expected_seconds(job: Job, workers: int | None = None) -> float:
     """How long a job takes from its beginning, judged by one batch."""
-    workers = _default_workers(job.source) if workers is None else workers
     return len(job.source) * local.seconds_per_image(job.forward, job.source, job.batch_size, workers)
-
-
-def _default_workers(source: Source) -> int:
-    return 0 if source.in_memory else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
 
 
 def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeader) -> None:

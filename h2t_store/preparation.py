@@ -24,11 +24,12 @@ from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load
 from h2t_store.chunks import CRC_BYTES
 from h2t_store.datasets import Source, open_source
 from h2t_store.engines.blocks import rows_per_block
-from h2t_store.engines.local import Forward, choose_batch_size
+from h2t_store.engines.interface import Forward
+from h2t_store.engines.local import choose_batch_size
 from h2t_store.errors import H2TError, ModelError, TapError, one_line
 from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer
 
-__all__ = ["Job", "check_integer", "prepare"]
+__all__ = ["Job", "check_integer", "prepare", "with_whole_paths"]
 
 _log = logging.getLogger("h2t_store")
 _MAX_IMG_SIZE = 8192
@@ -209,6 +210,19 @@ def prepare(
         "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr", "pillow")},
     }
     return Job(source, backbone, forward, images_at_once, environment)
+
+
+def with_whole_paths(data: Any, *, model: Any, **settings: Any) -> dict[str, Any]:
+    """The arguments of `prepare` with paths from the root, for a process that runs in another folder."""
+    if isinstance(data, str):
+        data = _address(data)
+    elif isinstance(data, os.PathLike):
+        data = Path(_absolute(data))
+    model = _model_address(model) if isinstance(model, str) else model
+    paths = {key: _optional(settings[key]) for key in ("checkpoint", "data_dir") if key in settings}
+    if isinstance(data, str) and data.startswith("torch/"):
+        paths["data_dir"] = paths.get("data_dir") or os.getcwd()
+    return {"data": data, "model": model} | settings | paths
 
 
 def check_integer(argument: str, value: object, least: int, most: int = 2**63 - 1) -> None:

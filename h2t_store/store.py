@@ -218,9 +218,10 @@ class Extraction:
 
     def committed(self) -> NDArray[np.bool_]:
         """Which row blocks are on disk, one flag per block."""
-        return np.array([self._is_committed(block) for block in range(layout.n_blocks(self.header))], dtype=bool)
+        return np.array([self.is_committed(block) for block in range(layout.n_blocks(self.header))], dtype=bool)
 
-    def _is_committed(self, block: int) -> bool:
+    def is_committed(self, block: int) -> bool:
+        """Whether a row block is on disk."""
         return self.chunk_file("committed", block).exists() and bool(self.read("committed", [block])[0])
 
     def write_block(

@@ -1,6 +1,6 @@
 """Which rows are computed and committed together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ def plan(n_samples: int, rows: int) -> Iterator[RowBlock]:
         yield RowBlock(number, start, min(start + rows, n_samples))
 
 
-def batches(blocks: Sequence[RowBlock], batch_size: int, segments: Sequence[int] = ()) -> Iterator[range]:
+def batches(blocks: Iterable[RowBlock], batch_size: int, segments: Sequence[int] = ()) -> Iterator[range]:
     """Rows of each batch; none crosses a block or a segment, so a row has the same values whenever it is computed."""
     for block in blocks:
         borders = [block.start, *(row for row in segments if block.start < row < block.stop), block.stop]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import tee
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -16,61 +17,25 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from h2t_store.backbones import Pooled, tapped
+from h2t_store.backbones import tapped
 from h2t_store.backbones.taps import exact_convolutions
 from h2t_store.datasets import Source
 from h2t_store.engines.blocks import RowBlock, batches
+from h2t_store.engines.interface import Forward
 from h2t_store.errors import DataError, ModelError, StoppedError, TapError, one_line
 from h2t_store.store import Extraction
 
-__all__ = ["Forward", "choose_batch_size", "run", "seconds_per_image"]
+__all__ = ["choose_batch_size", "default_workers", "run", "seconds_per_image"]
 
 _log = logging.getLogger("h2t_store")
 _BLOCKS_BEING_WRITTEN = 2
 _CPU_BATCH = 16
+_MAX_DEFAULT_WORKERS = 4
 _MAX_CUDA_BATCH = 256
 _CUDA_MEMORY_SHARE = 0.7
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What turns images into features.
-
-    Attributes
-    ----------
-    model : nn.Module
-        In evaluation mode, on ``device``.
-    layers : sequence of Pooled
-        What is pooled, in the order of the columns.
-    transform : callable
-        From a PIL image to uint8 ``(3, height, width)``.
-    mean, std : sequence of float
-        Per channel, of values in [0, 1].
-    dtype : torch.dtype
-        As stored.
-    device : torch.device
-        Where the network runs.
-    amp : bool
-        Run the network under bfloat16 autocast.
-    compiled : bool
-        Compile the network with its pooling (``torch.compile``).
-    memory_format : torch.memory_format
-        Of the network's weights and of the images.
-    """
-
-    model: nn.Module
-    layers: Sequence[Pooled]
-    transform: Callable[[Image.Image], Tensor]
-    mean: Sequence[float]
-    std: Sequence[float]
-    dtype: torch.dtype
-    device: torch.device
-    amp: bool
-    compiled: bool
-    memory_format: torch.memory_format
 
 
 class _Batch(NamedTuple):
@@ -110,7 +75,7 @@ def _leave_signals_to_the_parent(_: int) -> None:
 class _Rows:
     """Rows of each batch, as a loader wants them, planned while it goes."""
 
-    def __init__(self, blocks: Sequence[RowBlock], batch_size: int, segments: Sequence[int]) -> None:
+    def __init__(self, blocks: Iterable[RowBlock], batch_size: int, segments: Sequence[int]) -> None:
         self.plan = (blocks, batch_size, segments)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -121,73 +86,46 @@ def run(
     forward: Forward,
     source: Source,
     extraction: Extraction,
-    blocks: Sequence[RowBlock],
+    blocks: Iterable[RowBlock],
     *,
     batch_size: int,
-    workers: int,
+    workers: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     before: Extraction | None = None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda images: None,
 ) -> None:
-    """Compute and commit row blocks in order.
+    """Compute and commit row blocks in order, as `h2t_store.engines.interface.Engine` says.
 
-    Parameters
-    ----------
-    forward : Forward
-        From images to features.
-    source : Source
-        The images.
-    extraction : Extraction
-        Where blocks are written.
-    blocks : sequence of RowBlock
-        Which ones. A block that starts late has its first rows in ``before``.
-    batch_size : int
-        Images per forward pass; halved for as long as CUDA runs out of memory.
-    workers : int
-        Processes that decode; 0 decodes in this one.
-    on_error : {"raise", "skip"}
-        What to do about images that cannot be read.
-    before : Extraction, optional
-        The extraction that this one extends.
-    stopped : callable
-        Asked after every block whether to stop.
-    progress : callable
-        Called with the number of images done since the last call.
-
-    Raises
-    ------
-    DataError
-        At an image that cannot be read.
-    ModelError
-        Where the network gives values that are not finite.
-    TapError
-        Where an activation does not fit the storage dtype, or is not as expected.
-    StoppedError
-        After the block during which ``stopped`` became true; everything computed is committed.
+    Blocks are taken from the iterable as they are needed, a few batches ahead where processes decode; 0 ``workers``
+    decode in this one.
     """
+    workers = default_workers(source) if workers is None else workers
+    for_loading, for_computing, remaining = tee(blocks, 3)
     segments = extraction.header.segments
     loader: DataLoader[Any] = DataLoader(
         _Images(source, forward.transform),
-        batch_sampler=_Rows(blocks, batch_size, segments),
+        batch_sampler=_Rows(for_loading, batch_size, segments),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=forward.device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    rows_of_batches = batches(blocks, batch_size, segments)
+    rows_of_batches = batches(for_computing, batch_size, segments)
     computed = _compute(forward, _checked(loader, on_error), rows_of_batches, source.sample_ids)
     try:
         with contextlib.closing(computed), _Writer(extraction, before) as writer:
-            for block in blocks:
+            for block in remaining:
                 part = _Part(forward, block)
                 while part.done < len(part.norms):
                     features = next(computed)
                     part.add(features)
                     progress(features.n)
                 writer.write(part)
-                if stopped() and block != blocks[-1]:
-                    raise StoppedError("stopped after a row block")
+                if stopped():
+                    break
+        if next(remaining, None) is not None:
+            raise StoppedError("stopped after a row block")
     except Exception as error:
         if _is_of_a_worker(error):
             raise DataError(
@@ -406,8 +344,14 @@ def choose_batch_size(forward: Forward, image_size: tuple[int, int]) -> int:
     return int(2 ** math.floor(math.log2(min(max(room // each, 1), _MAX_CUDA_BATCH))))
 
 
-def seconds_per_image(forward: Forward, source: Source, batch_size: int, workers: int) -> float:
+def default_workers(source: Source) -> int:
+    """How many processes decode the images of a source where nobody says."""
+    return 0 if source.in_memory else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+
+
+def seconds_per_image(forward: Forward, source: Source, batch_size: int, workers: int | None = None) -> float:
     """How long an image takes, measured on the first batch, run twice."""
+    workers = default_workers(source) if workers is None else workers
     start = perf_counter()
     images = _collate([_Images(source, forward.transform)[row] for row in range(min(batch_size, len(source)))])
     decoding = (perf_counter() - start) / images.n
