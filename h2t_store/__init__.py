@@ -1,7 +1,7 @@
 """A feature store: images → the pooled activations of every layer of a frozen network → a matrix on disk.
 
-`extract` fills a store, `open_features` opens one extraction in it as a lazy `FeatureMatrix`. Both are imported on
-first use, so that opening a store does not load the machinery that fills it.
+`extract` fills a store, `open_features` opens one extraction in it as a lazy `FeatureMatrix`, `repair` makes a damaged one
+whole. They are imported on first use, so that opening a store does not load the machinery that fills it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,3 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(matrix, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -40,7 +40,7 @@ _h2t_app = typer.Typer(
 
 _Store = Annotated[Path, typer.Argument(metavar="STORE", help="The store.")]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="The extraction, as 'h2t ls' names it.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+_Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, for machines.")]
 _Workers = Annotated[
     int | None,
     typer.Option(
@@ -60,7 +60,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")]
+_Version = Annotated[
+    bool, typer.Option("--version", metavar="", is_eager=True, callback=_print_version, help="Print the version.")
+]
 
 
 @_h2t_app.callback()
@@ -149,7 +151,8 @@ def _extract(
         ),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--dataset-download", help="Let torch/NAME be downloaded.", rich_help_panel="Data")
+        bool,
+        typer.Option("--dataset-download", metavar="", help="Let torch/NAME be downloaded.", rich_help_panel="Data"),
     ] = False,
     on_error: Annotated[
         Literal["raise", "skip"],
@@ -162,6 +165,7 @@ def _extract(
         bool,
         typer.Option(
             "--append",
+            metavar="",
             help="Extend the extraction by images that DATA has got since, computing only those.",
             rich_help_panel="Data",
         ),
@@ -169,7 +173,9 @@ def _extract(
     pretrained: Annotated[
         bool,
         typer.Option(
-            help="Load published weights, downloaded where need be; else random ones.", rich_help_panel="Network"
+            metavar="",
+            help="Load published weights, downloaded where need be; else random ones.",
+            rich_help_panel="Network",
         ),
     ] = True,
     checkpoint: Annotated[
@@ -214,7 +220,8 @@ def _extract(
         list[int],
         typer.Option(
             metavar="N",
-            help="Length that each activation is pooled to, about; given several times, all are stored in one pass.",
+            help="Length that each activation is pooled to, about; given several times, all are stored in one pass, "
+            "side by side (X.select_target_size takes one).",
             rich_help_panel="Features",
         ),
     ] = [512],  # noqa: B006  typer reads it once
@@ -242,11 +249,13 @@ def _extract(
         ),
     ] = "auto",
     amp: Annotated[
-        bool, typer.Option(help="Run the network in bfloat16 where that is safe.", rich_help_panel="Speed")
+        bool, typer.Option(metavar="", help="Run the network in bfloat16 where that is safe.", rich_help_panel="Speed")
     ] = False,
     torchcompile: Annotated[
         bool,
-        typer.Option("--torchcompile", help="Compile the network with the pooling first.", rich_help_panel="Speed"),
+        typer.Option(
+            "--torchcompile", metavar="", help="Compile the network with the pooling first.", rich_help_panel="Speed"
+        ),
     ] = False,
     engine: Annotated[
         Literal["local", "ray"],
@@ -278,12 +287,13 @@ def _extract(
         bool,
         typer.Option(
             "--dry-run",
+            metavar="",
             help="Print the taps with their shapes and widths, bytes, and the time to expect; store nothing.",
             rich_help_panel="Result",
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Result")
+        bool, typer.Option("--json", metavar="", help="Print JSON, for machines.", rich_help_panel="Result")
     ] = False,
     _: _Version = False,
 ) -> None:
@@ -539,7 +549,7 @@ def repair(
 def rm(
     store: _Store,
     name: _Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
 ) -> None:
     """Remove one extraction and what it stored, after asking.
 

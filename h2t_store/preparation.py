@@ -77,13 +77,13 @@ class Job:
             "data": source.description,
             "model": self.backbone.name,
             "weights_sha256": self.backbone.weights_sha256,
-            "code_sha256": self.backbone.code_sha256,
             "preprocessing": {key: _plain(value) for key, value in self.backbone.data_config.items()},
             "taps": [layer.name for layer in layers],
             "target_size": self.environment["arguments"]["target_size"],
             "cls_token": self.environment["arguments"]["cls_token"],
             "dtype": dtype,
             "amp": "bfloat16" if forward.amp else None,
+            "code_sha256": self.backbone.code_sha256,
         }
         return ExtractionHeader(
             n_samples=len(source),

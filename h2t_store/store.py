@@ -629,11 +629,11 @@ def _names_below(folder: Path, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """``key was old, now new`` for each key whose values differ, long values cut short."""
+    """``key was old, now new`` for each key whose values differ, in the order of ``new``, long values cut short."""
     before, after = _flat(old), _flat(new)
     return [
         f"{key} was {_short(before.get(key))}, now {_short(after.get(key))}"
-        for key in sorted({*before, *after})
+        for key in dict.fromkeys([*after, *before])
         if before.get(key) != after.get(key)
     ]
 

@@ -164,6 +164,16 @@ def test_without_a_connection_published_weights_fail_at_once(monkeypatch, tmp_pa
             load_backbone(model)
 
 
+def test_random_weights_are_said_to_be(caplog):
+    load_backbone("resnet18", pretrained=False, seed=3)
+    assert "model 'resnet18' has random weights (seed 3)" in caplog.text
+    caplog.clear()
+    load_backbone("h2t_resnet20")
+    load_backbone(f"{MODELS}:small_input")
+    load_backbone(tiny_models.Functional(), fallback_size=(8, 10))
+    assert "random weights" not in caplog.text
+
+
 def test_preprocessing_comes_from_the_model_and_img_size_overrides_it():
     config = load_backbone(f"{MODELS}:small_input").data_config
     assert (config["input_size"], config["mean"], config["crop_pct"]) == ((3, 8, 8), (0.0,) * 3, 1.0)

@@ -1,8 +1,10 @@
 import os
 import pickle
 import shutil
+import socket
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -71,8 +73,8 @@ def test_splits_that_timm_would_take_for_test_are_refused(mnist):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("torch/mnist", "data 'torch/mnist', split 'train': Dataset not found"),
-        ("torch/cifar10", "data 'torch/cifar10', split 'train': Dataset not found or corrupted"),
+        ("torch/mnist", "data 'torch/mnist', split 'train': it is not in '"),
+        ("torch/cifar10", "or damaged: name its folder (--data-dir), or have it fetched (--dataset-"),
         ("torch/imagenet", "data 'torch/imagenet', split 'train': The archive"),
         ("torch/cifar", "(did you mean 'cifar10' or 'cifar100'?); accepted are cifar10, cifar100, mnist"),
         ("torch/folder", "name the folder itself"),
@@ -95,7 +97,7 @@ def test_pickles_in_the_place_of_cifar_are_never_run(tmp_path, monkeypatch, name
     batches = [f"data_batch_{i}" for i in range(1, 6)]
     for file in [*batches, "test_batch", "batches.meta", "train", "test", "meta"]:
         (tmp_path / folder / file).write_bytes(pickle.dumps(Exploit()))
-    with raises_with("Dataset not found or corrupted"):
+    with raises_with("or damaged: name its folder"):
         open_source(f"torch/{name}", data_dir=tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -286,6 +288,21 @@ def test_what_is_no_set_of_images_is_one_line(tmp_path, monkeypatch):
         open_source(f"hfds/{tmp_path}/csv", data_dir=tmp_path / "cache")
     with raises_with("download: hfds/ takes no such option"):
         open_source(text, download=True)
+
+
+def test_without_a_connection_a_dataset_of_the_hub_fails_at_once(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    retried = []
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", retried.append)
+    with raises_with("it is not on this machine, and the Hub cannot be reached (network is unreachable)"):
+        open_source("hfds/beans", data_dir=tmp_path / "cache")
+    assert not retried
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_scripts_and_pickles_in_a_dataset_are_never_run(image_folder, tmp_path, monkeypatch):

@@ -10,9 +10,7 @@ import importlib.util
 import inspect
 import logging
 import os
-import socket
 import sys
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +25,13 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
 import h2t_store.backbones.resnet_cifar  # noqa: F401  registers h2t_resnet20
+from h2t_store.connection import why_unreachable
 from h2t_store.errors import ModelError, did_you_mean, one_line
 
 __all__ = ["Backbone", "load_backbone"]
 
 _log = logging.getLogger("h2t_store")
 
-_CONNECT_SECONDS = 3
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -106,6 +104,8 @@ def load_backbone(
         name, network = model, _from_timm(model, pretrained and checkpoint is None, img_size, seed)
     if checkpoint is not None:
         _load_checkpoint(network, Path(checkpoint))
+    elif not pretrained and not code and isinstance(model, str):
+        _log.warning("model %r has random weights (seed %d): its features know nothing of images", name, seed)
     try:
         network.eval()
         config = _data_config(name, network, img_size, fallback_size)
@@ -164,16 +164,12 @@ def _require_weights(name: str) -> None:
 
 
 def _require_connection(name: str, address: str) -> None:
-    if urllib.request.getproxies():
-        return
-    host = urlsplit(address).hostname
-    try:
-        socket.create_connection((host, 443), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
+    reason = why_unreachable(address)
+    if reason is not None:
         raise ModelError(
             f"model {name!r}: its weights are not on this machine and cannot be fetched "
-            f"({one_line(error)}): pass --checkpoint FILE, or --no-pretrained for random weights"
-        ) from error
+            f"({one_line(reason)}): pass --checkpoint FILE; h2t_resnet20 comes along, --no-pretrained is random weights"
+        ) from reason
 
 
 def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:

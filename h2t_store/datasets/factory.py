@@ -20,4 +20,10 @@ def create(name: str, root: str | os.PathLike[str] | None, split: str, **options
     try:
         return create_dataset(name, root=None if root is None else os.fspath(root), split=split, **options)
     except Exception as error:  # anything from assert to a network's failure
-        raise DataError(f"data {name!r}, split {split!r}: {one_line(error)}") from error
+        reason = one_line(error)
+        if "download=True" in reason:
+            reason = (
+                f"it is not in {os.fspath(root or os.curdir)!r}, or damaged: name its folder (--data-dir), or have it "
+                "fetched (--dataset-download)"
+            )
+        raise DataError(f"data {name!r}, split {split!r}: {reason}") from error

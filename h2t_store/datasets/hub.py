@@ -6,14 +6,19 @@ cannot be read.
 
 import importlib.util
 import os
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 from numpy.typing import NDArray
 
+from h2t_store.connection import why_unreachable
 from h2t_store.datasets.factory import create
 from h2t_store.datasets.fingerprint import Digests
 from h2t_store.datasets.folder import walk
@@ -107,16 +112,39 @@ def _prepared(name: str, cache: Path | None) -> Any:
         raise DataError(f"datasets {datasets.__version__} can run code of a dataset: pip install 'datasets>=4'")
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise DataError(f"data 'hfds/{name}': there is no such folder")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    unreachable = None if os.path.isdir(name) else why_unreachable(huggingface_hub.constants.ENDPOINT)
     try:
-        builder = datasets.load_dataset_builder(name, cache_dir=None if cache is None else str(cache))
-        if builder.name not in _FORMATS:
-            raise DataError(f"data 'hfds/{name}' is {builder.name}; accepted are {', '.join(_FORMATS)}")
-        builder.download_and_prepare()
+        with _offline() if unreachable else nullcontext():
+            builder = datasets.load_dataset_builder(name, cache_dir=None if cache is None else str(cache))
+            if builder.name not in _FORMATS:
+                raise DataError(f"data 'hfds/{name}' is {builder.name}; accepted are {', '.join(_FORMATS)}")
+            builder.download_and_prepare()
         return builder
     except DataError:
         raise
     except Exception as error:  # anything, down to the network's failures
-        raise DataError(f"data 'hfds/{name}': {one_line(error)}") from error
+        reason = one_line(error)
+        if unreachable:
+            reason = f"it is not on this machine, and the Hub cannot be reached ({one_line(unreachable)})"
+        raise DataError(f"data 'hfds/{name}': {reason}") from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Have what is in the cache used without asking the Hub again and again first."""
+    import datasets
+
+    places = (datasets.config, huggingface_hub.constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _table(name: str, cache: Path | None, split: str, image: str, label: str) -> Any:
