@@ -1,6 +1,6 @@
 """A feature store: images → the pooled activations of every layer of a frozen network → a matrix on disk.
 
-`extract` fills a store, `open_features` opens one extraction in it as a lazy `FeatureMatrix`, `repair` makes a damaged one
+`extract` fills a store, `open_features` opens one extraction in it as a lazy `FeatureMatrix`, `repair` makes one
 whole. They are imported on first use, so that opening a store does not load the machinery that fills it.
 """
 

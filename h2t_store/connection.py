@@ -1,4 +1,4 @@
-"""Whether a server can be reached, found out in seconds: the libraries that fetch from it retry for most of a minute."""
+"""Whether a server can be reached, in seconds: what fetches from it would go on trying for most of a minute."""
 
 import socket
 import urllib.request

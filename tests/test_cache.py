@@ -339,7 +339,7 @@ def test_threads_that_ask_at_once_solve_once(tmp_path, monkeypatch):
 
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(cached, tmp_path, "k", CODEC, lambda _: True, solve) for _ in range(3)]
-        results = [future.result(timeout=120) for future in asked]
+        results = [future.result(timeout=600) for future in asked]
     assert len(solved) == 1
     for result in results:
         np.testing.assert_array_equal(result, SOLUTION)
@@ -411,7 +411,7 @@ cached(Path(sys.argv[1]), "k", codec, lambda _: True, lambda _: np.ones(3))
 
 def test_a_writer_that_was_killed_blocks_nobody_and_leaves_no_half_file(tmp_path):
     root = Path(cache.__file__).parents[1]
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, check=False, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, check=False, timeout=600)
     assert killed.returncode == 7
     assert not (tmp_path / "k.npz").exists()
     with ThreadPoolExecutor(1) as pool, warnings.catch_warnings():

@@ -189,7 +189,7 @@ def test_models_outlive_their_store_and_process(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
 
