@@ -205,6 +205,8 @@ def _engine(
     with ray.cluster(address, num_gpus, str(device)) as cluster:
 
         def prepared(data: Any, **settings: Any) -> Job:
+            if isinstance(settings["model"], nn.Module):
+                ray.send_code_of(settings["model"])
             return cluster.call(_prepare_to_send, **with_whole_paths(data, **settings))
 
         yield prepared, cluster.run

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
@@ -126,12 +126,11 @@ class _Work:
 class _Worker:
     """Computes blocks in one thread, while another answers the driver."""
 
-    def __init__(self, work: _Work) -> None:
-        self._work, self._desk = work, _Desk()
+    def __init__(self) -> None:
+        self._desk = _Desk()
 
-    def compute(self) -> None:
+    def compute(self, work: _Work) -> None:
         """Compute the blocks that come in, until the end of them."""
-        work = self._work
         torch.set_num_threads(work.num_cpus)
         work.forward.model.to(work.forward.device)
         decoding = 0 if work.source.in_memory or work.num_cpus < 2 else work.num_cpus
@@ -206,7 +205,7 @@ class Cluster:
         send_code_of(forward.model)
         with _told():
             work = ray.put(_Work(forward, source, place, old, batch_size, on_error, num_cpus))
-            team = _Team(lambda: ray.remote(_Worker).options(**options).remote(work), extraction, progress)
+            team = _Team(lambda: ray.remote(_Worker).options(**options).remote(), work, extraction, progress)
             try:
                 team.compute(deque(blocks), workers, stopped)
             finally:
@@ -228,8 +227,10 @@ class Cluster:
 class _Team:
     """The workers of one extraction, those who died replaced."""
 
-    def __init__(self, hire: Callable[[], Any], extraction: Extraction, progress: Callable[[int], None]) -> None:
-        self._hire, self._extraction, self._progress = hire, extraction, progress
+    def __init__(
+        self, hire: Callable[[], Any], work: Any, extraction: Extraction, progress: Callable[[int], None]
+    ) -> None:
+        self._hire, self._work, self._extraction, self._progress = hire, work, extraction, progress
         self._calls: dict[Any, tuple[_Member, bool]] = {}  # by what Ray will answer; whether that is the end of it
         self._pending: deque[RowBlock] = deque()
         self._deaths = 0
@@ -285,7 +286,7 @@ class _Team:
 
     def _add(self) -> None:
         member = _Member(self._hire())
-        self._calls[member.actor.compute.remote()] = (member, True)
+        self._calls[member.actor.compute.remote(self._work)] = (member, True)
         self._calls[member.actor.exchange.remote(None, False)] = (member, False)
 
     def _hear(self, member: _Member, news: _News, ending: bool) -> None:
@@ -328,17 +329,18 @@ def _logged(function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list
 
 
 def send_code_of(network: nn.Module) -> None:
-    """Have the code of a network's classes sent along with it where it cannot be imported, as that of a file's."""
+    """Have the code of a network's classes sent along with it, but for that of installed packages."""
     for name in {type(module).__module__ for module in network.modules()}:
-        if name in sys.modules and not _can_be_imported(name):
+        if name in sys.modules and not _is_installed(name):
             cloudpickle.register_pickle_by_value(sys.modules[name])
 
 
-def _can_be_imported(name: str) -> bool:
-    try:
-        return name == "__main__" or find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
+def _is_installed(name: str) -> bool:
+    """Whether a module is one that workers have, too: a package's, or this one's."""
+    package = name.partition(".")[0]
+    spec = PathFinder.find_spec(package)
+    origin = "" if spec is None or spec.origin is None else spec.origin
+    return package in ("__main__", __name__.partition(".")[0]) or "site-packages" in Path(origin).parts
 
 
 @contextmanager
