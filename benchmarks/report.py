@@ -182,7 +182,7 @@ def _costs(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
     head += ["features read", "MB per task"]
     note = (
         "Means over tasks and seeds, but for the seconds of training: of those the least of a task's seeds, which the "
-        "machine disturbed least. Training includes tuning (fine-tuning has one setting) and predicting the test images. "
+        "machine disturbed least. Training includes tuning (fine-tuning has one setting) and predicting test images. "
         "FLOP are those of products of matrices and convolutions, counted by torch. Storage is what a task adds to the "
         "network: float32 weights, and which features they belong to."
     )
