@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from h2t_store.backbones import ClassTokenPolicy
+from h2t_store.backbones import ClassTokenPolicy, code_digest
 from h2t_store.datasets import Source, arrange
 from h2t_store.engines import local
 from h2t_store.engines.blocks import RowBlock, plan
@@ -205,9 +205,13 @@ def _engine(
     with ray.cluster(address, num_gpus, str(device)) as cluster:
 
         def prepared(data: Any, **settings: Any) -> Job:
-            if isinstance(settings["model"], nn.Module):
-                ray.send_code_of(settings["model"])
-            return cluster.call(_prepare_to_send, **with_whole_paths(data, **settings))
+            model = settings["model"]
+            if isinstance(model, nn.Module):
+                ray.send_code_of(model)
+            job = cluster.call(_prepare_to_send, **with_whole_paths(data, **settings))
+            if isinstance(model, nn.Module):  # whose source may not be there
+                job = replace(job, backbone=replace(job.backbone, code_sha256=code_digest(model)))
+            return job
 
         yield prepared, cluster.run
 

@@ -4,7 +4,7 @@ Importing it registers ``h2t_resnet20`` with timm.
 """
 
 from h2t_store.backbones.finding import PRESETS, find_taps
-from h2t_store.backbones.registry import Backbone, load_backbone
+from h2t_store.backbones.registry import Backbone, code_digest, load_backbone
 from h2t_store.backbones.taps import ClassTokenPolicy, Pooled, Tap, pooled_layers, tapped
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ClassTokenPolicy",
     "Pooled",
     "Tap",
+    "code_digest",
     "find_taps",
     "load_backbone",
     "pooled_layers",

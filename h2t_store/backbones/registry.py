@@ -28,7 +28,7 @@ import h2t_store.backbones.resnet_cifar  # noqa: F401  registers h2t_resnet20
 from h2t_store.connection import why_unreachable
 from h2t_store.errors import ModelError, did_you_mean, one_line
 
-__all__ = ["Backbone", "load_backbone"]
+__all__ = ["Backbone", "code_digest", "load_backbone"]
 
 _log = logging.getLogger("h2t_store")
 
@@ -109,7 +109,7 @@ def load_backbone(
     try:
         network.eval()
         config = _data_config(name, network, img_size, fallback_size)
-        return Backbone(name, network, config, _weights_digest(network), _code_digest(network, code))
+        return Backbone(name, network, config, _weights_digest(network), code_digest(network, code))
     except ModelError:
         raise
     except Exception as error:
@@ -263,7 +263,7 @@ def _data_config(
     return config
 
 
-def _code_digest(network: nn.Module, source: bytes) -> str:
+def code_digest(network: nn.Module, source: bytes = b"") -> str:
     """Digest over how the network prints and over the source of its classes, but for those of torch and timm."""
     sha = hashlib.sha256(repr(network).encode() + source)
     for kind in sorted({type(module) for module in network.modules()}, key=lambda kind: kind.__qualname__):
