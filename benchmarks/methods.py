@@ -108,7 +108,7 @@ def folds(seed: int) -> StratifiedKFold:
 def l2_search(seed: int, **grid: Any) -> Head2ToeClassifierCV:
     """L2 logistic regression on all columns it is given; what ``grid`` leaves open by cross-validation."""
     return Head2ToeClassifierCV(
-        alphas=(1.0,), keep_fractions=(1.0,), last_layers=(), refit="best", cv=folds(seed), **grid
+        alphas=(1.0,), keep_fractions=(1.0,), last_layers=(), single_layers=0, refit="best", cv=folds(seed), **grid
     )
 
 

@@ -35,12 +35,13 @@ class Candidate:
     alpha: float
     keep_fraction: float | None
     last_layers: int | None
+    layer: int | None
     C: float
 
     @property
-    def kept(self) -> tuple[float | None, int | None]:
+    def kept(self) -> tuple[float | None, int | None, int | None]:
         """What decides which features are kept, besides alpha."""
-        return self.keep_fraction, self.last_layers
+        return self.keep_fraction, self.last_layers, self.layer
 
     @property
     def params(self) -> dict[str, Any]:
@@ -50,12 +51,13 @@ class Candidate:
             "alpha": self.alpha,
             "keep_fraction": self.keep_fraction,
             "last_layers": self.last_layers,
+            "layer": self.layer,
             "normalization": self.normalization,
         }
 
     def select(self, path: GroupLassoPath, layers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Features kept at the end of the path, sorted."""
-        return kept_features(path, layers, self.keep_fraction, self.last_layers)
+        return kept_features(path, layers, self.keep_fraction, self.last_layers, self.layer)
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         steps.
     head : {"ridge", "path", "adam"}, default="ridge"
         "ridge" fits L2 logistic regression on the kept features, to 1e-8 of its objective; "path" uses the group
-        lasso's own coefficients (with ``keep_fraction`` or ``last_layers``, those of the kept features; not with
-        ``solver="adam"``); "adam" is the published head, trained on the kept features for ``max_iter`` steps without
-        a penalty.
+        lasso's own coefficients (with ``keep_fraction``, ``last_layers`` or ``layer``, those of the kept features;
+        not with ``solver="adam"``); "adam" is the published head, trained on the kept features for ``max_iter`` steps
+        without a penalty.
     C : float, default=1.0
         Inverse penalty of the ridge head, as in scikit-learn's LogisticRegression.
     class_weight : dict, "balanced" or None, default=None
@@ -127,6 +127,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
     last_layers : int or None, default=None
         Keep all features of so many last layers instead, whatever ``alpha`` says: a linear probe. A plain array is one
         layer. Not with ``keep_fraction``, nor with ``solver="adam"``.
+    layer : int or None, default=None
+        Keep all features of this one layer instead, counted from 0 in network order. Not with ``keep_fraction`` or
+        ``last_layers``, nor with ``solver="adam"``.
 
     Attributes
     ----------
@@ -174,6 +177,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         "alpha": [Interval(Real, 0, 1, closed="right")],
         "keep_fraction": [Interval(Real, 0, 1, closed="right"), None],
         "last_layers": [Interval(Integral, 1, None, closed="left"), None],
+        "layer": [Interval(Integral, 0, None, closed="left"), None],
         "normalization": [StrOptions(set(NORMALIZATIONS)), None],
         "solver": [StrOptions({"newton", "adam"})],
         "head": [StrOptions({"ridge", "path", "adam"})],
@@ -203,6 +207,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         learning_rate: float = 0.01,
         max_memory: int | str | None = None,
         last_layers: int | None = None,
+        layer: int | None = None,
     ) -> None:
         self.alpha = alpha
         self.l1_ratio = l1_ratio
@@ -222,6 +227,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self.random_state = random_state
         self.verbose = verbose
         self.last_layers = last_layers
+        self.layer = layer
 
     def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Select features and fit the head.
@@ -253,6 +259,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self._validate_params()
         self._check_combination()
         training = check_training(self, X, y, sample_weight, self.class_weight)
+        n_layers = len(training.layer_names)
+        if self.layer is not None and self.layer >= n_layers:
+            raise ValueError(f"layer={self.layer}: X has {n_layers} layers, counted from 0.")
         with cpu_threads(self.n_jobs):
             self._fit(training)
         return self
@@ -278,7 +287,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
 
     def _take_path(self, training: Training, path: GroupLassoPath) -> None:
         """Select features at the end of the path."""
-        self._select(training, path, self.keep_fraction, self.last_layers)
+        self._select(training, path, self.keep_fraction, self.last_layers, self.layer)
         self.classes_ = training.classes
         self._layer_scaling = kept_scaling(self.normalization)
         if self._layer_scaling and self.head == "path":
@@ -291,10 +300,11 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self.coef_, self.intercept_ = np.ascontiguousarray(coef.T), intercept
 
     def _check_combination(self) -> None:
-        if self.last_layers is not None and (self.keep_fraction is not None or self.solver == "adam"):
+        deciding = [name for name in ("layer", "last_layers", "keep_fraction") if getattr(self, name) is not None]
+        if deciding not in ([], ["keep_fraction"]) and (len(deciding) > 1 or self.solver == "adam"):
             raise ValueError(
-                f"last_layers={self.last_layers} decides what is kept and goes neither with keep_fraction nor with "
-                f"solver='adam', got keep_fraction={self.keep_fraction} and solver={self.solver!r}."
+                f"{deciding[0]}={getattr(self, deciding[0])} decides what is kept and goes neither with "
+                f"{' nor with '.join([*deciding[1:], 'solver=' + repr('adam')])}: leave them at None and 'newton'."
             )
         if self.solver == "newton":
             return

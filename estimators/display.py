@@ -24,7 +24,7 @@ _STYLES = (
     ("#56B4E9", "P"),
     ("#000000", "X"),
 )
-Kept: TypeAlias = tuple[float | None, int | None]
+Kept: TypeAlias = tuple[float | None, int | None, int | None]
 _DASHES = ("-", "--", ":", "-.")
 _MUTED = "#767676"
 _READ = ("selected_features_", "feature_scores_", "feature_layers_", "layer_names_")
@@ -162,14 +162,14 @@ class Head2ToePathDisplay:
     ----------
     alphas : array-like of shape (n_alphas,), float
         Decreasing.
-    kept : sequence of (keep_fraction, last_layers), of length n_kept
+    kept : sequence of (keep_fraction, last_layers, layer), of length n_kept
         What decides which features are kept, besides alpha: one of the two, or neither.
     mean_scores, std_scores : array-like of shape (n_kept, n_alphas), float
         Over the folds.
     n_features : array-like of shape (n_kept, n_alphas), float
         Mean over the folds.
     best_params : dict
-        ``alpha``, ``keep_fraction``, ``last_layers``, ``C`` and ``normalization`` of the chosen candidate.
+        ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C`` and ``normalization`` of the chosen candidate.
     best_score, best_n_features : float
         Its means over the folds.
     score_name : str
@@ -242,7 +242,7 @@ class Head2ToePathDisplay:
         results, best, scoring = estimator_cv.cv_results_, estimator_cv.best_params_, estimator_cv.scoring or "accuracy"
         shown = [params for params in results["params"] if params["normalization"] == best["normalization"]]
         alphas = sorted({params["alpha"] for params in shown}, reverse=True)
-        kept = list(dict.fromkeys(map(_kept, shown)))
+        kept = _without_other_single_layers(results, best, list(dict.fromkeys(map(_kept, shown))))
         over_C = _best_over_C(results, best["normalization"], alphas, kept)
         return cls(
             alphas=np.array(alphas),
@@ -406,11 +406,24 @@ def _best_over_C(
     return np.array([[best[keep, alpha] for alpha in alphas] for keep in kept])
 
 
+def _without_other_single_layers(
+    results: dict[str, Any], best_params: dict[str, Any], kept: Sequence[Kept]
+) -> list[Kept]:
+    """Of the layers that were tried alone the best one: a line for each would hide the others."""
+    means, layer = np.nan_to_num(results["mean_test_score"], nan=-np.inf), best_params["layer"]
+    single = [index for index, params in enumerate(results["params"]) if params["layer"] is not None]
+    if layer is None and single:
+        layer = results["params"][max(single, key=lambda index: means[index])]["layer"]
+    return [keep for keep in kept if keep[2] in (None, layer)]
+
+
 def _kept(params: dict[str, Any]) -> Kept:
-    return params["keep_fraction"], params["last_layers"]
+    return params["keep_fraction"], params["last_layers"], params["layer"]
 
 
-def _keep_label(keep_fraction: float | None, last_layers: int | None) -> str:
+def _keep_label(keep_fraction: float | None, last_layers: int | None, layer: int | None) -> str:
+    if layer is not None:
+        return f"layer {layer} alone"
     if last_layers is not None:
         return "last layer" if last_layers == 1 else f"last {last_layers} layers"
     if keep_fraction is None:

@@ -80,12 +80,18 @@ def select_features(path: GroupLassoPath, index: int, keep_fraction: float | Non
 
 
 def kept_features(
-    path: GroupLassoPath, layers: NDArray[np.int64], keep_fraction: float | None, last_layers: int | None
+    path: GroupLassoPath,
+    layers: NDArray[np.int64],
+    keep_fraction: float | None,
+    last_layers: int | None,
+    layer: int | None,
 ) -> NDArray[np.int64]:
-    """Features kept at the end of the path, sorted: all of the last layers, or those of `select_features`.
+    """Features kept at the end of the path, sorted: all of the last layers, or of one, or those of `select_features`.
 
     ``layers`` is the (n_features,) layer of each feature.
     """
+    if layer is not None:
+        return np.flatnonzero(layers == layer)
     if last_layers is not None:
         return np.flatnonzero(layers > layers.max() - last_layers)
     return select_features(path, -1, keep_fraction)
@@ -126,7 +132,12 @@ class SelectedFeatures:
         return {**state, "memory": os.fspath(state["memory"])} if path else state
 
     def _select(
-        self, training: Training, path: GroupLassoPath, keep_fraction: float | None, last_layers: int | None
+        self,
+        training: Training,
+        path: GroupLassoPath,
+        keep_fraction: float | None,
+        last_layers: int | None = None,
+        layer: int | None = None,
     ) -> None:
         """Set what the end of the path says."""
         self.alpha_max_ = path.alpha_max
@@ -134,7 +145,7 @@ class SelectedFeatures:
         self.n_iter_ = int(path.n_iter.max())
         self.feature_scores_ = path.row_norms(-1)
         self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
-        self.selected_features_ = kept_features(path, training.layers, keep_fraction, last_layers)
+        self.selected_features_ = kept_features(path, training.layers, keep_fraction, last_layers, layer)
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Names of the selected features, (n_selected,) object.
@@ -308,7 +319,7 @@ class Head2ToeSelector(SelectedFeatures, SelectorMixin, BaseEstimator):  # type:
         training = check_training(self, X, y, sample_weight, self.class_weight)
         with cpu_threads(self.n_jobs):
             path = solve_path(training, [float(self.alpha)], PathOptions.of(self))[0]
-        self._select(training, path, self.keep_fraction, None)
+        self._select(training, path, self.keep_fraction)
         if not len(self.selected_features_):
             warn_nothing_selected(self.alpha, self.alpha_max_, "transform gives no columns")
         return self

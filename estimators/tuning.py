@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator
 from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils import Bunch
-from sklearn.utils._param_validation import StrOptions, validate_parameter_constraints
+from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
@@ -82,6 +82,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     last_layers : sequence of int, default=(1, 2)
         Tried as well: all features of so many last layers, which are linear probes, the same at every alpha. Those
         that would be all layers are left out; a plain array is one layer.
+    single_layers : int, default=16
+        Tried as well: all features of one layer, for so many layers spread evenly over the network, or for all where
+        there are fewer. What single layers see of an image mixes well where the task is far from the network's own.
 
     Attributes
     ----------
@@ -92,7 +95,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     best_index_ : int
         Place in ``cv_results_`` of the best candidate, or of the one that "one_standard_error" chose.
     best_params_ : dict
-        Its ``alpha``, ``keep_fraction``, ``last_layers``, ``C`` and ``normalization``.
+        Its ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C`` and ``normalization``.
     best_score_ : float
         Its mean score over the folds.
     best_estimator_ : Head2ToeClassifier
@@ -135,6 +138,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         "keep_fractions": ["array-like"],
         "Cs": ["array-like"],
         "last_layers": ["array-like"],
+        "single_layers": [Interval(Integral, 0, None, closed="left")],
         "normalizations": ["array-like"],
         "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
@@ -161,11 +165,13 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         n_jobs: int | None = None,
         verbose: int = 0,
         last_layers: Sequence[int] = (1, 2),
+        single_layers: int = 16,
     ) -> None:
         self.alphas = alphas
         self.keep_fractions = keep_fractions
         self.Cs = Cs
         self.last_layers = last_layers
+        self.single_layers = single_layers
         self.normalizations = normalizations
         self.l1_ratio = l1_ratio
         self.cv = cv
@@ -267,12 +273,23 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         alphas, Cs = self._grid("alpha", "alphas"), self._grid("C", "Cs")
         fractions = self._grid("keep_fraction", "keep_fractions")
         probes = [number for number in self._grid("last_layers", "last_layers", least=0) if number < n_layers]
-        kept = [*((fraction, None) for fraction in fractions), *((None, number) for number in probes)]
+        kept = [
+            *((fraction, None, None) for fraction in fractions),
+            *((None, number, None) for number in probes),
+            *((None, None, layer) for layer in self._spread(n_layers, probed=1 in probes)),
+        ]
         grid = itertools.product(normalizations, alphas, kept, Cs)
         return [
-            Candidate(index, normalization, alpha, fraction, number, C)
-            for index, (normalization, alpha, (fraction, number), C) in enumerate(grid)
+            Candidate(index, normalization, alpha, *features, C)
+            for index, (normalization, alpha, features, C) in enumerate(grid)
         ]
+
+    def _spread(self, n_layers: int, *, probed: bool) -> list[int]:
+        """Layers to try alone: the last one is a probe already, and an only layer is all features."""
+        last = n_layers - 1 - probed
+        if n_layers == 1 or last < 0:
+            return []
+        return np.unique(np.linspace(0, last, min(self.single_layers, last + 1)).round().astype(int)).tolist()
 
     def _grid(self, name: str, plural: str, least: int = 1) -> list[Any]:
         """Values to try for one parameter of `Head2ToeClassifier`, each once."""

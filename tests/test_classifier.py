@@ -297,6 +297,18 @@ def test_last_layers_alone_are_a_linear_probe(head):
         np.testing.assert_allclose(model.predict_proba(X), reference.predict_proba(Z), atol=1e-3)
 
 
+def test_one_layer_alone_is_what_the_others_would_be_without():
+    X, y, weight = layered_problem()
+    stored = FakeFeatures(X, WIDTHS)
+    start = sum(WIDTHS[:2])
+    model = Head2ToeClassifier(alpha=0.05, layer=2, C=0.3).fit(stored, y, sample_weight=weight)
+    np.testing.assert_array_equal(model.selected_features_, np.arange(start, start + WIDTHS[2]))
+    alone = Head2ToeClassifier(keep_fraction=1.0, C=0.3).fit(X[:, start : start + WIDTHS[2]], y, sample_weight=weight)
+    np.testing.assert_allclose(model.predict_proba(X), alone.predict_proba(X[:, model.selected_features_]), atol=1e-5)
+    with pytest.raises(ValueError, match="layer=9: X has 3 layers, counted from 0"):
+        Head2ToeClassifier(layer=len(WIDTHS) + 6).fit(stored, y)
+
+
 def test_features_that_the_path_head_drops_count_as_their_means():
     X, y, weight = layered_problem()
     X = X + 5
@@ -309,11 +321,13 @@ def test_features_that_the_path_head_drops_count_as_their_means():
     np.testing.assert_allclose(model.decision_function(X), everything.decision_function(replaced), atol=1e-5)
 
 
-@pytest.mark.parametrize("others", [{"keep_fraction": 0.5}, {"solver": "adam"}])
+@pytest.mark.parametrize("others", [{"keep_fraction": 0.5}, {"solver": "adam", "keep_fraction": 0.5}])
 def test_last_layers_leave_nothing_else_to_decide(others):
     X, y, _ = layered_problem()
     with pytest.raises(ValueError, match="last_layers=1 decides what is kept"):
         Head2ToeClassifier(last_layers=1, **others).fit(X, y)
+    with pytest.raises(ValueError, match="layer=0 decides what is kept"):
+        Head2ToeClassifier(layer=0, **others).fit(X, y)
 
 
 def test_rows_may_come_in_reverse():

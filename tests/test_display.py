@@ -341,5 +341,8 @@ def test_last_layers_are_lines_of_their_own():
     display = Head2ToePathDisplay.from_estimator(search.fit(FakeFeatures(X, (5, 4, 3)), y))
     score, count = display.ax_
     labels = [text.get_text() for text in score.get_legend().get_texts()]
-    assert labels == ["nonzero weights", "last layer", "last 2 layers"]
+    assert labels[:3] == ["nonzero weights", "last layer", "last 2 layers"]
+    means, params = search.cv_results_["mean_test_score"], search.cv_results_["params"]
+    best = {layer: max(m for m, p in zip(means, params, strict=True) if p["layer"] == layer) for layer in (0, 1)}
+    assert labels[3:] == [f"layer {max(best, key=best.get)} alone"]
     assert [list(line.get_ydata()) for line in lines(count)[1:3]] == [[3, 3], [7, 7]]

@@ -44,6 +44,7 @@ ESTIMATORS = {
         keep_fractions=(None,),
         Cs=(0.1, 1.0),
         last_layers=(),
+        single_layers=0,
         normalizations=("standard", "layer"),
         cv=2,
     ),

@@ -700,3 +700,23 @@ def test_a_fold_without_weight_is_predicted_by_chance():
     with pytest.warns(UserWarning, match="fold 1/2, only one class to train on"):
         model.fit(X, y, sample_weight=np.where(half, 0.0, 1.0))
     assert np.isfinite(model.best_score_)
+
+
+@pytest.mark.parametrize(
+    ("number", "last_layers", "tried"), [(0, (1,), []), (2, (1,), [0, 2]), (2, (), [0, 3]), (9, (1, 2), [0, 1, 2])]
+)
+def test_single_layers_are_spread_over_the_network(number, last_layers, tried):
+    X, y, _ = make_problem(3, n=60, d=16)
+    search = Head2ToeClassifierCV(
+        alphas=(0.5,), keep_fractions=(1.0,), Cs=(0.1,), last_layers=last_layers, single_layers=number, cv=2
+    ).fit(FakeFeatures(X, (4, 5, 4, 3)), y)
+    layers = [params["layer"] for params in search.cv_results_["params"]]
+    assert [layer for layer in layers if layer is not None] == tried
+    widths = dict(zip(layers, search.cv_results_["mean_n_features"], strict=True))
+    assert all(widths[layer] == (4, 5, 4, 3)[layer] for layer in tried)
+
+
+def test_an_only_layer_is_not_tried_alone():
+    X, y, _ = make_problem(3, n=60, d=6)
+    search = Head2ToeClassifierCV(alphas=(0.5,), keep_fractions=(1.0,), Cs=(0.1,), cv=2).fit(X, y)
+    assert len(search.cv_results_["params"]) == 1
