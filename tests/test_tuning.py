@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn
-from _estimator_data import make_problem
+from _estimator_data import FakeFeatures, make_problem
 from joblib import parallel_config
 from sklearn.exceptions import ConvergenceWarning, NotFittedError, UnsetMetadataPassedError
 from sklearn.metrics import accuracy_score, get_scorer, log_loss, make_scorer
