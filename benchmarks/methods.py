@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -248,10 +249,10 @@ def published(data: Data, seed: int) -> Outcome:
     return Outcome(accuracy, matrix.shape[1], len(kept), n_weights, params, notes)
 
 
-def head2toe(data: Data, seed: int) -> Outcome:
-    """`Head2ToeClassifierCV` as it comes."""
+def head2toe(data: Data, seed: int, **others: Any) -> Outcome:
+    """`Head2ToeClassifierCV` as it comes, but for ``others``."""
     X, X_test = data.pair
-    model = Head2ToeClassifierCV(cv=folds(seed)).fit(X, data.y)
+    model = Head2ToeClassifierCV(cv=folds(seed), **others).fit(X, data.y)
     n_weights = sum((len(one.selected_features_) + 1) * len(model.classes_) for one in model.estimators_)
     alone = float((model.best_estimator_.predict(X_test) == data.y_test).mean())
     notes = {"cv_score": model.best_score_, "best_alone": alone, "mixed": len(model.estimators_)}
@@ -358,6 +359,7 @@ METHODS: dict[str, Callable[[Data, int], Outcome]] = {
     "largest variance": largest_variance,
     "published Head2Toe": published,
     "Head2ToeClassifierCV": head2toe,
+    "its search without single layers": partial(head2toe, single_layers=0),
     "fine-tuning": finetuning,
     "from scratch": from_scratch,
 }
@@ -369,6 +371,7 @@ SETTINGS: dict[str, Sequence[Any]] = {
     "largest variance": [L2_GRID, FRACTIONS],
     "published Head2Toe": [PUBLISHED],
     "Head2ToeClassifierCV": [Head2ToeClassifierCV().get_params()],
+    "its search without single layers": [Head2ToeClassifierCV(single_layers=0).get_params()],
     "fine-tuning": [FINETUNING],
     "from scratch": [FINETUNING],
 }

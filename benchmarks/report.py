@@ -19,9 +19,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS, PUBLISHED, PROBE, FINETUNING = "Head2ToeClassifierCV", "published Head2Toe", "linear probe", "fine-tuning"
-ALL_L2, SCRATCH = "all features, L2", "from scratch"
+ALL_L2, SCRATCH, BEFORE = "all features, L2", "from scratch", "its search without single layers"
 ORDER = (
-    PROBE, ALL_L2, "all features, L1", "random features", "largest variance", PUBLISHED, OURS, FINETUNING, SCRATCH,
+    PROBE, ALL_L2, "all features, L1", "random features", "largest variance", PUBLISHED, OURS, BEFORE, FINETUNING,
+    SCRATCH,
 )  # fmt: skip
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart with any kind of sight
 # Of a linear probe and of published Head2Toe, on the same images and weights, before this project.
@@ -97,7 +98,7 @@ def _head(cells: Sequence[Cell], ablations: Sequence[Cell]) -> str:
         sizes = ", ".join(map(str, backbone["target_size"]))
         what.append(f"{model} (weights {backbone['weights_sha256'][:8]}), target size {sizes}")
     machines = sorted({cell["machine"] for cell in [*cells, *ablations]})
-    commands = sorted({cell["command"] for cell in cells})
+    commands = sorted({_without_choice(cell["command"]) for cell in cells})
     seeds = sorted({cell["seed"] for cell in cells})
     return "\n".join(
         [
@@ -109,10 +110,21 @@ def _head(cells: Sequence[Cell], ablations: Sequence[Cell]) -> str:
             f"- Seeds: {', '.join(map(str, seeds))}; a seed decides the folds of every cross-validation and what a "
             "method draws. All methods are tuned on the training images alone, by five-fold cross-validation.",
             *(f"- Machine: {name}" for name in machines),
-            *(f"- Command: `{command}`" for command in commands),
+            *(f"- Command: `{command}`; --tasks, --methods and --seeds take some of it" for command in commands),
             *(["- Command of the pictures below: `python benchmarks/ablations.py`"] if ablations else []),
         ]
     )
+
+
+def _without_choice(command: str) -> str:
+    """A command without what says which of its cells to compute."""
+    kept, chosen = [], False
+    for word in command.split():
+        if word.startswith("--"):
+            chosen = word in ("--tasks", "--methods", "--seeds", "--rerun")
+        if not chosen:
+            kept.append(word)
+    return " ".join(kept)
 
 
 def _accuracies(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
@@ -121,8 +133,8 @@ def _accuracies(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
         means = [_mean(cells, method, task) for task in tasks]
         row = [method, *(_spread(_of(cells, method, task)) for task in tasks)]
         rows.append([*row, _number(float(np.mean(means)))])
-        if method == OURS:
-            alone = {task: [note["best_alone"] for note in _of(cells, OURS, task, "notes")] for task in tasks}
+        if method in (OURS, BEFORE):
+            alone = {task: [note["best_alone"] for note in _of(cells, method, task, "notes")] for task in tasks}
             means = [float(np.mean(values)) if values else np.nan for values in alone.values()]
             rows.append(["its best candidate alone", *map(_spread, alone.values()), _number(float(np.mean(means)))])
     note = "Mean over seeds ± its standard error, and the median in brackets; the mean over tasks last."
