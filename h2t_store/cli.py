@@ -550,6 +550,7 @@ def rm(
     store: _Store,
     name: _Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Remove one extraction and what it stored, after asking.
 
@@ -567,7 +568,7 @@ def rm(
         raise H2TError("nothing was removed")
     with opened.lock(name):
         opened.remove(name)
-    print(f"{store}: {name} removed")
+    print(json_text({"removed": name}) if as_json else f"{store}: {name} removed")
 
 
 @_h2t_app.command()
@@ -579,6 +580,7 @@ def export(
         str | None,
         typer.Option(metavar="GLOBS", help="Only these layers, joined by commas.", show_default="all"),
     ] = None,
+    as_json: _Json = False,
 ) -> None:
     """Write features, labels and identifiers to one file, as float32.
 
@@ -592,7 +594,11 @@ def export(
         matrix = matrix.select_layers(layers.split(","))
     with progress("rows") as meter:
         write(matrix, file, meter)
-    print(f"{file}: {matrix.shape[0]} rows x {matrix.shape[1]} features, {size(file.stat().st_size)}")
+    n_bytes = file.stat().st_size
+    if as_json:
+        print(json_text({"file": str(file), "rows": matrix.shape[0], "features": matrix.shape[1], "bytes": n_bytes}))
+    else:
+        print(f"{file}: {matrix.shape[0]} rows x {matrix.shape[1]} features, {size(n_bytes)}")
 
 
 def _summary(extraction: "Extraction") -> dict[str, Any]:

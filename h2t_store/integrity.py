@@ -65,7 +65,7 @@ def verify(
     StoreError
         Where there is no such extraction.
     """
-    store.finish_replacing(name)
+    store.require(name)
     folder = store.folder(name)
     yield from _damaged_groups(store, name)
     try:

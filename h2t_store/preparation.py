@@ -186,7 +186,7 @@ def prepare(
     height, width = backbone.data_config["input_size"][1:]
     images_at_once = choose_batch_size(forward, (height, width)) if batch_size == "auto" else int(batch_size)
     arguments = {
-        "data": None if isinstance(data, tuple) else _address(data),
+        "data": None if isinstance(data, tuple) else _address(data, data_dir),
         "model": _model_address(model) if isinstance(model, str) else None,
         "split": split,
         "data_dir": os.getcwd() if data_dir is None and str(data).startswith("torch/") else _optional(data_dir),
@@ -215,7 +215,7 @@ def prepare(
 def with_whole_paths(data: Any, *, model: Any, **settings: Any) -> dict[str, Any]:
     """The arguments of `prepare` with paths from the root, for a process that runs in another folder."""
     if isinstance(data, str):
-        data = _address(data)
+        data = _address(data, settings.get("data_dir"))
     elif isinstance(data, os.PathLike):
         data = Path(_absolute(data))
     model = _model_address(model) if isinstance(model, str) else model
@@ -233,16 +233,18 @@ def check_integer(argument: str, value: object, least: int, most: int = 2**63 - 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
     """A path that exists, from the root, so that the job can be done again from elsewhere; other names as they are."""
-    return str(Path(path).resolve()) if Path(path).exists() else os.fspath(path)
+    return str(Path(path).absolute()) if Path(path).exists() else os.fspath(path)
 
 
 def _optional(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else _absolute(path)
 
 
-def _address(data: str | os.PathLike[str]) -> str:
-    """Where the data is, from wherever one looks; names of datasets stay as they are."""
+def _address(data: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> str:
+    """Where the data is, from wherever one looks; names, and what lies in ``data_dir``, stay as they are."""
     name = os.fspath(data)
+    if isinstance(data, str) and name.startswith("wds/") and data_dir is not None:
+        return name
     if isinstance(data, str) and (name == "digits" or name.startswith("torch/")):
         return name
     for prefix in ("hfds/", "wds/"):

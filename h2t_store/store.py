@@ -8,6 +8,7 @@ either nothing that counts or something that can be continued.
 import json
 import os
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -31,6 +32,7 @@ __all__ = ["Extraction", "FeatureStore", "differences", "read_group", "write_gro
 
 Names = Sequence[str] | NDArray[Any]
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has lost one of the slashes
 _TRASH = ".trash-"
 _STAGED = ".append-"
 _LOCKS = ".locks"
@@ -368,7 +370,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
-        if not os.fspath(path) or "://" in os.fspath(path):
+        if not os.fspath(path) or _URL.match(os.fspath(path)):
             raise StoreError(f"store {str(path)!r}: accepted is the path of a local folder")
         self.path = Path(path)
         document = self.path / "zarr.json"
@@ -411,12 +413,21 @@ class FeatureStore:
         """Open the extraction ``name``; raises `StoreError` where there is none."""
         found = self.find(name)
         if found is None:
-            known = self.names()
-            listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
-            raise StoreError(
-                f"store {str(self.path)!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}"
-            )
+            raise self._without(name)
         return found
+
+    def _without(self, name: str) -> StoreError:
+        known = self.names()
+        listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
+        return StoreError(f"store {str(self.path)!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}")
+
+    def require(self, name: str) -> None:
+        """Raise `StoreError` unless something that is or was an extraction lies under that name."""
+        self.finish_replacing(name)
+        folder = self.folder(name)
+        inside = any(_holds_arrays(self.folder(above)) for above in layout.names_above(name))
+        if inside or not (_may_be_extraction(folder) or _holds_arrays(folder)):
+            raise self._without(name)
 
     def find(self, name: str) -> Extraction | None:
         """Open the extraction ``name``; None where there is none."""
@@ -596,6 +607,12 @@ def read_group(folder: Path, where: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise DamagedError(f"{where}: its zarr.json was changed or damaged")
+
+
+def _holds_arrays(folder: Path) -> bool:
+    """Whether there are arrays of an extraction in a folder, whatever became of its zarr.json."""
+    flags = folder / "committed"
+    return flags.is_dir() and _kind(flags) in ("array", "unreadable", "nothing")
 
 
 def _may_be_extraction(folder: Path) -> bool:

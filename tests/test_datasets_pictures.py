@@ -198,3 +198,9 @@ def test_a_file_that_is_no_image_is_named_with_its_folder(folder, content):
     source = open_source(folder)
     with raises_with(str(folder / "b" / "05.png")):
         source.image(list(source.sample_ids).index("b/05.png"))
+
+
+def test_an_image_that_would_fill_the_memory_when_scaled_is_refused():
+    with raises_with("2002 x 2 pixels is too long"):
+        decode(encoded(Image.new("RGB", (2002, 2)), "PNG"), "x.png")
+    assert decode(encoded(Image.new("RGB", (2, 2000)), "PNG"), "x.png").size == (2, 2000)

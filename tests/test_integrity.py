@@ -564,3 +564,16 @@ def test_a_header_says_the_same_after_a_round_trip(tmp_path):
     header = FeatureStore(crafted(tmp_path, lambda c: None)).open("x").header
     assert ExtractionHeader.from_attrs(json.loads(json.dumps(header.to_attrs())), "") == header
     assert replace(header, n_samples=41).digest != header.digest
+
+
+@pytest.mark.parametrize("name", ["nowhere", "x/train", "x/features", "group/nowhere", "group"])
+def test_what_is_no_extraction_is_neither_verified_nor_repaired(tmp_path, images, labels, name):
+    for there in ("x", "group/features"):
+        extract((images, labels), model=MODEL, store=tmp_path / "s", name=there)
+    before = tree(tmp_path / "s")
+    with pytest.raises(StoreError, match=f"has no extraction '{name}'"):
+        list(verify(FeatureStore(tmp_path / "s"), name))
+    with pytest.raises(StoreError, match=f"has no extraction '{name}'"):
+        repair(tmp_path / "s", name)
+    assert tree(tmp_path / "s") == before
+    assert not list(verify(FeatureStore(tmp_path / "s"), "group/features"))

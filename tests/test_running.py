@@ -53,6 +53,19 @@ def test_skipped_images_keep_their_row_and_are_masked(tmp_path, folder, workers)
     assert extract(folder, name="x", **common).shape[0] == 29
 
 
+def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, folder, monkeypatch):
+    from h2t_store.engines import local
+
+    def fails(self, row):
+        raise MemoryError("no room")
+
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", workers=0)
+    job = prepare(folder, model=MODEL)
+    images = local._Images(job.source, lambda image: fails(None, 0))
+    assert images[1] == f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"
+    assert len(extract(folder, **common)) == 40
+
+
 def test_a_picture_that_is_listed_twice_is_skipped_twice(tmp_path, folder):
     (folder / "a/00.png").write_text("no image")
     (folder / "list.txt").write_text("a/00.png 0\nb/01.png 1\na/00.png 0\n")

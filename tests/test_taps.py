@@ -1,8 +1,12 @@
+from dataclasses import dataclass
+
 import pytest
 import timm
 import tiny_models
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import nn
 
 from h2t_store.backbones import Tap, find_taps, pooled_layers, tapped
 from h2t_store.backbones.watching import Place
@@ -136,6 +140,41 @@ def test_architectures_need_no_code_of_their_own(name, must_have):
         assert torch.isfinite(values).all(), tap
 
 
+def test_channels_last_is_found_where_all_sides_are_equal():
+    class Cube(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.stem, self.norm, self.head = nn.Conv2d(3, 6, 2, 2), norm, nn.Linear(6, 2)
+            self.last = not isinstance(norm, LayerNorm2d)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            x = self.norm(x.permute(0, 2, 3, 1) * 1.0 if self.last else x)
+            return self.head(x.mean((1, 2) if self.last else (2, 3)))
+
+    for norm, axis in ((nn.LayerNorm(6), 3), (LayerNorm2d(6), 1)):
+        taps, _ = find_taps(Cube(norm).eval(), example(12), "norm")
+        assert [(tap.raw_shape, tap.channel_axis) for tap in taps] == [((1, 6, 6, 6), axis)]
+
+
+def test_outputs_in_a_dataclass_are_seen_and_layers_never_called_are_told():
+    @dataclass
+    class Answer:
+        logits: torch.Tensor
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.spare = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return Answer(self.head(self.conv(x).relu().mean((2, 3))) * 2.0)
+
+    taps, left_out = find_taps(Net().eval(), example(), "activations")
+    assert [tap.name for tap in taps] == ["head:in", "output"]
+    assert left_out == {"spare:in": "the network does not call this module"}
+
+
 def test_swin_blocks_are_maps_with_the_channels_last_axis_found():
     model = timm.create_model("swin_tiny_patch4_window7_224").eval()
     found, _ = find_taps(model, example(224), "layers.0.blocks.0,layers.3.blocks.1")
@@ -245,7 +284,7 @@ def test_torchs_encoder_is_run_module_by_module():
 def test_networks_in_half_precision_give_float32_features(dtype):
     model, x = tiny_models.SequenceFirst(16).eval().to(dtype), example(32).to(dtype)
     found, left_out = find_taps(model, x, "activations")
-    assert not left_out
+    assert {*left_out} <= {"attn.out_proj:in"}  # nn.MultiheadAttention uses its weights
     with tapped(model, pooled_layers(found, (16,))) as forward:
         got = dict(zip([tap.name for tap in found], forward(x), strict=True))
     assert {values.dtype for values in got.values()} == {torch.float32}

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -52,4 +53,19 @@ def _declared_axis(module: nn.Module, tensor: Tensor) -> int | None:
         return tensor.ndim - 1
     normalized = getattr(module, "normalized_shape", ())
     axes = [axis for axis, size in enumerate(tensor.shape) if axis and (size,) == tuple(normalized)]
+    if len(axes) > 1:
+        axes = [axis for axis in axes if _takes_channels_at(module, axis, tensor)]
     return axes[0] if len(axes) == 1 else None
+
+
+def _takes_channels_at(module: nn.Module, axis: int, like: Tensor) -> bool:
+    """Whether a normalization runs where the channels lie there and the other axes have other sizes."""
+    channels = like.shape[axis]
+    shape = [1, *(channels + 1 + place for place in range(1, like.ndim))]
+    shape[axis] = channels
+    try:
+        with torch.no_grad():
+            module(like.new_zeros(shape))
+    except Exception:  # whatever a module raises at a shape that it was not made for
+        return False
+    return True

@@ -17,7 +17,7 @@ from h2t_store.backbones.class_token import class_positions
 from h2t_store.backbones.paper import published_taps
 from h2t_store.backbones.presets import canonical_name, classifier, linear_entrances, preset
 from h2t_store.backbones.taps import ClassTokenPolicy, Tap, exact_convolutions
-from h2t_store.backbones.watching import Content, Place, Seen, hooks, watch
+from h2t_store.backbones.watching import Content, Place, Seen, hooks, is_linear_map, watch
 from h2t_store.errors import TapError, did_you_mean
 
 __all__ = ["PRESETS", "find_taps"]
@@ -72,6 +72,8 @@ def find_taps(
     with torch.inference_mode(False), exact_convolutions():
         found, asked, everything = _resolve(model, example[:1].clone(), parts)
         kept, wrong = _by_image(model, example, found)
+        if "activations" in parts:
+            wrong |= _never_called(model, everything)
         if cls_token != "pool":
             kept = _with_class_tokens(kept, cls_token, class_positions(model, example[:1], everything))
     for name, reason in wrong.items():
@@ -108,6 +110,16 @@ def _resolve(model: nn.Module, image: Tensor, parts: Sequence[str]) -> tuple[lis
         if names.get(event.content) == tap.name:
             taps.setdefault(tap.name, tap)
     return list(taps.values()), asked, everything
+
+
+def _never_called(model: nn.Module, everything: Sequence[Tap]) -> dict[str, str]:
+    """Convolutions and linear layers whose entrances nothing shows: the network does without, or uses their weights."""
+    called = {tap.place.module for tap in everything}
+    return {
+        f"{name}:in": "the network does not call this module"
+        for name, module in model.named_modules()
+        if is_linear_map(module) and name not in called
+    }
 
 
 def _matches(glob: str, seen: Sequence[Seen]) -> list[Seen]:

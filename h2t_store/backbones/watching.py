@@ -7,6 +7,7 @@ convolution is one tensor, seen at two places.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,11 +58,13 @@ class Seen(NamedTuple):
 
 
 def activations_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a tensor, tuple, list or mapping, nested or not, that can hold activations of several images."""
+    """The tensors in a tensor, tuple, list, mapping or dataclass, nested or not, that can hold activations."""
     if isinstance(value, Tensor):
         strided = value.layout == torch.strided and not value.is_nested
         if strided and value.is_floating_point() and value.ndim >= 2 and value.numel():
             yield value
+    elif is_dataclass(value) and not isinstance(value, type | Mapping):
+        yield from activations_in([getattr(value, part.name) for part in fields(value)])
     elif isinstance(value, Mapping | tuple | list):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from activations_in(part)

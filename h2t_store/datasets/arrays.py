@@ -65,7 +65,10 @@ def in_memory(
 
 def open_arrays(images: Any, labels: Any) -> ArraySource:
     """uint8 images (n, h, w, 3) with n labels or None."""
-    images = np.asarray(images)
+    try:
+        images = np.asarray(images)
+    except ValueError:
+        raise DataError("data: images of several shapes; accepted is uint8 (n, h, w, 3)") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise DataError(
             f"data: images of shape {images.shape} and dtype {images.dtype}; accepted is uint8 (n, h, w, 3), not empty"

@@ -18,6 +18,7 @@ __all__ = ["IMAGE_EXTENSIONS", "as_rgb", "decode", "is_image_name"]
 _EXTENSIONS = "jpg jpeg jpe jfif png bmp dib gif webp tif tiff ppm pgm pbm pnm jp2 avif tga ico"
 IMAGE_EXTENSIONS = frozenset("." + extension for extension in _EXTENSIONS.split(" "))
 _FORMATS = ["JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA"]
+_LONGEST = 1000
 _MODES_BEFORE_RGB = {"P": "RGBA", "LA": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 
 
@@ -46,7 +47,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     ------
     DataError
         Where it is not an image, is cut off or damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, from
-        where PIL itself warns of a decompression bomb.
+        where PIL itself warns of a decompression bomb, or is a thousand times as long as wide.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so cut-off images would pass unseen: switch it off")
@@ -96,6 +97,11 @@ def _require_few_pixels(image: Image.Image) -> None:
         raise ValueError(
             f"{image.width} x {image.height} pixels may be a decompression bomb; accepted are {limit} pixels "
             "(PIL.Image.MAX_IMAGE_PIXELS)"
+        )
+    if max(image.size) > _LONGEST * min(image.size):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels is too long: scaled so that the shorter side fits a network, it "
+            f"would fill the memory; accepted are sides that differ {_LONGEST} times"
         )
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from h2t_store.backbones import tapped
 from h2t_store.backbones.taps import exact_convolutions
 from h2t_store.datasets import Source
+from h2t_store.datasets.names import shown
 from h2t_store.engines.blocks import RowBlock, batches
 from h2t_store.engines.interface import Forward
 from h2t_store.errors import DataError, ModelError, StoppedError, TapError, one_line
@@ -55,9 +56,14 @@ class _Images(Dataset[Tensor | str]):
 
     def __getitem__(self, row: int) -> Tensor | str:
         try:
-            return self.transform(self.source.image(row))
+            image = self.source.image(row)
         except DataError as error:
             return str(error)
+        try:
+            return self.transform(image)
+        except Exception as error:  # memory that does not suffice, for one
+            reason = f"{image.width} x {image.height} pixels cannot be prepared: {one_line(error)}"
+            return f"{shown(self.source.where(row))}: {reason}"
 
 
 def _collate(items: Sequence[Tensor | str]) -> _Batch:
