@@ -30,6 +30,7 @@ __all__ = ["check_running", "expected_seconds", "extract", "extract_job", "requi
 _log = logging.getLogger("h2t_store")
 _ON_ERROR = ("raise", "skip")
 _ENGINES = ("local", "ray")
+_SAME_MAGNITUDE = 0.05
 
 
 def extract(
@@ -317,6 +318,7 @@ def _is_done(job: Job, store: FeatureStore, name: str) -> bool:
     with contextlib.suppress(DataError):
         source = arrange(job.source, begun.sample_ids().tolist(), begun.header.classes)
         if not differences(begun.header.provenance["inputs"], job.header(source).provenance["inputs"]):
+            _require_same_behaviour(begun, job)
             _log.info("%s is complete: nothing to compute", begun.where)
             return True
     return False
@@ -479,8 +481,19 @@ def require_same_environment(extraction: Extraction, job: Job) -> None:
     keys = ("device", "batch_size", "torchcompile")
     old, new = ({key: env["arguments"][key] for key in keys} | env["versions"] for env in (begun, job.environment))
     different = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    _require_same_behaviour(extraction, job)
     if different:
         raise StoreError(
             f"{extraction.where} was begun elsewhere ({'; '.join(different)}): go on with it there, or "
             f"remove it with: h2t rm {extraction.where.replace(': ', ' ')}"
+        )
+
+
+def _require_same_behaviour(extraction: Extraction, job: Job) -> None:
+    """Weights and code that are the same can still be another network: see `Job.environment`."""
+    old, new = (env.get("behaviour", []) for env in (extraction.header.provenance["environment"], job.environment))
+    if len(old) == len(new) and not np.allclose(old, new, rtol=_SAME_MAGNITUDE, equal_nan=True):
+        raise StoreError(
+            f"{extraction.where} was made by a network that computes something else, though weights and code are the "
+            f"same: the activations of two test images are {new} in the mean, not {old}; choose another name"
         )

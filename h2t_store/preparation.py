@@ -20,7 +20,8 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load_backbone, pooled_layers
+from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load_backbone, pooled_layers, tapped
+from h2t_store.backbones.taps import exact_convolutions
 from h2t_store.chunks import CRC_BYTES
 from h2t_store.datasets import Source, open_source
 from h2t_store.engines.blocks import rows_per_block
@@ -170,7 +171,7 @@ def prepare(
     )
     memory_format = _memory_format(backbone.model, torch_device)
     backbone.model.to(torch_device).to(memory_format=memory_format)
-    found, left_out = _find(backbone, taps, cls_token, torch_device)
+    found, left_out, behaviour = _find(backbone, taps, cls_token, torch_device)
     forward = Forward(
         model=backbone.model,
         layers=pooled_layers(found, target_sizes),
@@ -206,6 +207,7 @@ def prepare(
     environment = {
         "arguments": arguments,
         "taps_left_out": left_out,
+        "behaviour": behaviour,
         "platform": {"python": platform.python_version(), "device": _device_name(torch_device)},
         "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr", "pillow")},
     }
@@ -309,12 +311,13 @@ def _local_rank() -> int:
 
 def _find(
     backbone: Backbone, taps: str | Sequence[str], cls_token: ClassTokenPolicy, device: torch.device
-) -> tuple[list[Tap], dict[str, str]]:
-    """Resolve the taps on two random images of the network's input size."""
+) -> tuple[list[Tap], dict[str, str], list[float]]:
+    """Resolve the taps on two random images of the network's input size, and note what it makes of them."""
     size = tuple(backbone.data_config["input_size"])
     try:
         example = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
         found, left_out = find_taps(backbone.model, example.to(device), taps, cls_token)
+        behaviour = _behaviour(backbone.model, found, example.to(device))
     except TapError:
         raise
     except Exception as error:
@@ -324,7 +327,20 @@ def _find(
         _log.info("tap %s is left out: %s", tap, reason)
     if not found:
         raise TapError(f"taps {taps!r}: the network has no activation of single images there")
-    return found, left_out
+    return found, left_out, behaviour
+
+
+def _behaviour(model: nn.Module, found: Sequence[Tap], images: Tensor) -> list[float]:
+    """Mean magnitude of the activations in each quarter of the taps, to two digits, which no rounding changes.
+
+    It tells networks apart that have the same weights and code, but other attributes or buffers that are not saved.
+    """
+    if not found:
+        return []
+    with torch.no_grad(), exact_convolutions(), tapped(model, pooled_layers(found, [1])) as pooled:
+        magnitudes = [float(values.abs().mean()) for values in pooled(images)]
+    quarters = np.array_split(np.array(magnitudes), min(4, len(magnitudes)))
+    return [float(f"{quarter.mean():.1e}") for quarter in quarters]
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ import tiny_models
 import torch
 from conftest import MODELS
 from PIL import Image
+from torch import nn
 
 from h2t_store import chunks, extract, open_features, preparation
 from h2t_store.engines import blocks, local
@@ -287,3 +288,26 @@ def test_cuda_gives_the_features_of_the_cpu(tmp_path, images):
     cpu = extract((images, None), name="cpu", device="cpu", **common)
     cuda = extract((images, None), name="cuda", device="cuda", **common)
     np.testing.assert_allclose(np.asarray(cuda), np.asarray(cpu), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "buffer"])
+def test_a_network_that_differs_in_what_is_not_saved_is_refused(tmp_path, images, kind):
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            nn.init.ones_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
+            if kind == "buffer":
+                self.register_buffer("factor", torch.tensor(factor), persistent=False)
+            else:
+                self.factor = factor
+
+        def forward(self, x):
+            return self.conv(x * self.factor).relu()
+
+    common = dict(store=tmp_path / "s", name="x")
+    extract((images, None), model=Scaled(1.0), **common)
+    with pytest.raises(StoreError, match="a network that computes something else"):
+        extract((images, None), model=Scaled(3.0), **common)
+    assert len(extract((images, None), model=Scaled(1.0), **common)) == 40
