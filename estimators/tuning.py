@@ -289,7 +289,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         last = n_layers - 1 - probed
         if n_layers == 1 or last < 0:
             return []
-        return np.unique(np.linspace(0, last, min(self.single_layers, last + 1)).round().astype(int)).tolist()
+        spread = np.linspace(0, last, min(self.single_layers, last + 1)).round()
+        return sorted({int(layer) for layer in spread})
 
     def _grid(self, name: str, plural: str, least: int = 1) -> list[Any]:
         """Values to try for one parameter of `Head2ToeClassifier`, each once."""

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,8 +227,10 @@ def _load_checkpoint(network: nn.Module, path: Path) -> None:
     try:
         weights = load_state_dict(str(path), weights_only=True)
     except Exception as error:
+        unread = isinstance(error, pickle.UnpicklingError)
+        reason = "what else it holds is not unpickled, as that could run code" if unread else one_line(error)
         raise ModelError(
-            f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {one_line(error)}"
+            f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {reason}"
         ) from error
     try:
         missing, unexpected = network.load_state_dict(weights, strict=False)

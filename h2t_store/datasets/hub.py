@@ -136,7 +136,7 @@ def _offline() -> Iterator[None]:
     """Have what is in the cache used without asking the Hub again and again first."""
     import datasets
 
-    places = (datasets.config, huggingface_hub.constants)
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
         place.HF_HUB_OFFLINE = True
