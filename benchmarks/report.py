@@ -138,6 +138,13 @@ def _accuracies(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
             means = [float(np.mean(values)) if values else np.nan for values in alone.values()]
             rows.append(["its best candidate alone", *map(_spread, alone.values()), _number(float(np.mean(means)))])
     note = "Mean over seeds ± its standard error, and the median in brackets; the mean over tasks last."
+    if BEFORE in _methods(cells):
+        note += (
+            f" Below {OURS} is what its defaults bring: without the mixture, only its candidate with the best "
+            "cross-validated score; and without single layers among the candidates, which are a default because they "
+            "made the held-out labels of the training images likelier (on sprites_location by 0.020 nats an image, on "
+            "cifar10 by 0.002)."
+        )
     return f"## Test accuracy\n\n{note}\n\n{_table(['', *tasks, 'mean'], rows)}"
 
 
