@@ -141,9 +141,7 @@ def _accuracies(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
     if BEFORE in _methods(cells):
         note += (
             f" Below {OURS} is what its defaults bring: without the mixture, only its candidate with the best "
-            "cross-validated score; and without single layers among the candidates, which are a default because they "
-            "made the held-out labels of the training images likelier (on sprites_location by 0.020 nats an image, on "
-            "cifar10 by 0.002)."
+            "cross-validated score; and without single layers among the candidates."
         )
     return f"## Test accuracy\n\n{note}\n\n{_table(['', *tasks, 'mean'], rows)}"
 
