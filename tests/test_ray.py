@@ -194,7 +194,7 @@ blocks._ROWS_OF_FEW = 16
 def kill(done, *_):
     if done:
         os.kill(os.getpid(), signal.SIGKILL)
-extract({str(folder)!r}, store={str(tmp_path / "s")!r}, engine="ray", workers=1, progress=kill, **{common!r})
+extract({str(folder)!r}, store={str(tmp_path / "s")!r}, engine="ray", ray_address="local", workers=1, progress=kill, **{common!r})
 """
     killed = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL

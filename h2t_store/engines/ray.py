@@ -217,8 +217,6 @@ class Cluster:
         cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1] or [1]
         if self.num_gpus:
             gpus = sum(node.get("GPU", 0) for node in nodes)
-            if gpus < self.num_gpus:
-                raise H2TError(f"num_gpus_per_worker {self.num_gpus:g}: the Ray cluster has {gpus:g} GPUs")
             workers = int(gpus // self.num_gpus) if workers is None else workers
         workers = max(1, len(cpus) if workers is None else workers)
         return workers, max(1, min(sum(cpus) // workers, *cpus))
@@ -369,7 +367,7 @@ def cluster(address: str | None = None, num_gpus: float | None = None, device: s
     Parameters
     ----------
     address : str, optional
-        ``auto``, or the address of a running cluster; by default ``RAY_ADDRESS``, else one of this machine alone.
+        ``auto``, ``local``, or the address of a running cluster; by default ``RAY_ADDRESS``, else one of this machine alone.
     num_gpus : float, optional
         GPUs of each worker; by default 1 where the cluster has some and ``device`` is not the CPU.
     device : str
@@ -387,8 +385,11 @@ def cluster(address: str | None = None, num_gpus: float | None = None, device: s
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise H2TError(f"ray_address {address!r}: {one_line(error)}") from error
     try:
+        gpus = ray.cluster_resources().get("GPU", 0)
         if num_gpus is None:
-            num_gpus = 1.0 if ray.cluster_resources().get("GPU", 0) and device != "cpu" else 0.0
+            num_gpus = 1.0 if gpus and device != "cpu" else 0.0
+        if num_gpus > gpus:
+            raise H2TError(f"num_gpus_per_worker {num_gpus:g}: the Ray cluster has {gpus:g} GPUs")
         yield Cluster(num_gpus)
     finally:
         if not already:
