@@ -269,8 +269,8 @@ def _extract(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="A running cluster, or 'auto'.",
-            show_default="RAY_ADDRESS, else this machine alone",
+            help="A running cluster, 'auto', or 'local' to start one.",
+            show_default="RAY_ADDRESS, else as Ray decides",
             rich_help_panel="Cluster",
         ),
     ] = None,

@@ -125,7 +125,7 @@ def extract(
         Compute in this process, or on a Ray cluster, whose nodes all see ``store`` and ``data`` under the same paths.
         What one began the other can finish, bit for bit the same on the same kind of device.
     ray_address : str, optional
-        ``auto``, ``local``, or the address of a running cluster; by default ``RAY_ADDRESS``, else one of this machine alone.
+        Of a running cluster, or ``auto``; ``local`` starts one. By default ``RAY_ADDRESS``, else as Ray decides.
     num_gpus_per_worker : float, optional
         By default 1 where the Ray cluster has GPUs and ``device`` is not the CPU.
     stopped : callable

@@ -5,6 +5,7 @@ workers write is the same twice, and each of its files appears whole, so that ne
 """
 
 import logging
+import socket
 import sys
 import threading
 from collections import deque
@@ -36,6 +37,7 @@ __all__ = ["Cluster", "cluster", "send_code_of"]
 
 _log = logging.getLogger("h2t_store")
 _NEWS_SECONDS = 0.5
+_CONNECT_SECONDS = 5
 _WAITING_SECONDS = 30.0
 _DEATHS_OF_EACH = 5
 
@@ -360,6 +362,13 @@ def _as_it_was(error: RayTaskError) -> Exception:
     return H2TError(f"a Ray worker failed: {type(cause).__name__}: {one_line(cause)}")
 
 
+def _require_head(address: str | None) -> None:
+    """Raise `OSError` at once where nothing listens: Ray would try for ten minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+
+
 @contextmanager
 def cluster(address: str | None = None, num_gpus: float | None = None, device: str = "auto") -> Iterator[Cluster]:
     """Connect to a Ray cluster, or start one on this machine, and leave it afterwards.
@@ -367,7 +376,7 @@ def cluster(address: str | None = None, num_gpus: float | None = None, device: s
     Parameters
     ----------
     address : str, optional
-        ``auto``, ``local``, or the address of a running cluster; by default ``RAY_ADDRESS``, else one of this machine alone.
+        Of a running cluster, or ``auto``; ``local`` starts one. By default ``RAY_ADDRESS``, else as Ray decides.
     num_gpus : float, optional
         GPUs of each worker; by default 1 where the cluster has some and ``device`` is not the CPU.
     device : str
@@ -381,8 +390,9 @@ def cluster(address: str | None = None, num_gpus: float | None = None, device: s
     already = ray.is_initialized()
     if not already:
         try:
+            _require_head(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise H2TError(f"ray_address {address!r}: {one_line(error)}") from error
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
