@@ -131,7 +131,7 @@ def extract(
     stopped : callable
         Asked after every row block whether to stop.
     progress : callable, optional
-        Called with (images done, images in all, bytes made by this call).
+        Called with (images done, images in all, bytes of the row blocks that this call filled).
 
     Returns
     -------
@@ -422,13 +422,14 @@ def _compute(
     total = extraction.header.n_samples
     mine = processes.share(blocks)
     first = done = total - sum(block.stop - block.start for block in mine)
-    row_bytes = extraction.header.n_features * job.forward.dtype.itemsize
+    row_bytes, height = extraction.header.n_features * job.forward.dtype.itemsize, extraction.header.rows_per_block
 
     def advance(images: int) -> None:
         nonlocal done
         done += images
         if progress is not None and processes.leads:
-            progress(done, total, (done - first) * row_bytes)
+            whole = done - first if done == total else (done - first) // height * height
+            progress(done, total, whole * row_bytes)
 
     advance(0)
     try:

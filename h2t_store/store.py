@@ -306,7 +306,9 @@ class Extraction:
             raise StoreError(f"{self.where}: {missing} row blocks are not committed")
         failures = self.failures()
         if len(failures) == self.header.n_samples:
-            raise DataError(f"{self.where}: no image could be read; the first: {next(iter(failures.values()))}")
+            first = next(iter(failures.values()))
+            remedy = f"(to start anew: h2t rm {self.where.replace(': ', ' ')}"
+            raise DataError(f"{self.where}: no image could be read; the first: {first} {remedy})")
         self.n_failed = len(failures)
         self._write_attributes(self.n_failed)
 
