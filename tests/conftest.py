@@ -2,6 +2,7 @@
 
 import io
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,18 @@ def folder(tmp_path: Path, images: NDArray[np.uint8]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     return root
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """No server can be reached, and no proxy is named."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import re
-import socket
 import sys
 from pathlib import Path
 
@@ -151,13 +150,7 @@ def test_what_cannot_be_built_says_why(model, message):
         load_backbone(model)
 
 
-def test_without_a_connection_published_weights_fail_at_once(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise OSError("network is unreachable")
-
-    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(socket, "create_connection", refuse)
+def test_without_a_connection_published_weights_fail_at_once(monkeypatch, tmp_path, offline):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for model in ("resnet18", "hf-hub:timm/resnet18.a1_in1k"):
         with raises_with("cannot be fetched .*unreachable.*--no-pretrained"):

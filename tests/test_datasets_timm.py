@@ -1,7 +1,6 @@
 import os
 import pickle
 import shutil
-import socket
 import sys
 
 import huggingface_hub
@@ -290,13 +289,7 @@ def test_what_is_no_set_of_images_is_one_line(tmp_path, monkeypatch):
         open_source(text, download=True)
 
 
-def test_without_a_connection_a_dataset_of_the_hub_fails_at_once(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("network is unreachable")
-
-    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(socket, "create_connection", refuse)
+def test_without_a_connection_a_dataset_of_the_hub_fails_at_once(tmp_path, monkeypatch, offline):
     retried = []
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", retried.append)
     with raises_with("it is not on this machine, and the Hub cannot be reached (network is unreachable)"):
