@@ -133,8 +133,8 @@ def _accuracies(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
         means = [_mean(cells, method, task) for task in tasks]
         row = [method, *(_spread(_of(cells, method, task)) for task in tasks)]
         rows.append([*row, _number(float(np.mean(means)))])
-        if method in (OURS, BEFORE):
-            alone = {task: [note["best_alone"] for note in _of(cells, method, task, "notes")] for task in tasks}
+        if method == OURS:
+            alone = {task: [note["best_alone"] for note in _of(cells, OURS, task, "notes")] for task in tasks}
             means = [float(np.mean(values)) if values else np.nan for values in alone.values()]
             rows.append(["its best candidate alone", *map(_spread, alone.values()), _number(float(np.mean(means)))])
     note = "Mean over seeds ± its standard error, and the median in brackets; the mean over tasks last."
