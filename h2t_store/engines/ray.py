@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -279,7 +279,8 @@ class _Team:
 
     def _dismiss(self, member: _Member) -> None:
         self._calls = {call: value for call, value in self._calls.items() if value[0] is not member}
-        ray.kill(member.actor)
+        with suppress(RayError):  # as of an actor that never came to be
+            ray.kill(member.actor)
 
     def _given(self) -> bool:
         return any(member.given for member, _ in self._calls.values())
