@@ -18,6 +18,7 @@ from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
 from h2t_store.store import FeatureStore
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif("H2T_RAY_TESTS" not in os.environ, reason="starts a Ray cluster: set H2T_RAY_TESTS=1")
 
 MODEL = f"{MODELS}:small_input"
 MORTAL = """
