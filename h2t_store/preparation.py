@@ -186,13 +186,14 @@ def prepare(
     )
     height, width = backbone.data_config["input_size"][1:]
     images_at_once = choose_batch_size(forward, (height, width)) if batch_size == "auto" else int(batch_size)
+    whole = with_whole_paths(data, model=model, data_dir=data_dir, checkpoint=checkpoint)
     arguments = {
-        "data": None if isinstance(data, tuple) else _address(data, data_dir),
-        "model": _model_address(model) if isinstance(model, str) else None,
+        "data": None if isinstance(data, tuple) else os.fspath(whole["data"]),
+        "model": whole["model"] if isinstance(model, str) else None,
         "split": split,
-        "data_dir": os.getcwd() if data_dir is None and str(data).startswith("torch/") else _optional(data_dir),
+        "data_dir": whole["data_dir"],
         "pretrained": pretrained,
-        "checkpoint": _optional(checkpoint),
+        "checkpoint": whole["checkpoint"],
         "img_size": img_size,
         "taps": taps if isinstance(taps, str) else list(taps),
         "cls_token": cls_token,
@@ -242,15 +243,12 @@ def _optional(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else _absolute(path)
 
 
-def _address(data: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> str:
+def _address(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     """Where the data is, from wherever one looks; names, and what lies in ``data_dir``, stay as they are."""
-    name = os.fspath(data)
-    if isinstance(data, str) and name.startswith("wds/") and data_dir is not None:
-        return name
-    if isinstance(data, str) and (name == "digits" or name.startswith("torch/")):
+    if name == "digits" or name.startswith("torch/") or (name.startswith("wds/") and data_dir is not None):
         return name
     for prefix in ("hfds/", "wds/"):
-        if isinstance(data, str) and name.startswith(prefix):
+        if name.startswith(prefix):
             return prefix + _absolute(name.removeprefix(prefix))
     return _absolute(name)
 
@@ -315,9 +313,9 @@ def _find(
     """Resolve the taps on two random images of the network's input size, and note what it makes of them."""
     size = tuple(backbone.data_config["input_size"])
     try:
-        example = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
-        found, left_out = find_taps(backbone.model, example.to(device), taps, cls_token)
-        behaviour = _behaviour(backbone.model, found, example.to(device))
+        example = torch.randn((2, *size), generator=torch.Generator().manual_seed(0)).to(device)
+        found, left_out = find_taps(backbone.model, example, taps, cls_token)
+        behaviour = _behaviour(backbone.model, found, example)
     except TapError:
         raise
     except Exception as error:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from h2t_store import extract, open_features
 from h2t_store.datasets import ArraySource
-from h2t_store.engines import blocks
+from h2t_store.engines import blocks, local
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError
 from h2t_store.extraction import expected_seconds, extract_job
 from h2t_store.preparation import prepare
@@ -53,17 +53,13 @@ def test_skipped_images_keep_their_row_and_are_masked(tmp_path, folder, workers)
     assert extract(folder, name="x", **common).shape[0] == 29
 
 
-def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, folder, monkeypatch):
-    from h2t_store.engines import local
-
-    def fails(self, row):
+def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, folder):
+    def fails(image):
         raise MemoryError("no room")
 
-    common = dict(model=MODEL, store=tmp_path / "s", name="x", workers=0)
-    job = prepare(folder, model=MODEL)
-    images = local._Images(job.source, lambda image: fails(None, 0))
+    images = local._Images(prepare(folder, model=MODEL).source, fails)
     assert images[1] == f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"
-    assert len(extract(folder, **common)) == 40
+    assert len(extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)) == 40
 
 
 def test_a_picture_that_is_listed_twice_is_skipped_twice(tmp_path, folder):
