@@ -82,7 +82,7 @@ def _skips(extraction: Extraction, damages: list[Damage]) -> bool:
     """
     if extraction.complete:
         return extraction.n_failed > 0
-    return any(damage.kind == "header" for damage in damages) or extraction.has_failures()
+    return any(damage.kind == "header" for damage in damages) or extraction.may_have_failures()
 
 
 def _job(extraction: Extraction, data: Any, model: Any) -> Job:
