@@ -77,8 +77,9 @@ def extract(
     model : str or nn.Module
         A timm architecture, ``path/to/file.py:factory``, or a module (it is put in evaluation mode and moved to
         ``device``).
-    store : path-like
-        Folder of the store; made where there is none.
+    store : path-like or str
+        The store, made where there is none: a folder, or a URL such as ``s3://bucket/features.zarr`` (see
+        `h2t_store.places.address.open_place`).
     name : str
         What to call the extraction, such as ``pets/train``.
     split : str, optional
@@ -122,8 +123,8 @@ def extract(
     append : bool
         Extend the extraction by images that the data has got since; what is stored stays as it is.
     engine : {"local", "ray"}
-        Compute in this process, or on a Ray cluster, whose nodes all see ``store`` and ``data`` under the same paths.
-        What one began the other can finish, bit for bit the same on the same kind of device.
+        Compute in this process, or on a Ray cluster, whose nodes all find ``store`` and ``data`` at the same
+        addresses. What one began the other can finish, bit for bit the same on the same kind of device.
     ray_address : str, optional
         Of a running cluster, or ``auto``; ``local`` starts one. By default ``RAY_ADDRESS``, else as Ray decides.
     num_gpus_per_worker : float, optional

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store import chunks, layout
-from h2t_store.errors import DamagedError, DataError, StoreError, did_you_mean, one_line
+from h2t_store.errors import DamagedError, DataError, StoppedError, StoreError, did_you_mean, one_line
 from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.places import LockedError, Place, open_place
 from h2t_store.threads import in_threads
@@ -436,7 +436,7 @@ class FeatureStore:
             if self.place.occupied() and not document.exists():  # unless another process is making it
                 raise StoreError(f"{where} exists and is not a feature store: choose another path")
             if not create and not document.exists():
-                raise StoreError(f"{where} does not exist")
+                raise StoreError(f"{where} does not exist{' in this process' if self.in_this_process else ''}")
             try:
                 write_group(self.place, {"h2t_format": layout.FORMAT}, shared=True)
             except OSError as error:
@@ -523,7 +523,14 @@ class FeatureStore:
         try:
             with lock.lock(who) as lost:
                 self._locked.add(name)
-                yield lost
+                try:
+                    yield lost
+                except StoppedError:
+                    if lost():
+                        raise StoreError(
+                            f"{self.where(name)}: stood still for so long that another process took the lock over"
+                        ) from None
+                    raise
         except OSError as error:
             raise StoreError(f"{self.where(name)} cannot be written: {error.strerror or error}") from error
         except LockedError as error:

@@ -5,14 +5,15 @@ renamed: an extraction is there from the moment its zarr.json is written, which 
 deleted, which is first.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -32,6 +33,11 @@ _RETRYING: Any = {
     "backoff": {"max_backoff": timedelta(seconds=5)},
     "retry_timeout": timedelta(minutes=1),
 }
+
+_TRIES = 5
+_OF_THE_MACHINE = "169.254.169.254"  # where a cloud tells a machine what it may
+
+T = TypeVar("T")
 
 _in_memory: dict[str, Any] = {}
 _making = Lock()
@@ -61,8 +67,7 @@ class Bucket:
     def require_client(self) -> None:
         """Raise `StoreError` where no client can be made of what the address and the environment say."""
         try:
-            with self._asking():
-                pass
+            self._ask(lambda obstore, client: None)
         except ImportError:
             raise StoreError(f"store {self.store!r} needs obstore: pip install 'head2toe[s3]'") from None
         except ValueError as error:  # a setting in the environment that is none
@@ -79,17 +84,16 @@ class Bucket:
         return Bucket(self.store, f"{self.key}/{path}" if self.key else path, self.cache)
 
     def exists(self) -> bool:
-        with self._asking() as (obstore, client), suppress(FileNotFoundError):
-            obstore.head(client, self.key)
+        with suppress(FileNotFoundError):
+            self._ask(lambda obstore, client: obstore.head(client, self.key))
             return True
         return False
 
     def read(self) -> bytes:
-        with self._asking() as (obstore, client):
-            return bytes(obstore.get(client, self.key).bytes())
+        return self._ask(lambda obstore, client: bytes(obstore.get(client, self.key).bytes()))
 
     def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None]) -> int:
-        with self._asking() as (obstore, client):
+        def fetch(obstore: Any, client: Any) -> int:
             found = obstore.get(client, self.key)
             size: int = found.meta["size"]
             buffer = allocate(size)
@@ -97,67 +101,77 @@ class Bucket:
                 buffer[:size] = np.frombuffer(found.bytes(), np.uint8)
             return size
 
+        return self._ask(fetch)
+
     def write(self, parts: Sequence[memoryview]) -> None:
         self.write_whole(b"".join(parts))
 
     def write_whole(self, content: bytes, *, durable: bool = True, shared: bool = False) -> None:
-        with self._asking() as (obstore, client):
-            try:
-                obstore.put(client, self.key, content, use_multipart=False)
-            except FileNotFoundError:
-                raise StoreError(f"{self.store}: there is no such bucket") from None
+        try:
+            self._ask(lambda obstore, client: obstore.put(client, self.key, content, use_multipart=False))
+        except FileNotFoundError:
+            raise StoreError(f"{self.store}: there is no such bucket") from None
 
     def create(self, content: bytes) -> bool:
         """Write an object that must not be there; whether it was not."""
-        with self._asking() as (obstore, client):
+
+        def put(obstore: Any, client: Any) -> bool:
             try:
                 obstore.put(client, self.key, content, mode="create", use_multipart=False)
             except obstore.exceptions.AlreadyExistsError:
-                with suppress(FileNotFoundError):
-                    found = obstore.get(client, self.key).bytes()
-                    return bytes(found) == content  # an answer can be lost, and the request made again
                 return False
-        return True
+            return True
+
+        if self._ask(put):
+            return True
+        with suppress(FileNotFoundError):
+            return self.read() == content  # an answer can be lost, and the request made again
+        return False
 
     def remove(self) -> None:
-        with self._asking() as (obstore, client), suppress(FileNotFoundError):
-            obstore.delete(client, self.key)
+        self._delete([self.key])
+
+    def _delete(self, keys: list[str]) -> None:
+        with suppress(FileNotFoundError):
+            self._ask(lambda obstore, client: obstore.delete(client, keys))
 
     def take(self, other: "Bucket") -> None:
-        with self._asking() as (obstore, client):
-            obstore.copy(client, other.key, self.key)
+        self._ask(lambda obstore, client: obstore.copy(client, other.key, self.key))
 
     def occupied(self) -> bool:
         return any(True for _ in self.files())
 
     def folders(self) -> list["Bucket"]:
-        with self._asking() as (obstore, client):
-            found = obstore.list_with_delimiter(client, self.key or None)
+        found = self._ask(lambda obstore, client: obstore.list_with_delimiter(client, self.key or None))
         return [Bucket(self.store, path, self.cache) for path in found["common_prefixes"]]
 
     def files(self) -> Iterator[tuple[str, int]]:
         for batch in self._listed():
-            yield from ((path[len(self.key) + bool(self.key) :], size) for path, size in batch)
+            yield from ((key[len(self.key) + bool(self.key) :], size) for key, size in batch)
 
     def _listed(self) -> Iterator[list[tuple[str, int]]]:
         """(key, size) of objects, as many at a time as one request lists."""
-        with self._asking() as (obstore, client):
-            batches = iter(obstore.list(client, self.key or None, chunk_size=_LISTED_AT_ONCE))
-        while True:
-            with self._asking():
-                batch = next(batches, None)
-            if batch is None:
-                return
+        pages: Iterator[Any] | None = None
+        last: str | None = None
+
+        def page(obstore: Any, client: Any) -> Any:
+            nonlocal pages
+            if pages is None:
+                pages = iter(obstore.list(client, self.key or None, offset=last, chunk_size=_LISTED_AT_ONCE))
+            try:
+                return next(pages, None)
+            except obstore.exceptions.BaseError:
+                pages = None  # the next try begins after what was listed
+                raise
+
+        while batch := self._ask(page):
+            last = batch[-1]["path"]
             yield [(found["path"], found["size"]) for found in batch]
 
     def discard(self, store: "Bucket") -> None:
         (self / _DOCUMENT).remove()
         for batch in self._listed():
             self._delete([key for key, _ in batch])
-
-    def _delete(self, keys: list[str]) -> None:
-        with self._asking() as (obstore, client), suppress(FileNotFoundError):
-            obstore.delete(client, keys)
 
     def put_in_place_of(self, folder: "Bucket", store: "Bucket") -> None:
         (folder / _DOCUMENT).remove()
@@ -176,21 +190,34 @@ class Bucket:
             return None
         return Disk(self.cache / quote(self.store, safe="") / self.key)
 
-    @contextmanager
-    def _asking(self) -> Iterator[tuple[Any, Any]]:
-        """obstore and its client of the store; what goes wrong is one line, and no damage."""
+    def _ask(self, question: Callable[[Any, Any], T]) -> T:
+        """What obstore answers; what goes wrong is one line, and no damage. It must not matter if it is asked twice.
+
+        obstore asks again by itself, but not where an answer breaks off.
+        """
         import obstore
         from obstore.exceptions import BaseError
 
-        try:
-            yield obstore, _client(self.store)
-        except BaseError as error:
-            raise StoreError(f"{self}: {_one_line(error)}") from None
+        tries = _TRIES
+        while True:
+            try:
+                return question(obstore, _client(self.store))
+            except BaseError as error:
+                tries -= 1
+                if not tries or "body" not in str(error):
+                    raise StoreError(f"{self}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:
     """What obstore says, without the answer's body and what is meant for its own makers."""
-    return str(error).strip().split("\n")[0].split(": <?xml")[0]
+    said = str(error).strip().split("\n")[0].split(": <?xml")[0]
+    if code := re.search(r"<Code>(\w+)</Code>", str(error)):
+        said = f"{said}: {code[1]}"
+    if "builder error" in said:
+        said = f"{said} (an endpoint with http:// needs AWS_ALLOW_HTTP=true)"
+    if _OF_THE_MACHINE in said:
+        said = f"no credentials in the environment, and the machine gives none ({said})"
+    return said
 
 
 def _client(url: str) -> Any:
