@@ -121,14 +121,14 @@ class S3:
 
 
 @contextmanager
-def serving() -> Iterator[S3]:
+def serving(seed: int = 0) -> Iterator[S3]:
     """A server with an empty ``bucket``."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
-    s3 = S3(moto.get_host_and_port())
+    s3 = S3(moto.get_host_and_port(), seed)
     try:
         request = http.client.HTTPConnection(*s3.upstream)
         request.request(
