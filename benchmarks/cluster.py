@@ -18,9 +18,9 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -118,7 +118,7 @@ def kills(n_kills: int, seed: int, work: Path) -> dict[str, Any]:
     from ray.cluster_utils import Cluster
 
     choose = random.Random(seed)
-    folder = write_images(work / "images", 1200)
+    folder = write_images(work / "images", 12000)
     common: dict[str, Any] = dict(model=f"{MODELS}:small_input", batch_size=4, name=NAME)
     extract(folder, store=work / "whole.zarr", **common)
     whole = files(work / "whole.zarr" / NAME)
@@ -129,26 +129,22 @@ def kills(n_kills: int, seed: int, work: Path) -> dict[str, Any]:
     same = runs = 0
     try:
         while sum(done.values()) < n_kills:
-            store, running = work / f"{runs}.zarr", threading.Event()
+            store = work / f"{runs}.zarr"
 
-            def disturb(running: threading.Event = running) -> None:
-                while not running.wait(choose.uniform(0.5, 4)) and sum(done.values()) < n_kills:
+            def compute(store: Path = store) -> None:
+                extract(folder, store=store, engine="ray", workers=3, **common)
+
+            with ThreadPoolExecutor(1) as pool:  # Ray starts nodes in the main thread alone
+                computed = pool.submit(compute)
+                while not wait([computed], choose.uniform(0.5, 4)).done and sum(done.values()) < n_kills:
                     if choose.random() < 0.3:
-                        node = others.pop(choose.randrange(len(others)))
-                        nodes.remove_node(node, allow_graceful=False)
+                        nodes.remove_node(others.pop(choose.randrange(len(others))), allow_graceful=False)
                         others.append(nodes.add_node(num_cpus=1))
                         done["node"] += 1
                     elif pids := worker_pids():
                         os.kill(choose.choice(pids), signal.SIGKILL)
                         done["worker"] += 1
-
-            thread = threading.Thread(target=disturb)
-            thread.start()
-            try:
-                extract(folder, store=store, engine="ray", workers=3, **common)
-            finally:
-                running.set()
-                thread.join()
+            computed.result()
             identical = files(store / NAME) == whole
             same, runs = same + identical, runs + 1
             print(

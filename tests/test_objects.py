@@ -475,3 +475,32 @@ def test_data_in_memory_goes_to_a_store_in_memory(images, labels):
     matrix = extract((images, labels), model=tiny_models.Functional(), store="memory://two", name="x")
     assert len(matrix) == len(images)
     assert np.isfinite(np.asarray(matrix)).all()
+
+
+def test_searches_share_solutions_through_a_bucket(s3, store, folder):
+    from sklearn.base import clone
+    from sklearn.model_selection import GridSearchCV
+
+    from estimators import Head2ToeClassifier
+
+    X = extract(folder, store=store, name="a/x", **COMMON)
+    kept = f"{store}-paths"
+    alone = GridSearchCV(Head2ToeClassifier(), {"alpha": [0.3, 0.6], "keep_fraction": [None, 0.5]}, cv=2)
+    shared = clone(alone).set_params(estimator__memory=kept)
+    expected = alone.fit(X, X.y).cv_results_["mean_test_score"]
+    np.testing.assert_array_equal(shared.fit(X, X.y).cv_results_["mean_test_score"], expected)
+    paths = {path for method, path in s3.seen if method == "PUT" and "-paths" in path}
+    assert len(paths) >= 3  # two folds and the whole
+    s3.seen.clear()
+    np.testing.assert_array_equal(clone(shared).fit(X, X.y).cv_results_["mean_test_score"], expected)
+    assert not [path for method, path in s3.seen if method == "PUT"]
+
+
+def test_solutions_that_cannot_be_kept_in_a_bucket_are_returned_with_a_warning(s3):
+    from estimators import Head2ToeClassifier
+
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(30, 8)), np.arange(30) % 2
+    with pytest.warns(UserWarning, match="What was solved is not kept: memory='s3://elsewhere/paths'"):
+        fitted = Head2ToeClassifier(memory="s3://elsewhere/paths", alpha=0.5).fit(X, y)
+    np.testing.assert_array_equal(fitted.coef_, Head2ToeClassifier(alpha=0.5).fit(X, y).coef_)
