@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -29,6 +28,8 @@ from estimators.group_lasso.sources import FeatureMatrix, iterate_blocks
 _FORMAT = "head2toe 1"
 _POLL_SECONDS = 0.02
 _URL = re.compile(r"(s3|gs|az)://[^/@?#]+/[^@?#]*[^@?#/]")
+
+_users: set[int] = set()  # processes, this one and those that it was forked from, that asked
 
 Solution = TypeVar("Solution")
 Arrays: TypeAlias = dict[str, NDArray[Any]]
@@ -127,12 +128,14 @@ class Objects:
         return nullcontext()
 
 
-@lru_cache
 def _client(url: str) -> Any:
     try:
         from obstore.store import from_url
     except ImportError:
         raise ValueError(f"memory={url!r} needs obstore: pip install 'head2toe[s3]'.") from None
+    _users.add(os.getpid())
+    if len(_users) > 1:
+        raise OSError("its client does not survive that the process was forked: use joblib's backend loky")
     return from_url(url)
 
 

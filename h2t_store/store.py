@@ -702,8 +702,7 @@ def _kind(folder: Place) -> Literal["extraction", "unreadable", "group", "array"
 def _names_below(folder: Place, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """(name, whether its metadata can be read) of every extraction, and of what may be one, below a folder."""
     for child in folder.folders():
-        kind = _kind(child)
-        if child.name.startswith(".") or kind in ("nothing", "array"):
+        if child.name.startswith(".") or (kind := _kind(child)) in ("nothing", "array"):
             continue
         below = () if kind == "extraction" else _names_below(child, f"{prefix}{child.name}/")
         if kind != "group":

@@ -418,6 +418,25 @@ def test_workers_open_it_by_its_address(store, folder):
     np.testing.assert_array_equal(here, there)
 
 
+def test_a_process_that_was_forked_says_so_instead_of_hanging(store, folder):
+    import multiprocessing
+
+    matrix = extract(folder, store=store, name="a/x", model=MODEL, batch_size=4, workers=2)
+    context = multiprocessing.get_context("fork")
+    said = context.Queue()
+
+    def read():
+        try:
+            said.put(np.asarray(matrix).shape)
+        except StoreError as error:
+            said.put(str(error))
+
+    child = context.Process(target=read)
+    child.start()
+    assert "was used before this process was forked" in said.get(timeout=60)
+    child.join()
+
+
 def test_errors_are_one_line(s3, store, folder, monkeypatch, tmp_path):
     def told(address: str) -> str:
         with pytest.raises(H2TError) as caught:

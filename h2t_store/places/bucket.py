@@ -5,6 +5,7 @@ renamed: an extraction is there from the moment its zarr.json is written, which 
 deleted, which is first.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -39,6 +40,7 @@ _OF_THE_MACHINE = "169.254.169.254"  # where a cloud tells a machine what it may
 
 T = TypeVar("T")
 
+_users: set[int] = set()  # processes, this one and those that it was forked from, that asked
 _in_memory: dict[str, Any] = {}
 _making = Lock()
 
@@ -198,6 +200,12 @@ class Bucket:
         import obstore
         from obstore.exceptions import BaseError
 
+        _users.add(os.getpid())
+        if len(_users) > 1:
+            raise StoreError(
+                f"store {self.store!r} was used before this process was forked, which its client does not survive: "
+                "start processes by 'spawn' or 'forkserver' (of a DataLoader: multiprocessing_context='spawn')"
+            )
         tries = _TRIES
         while True:
             try:
@@ -210,7 +218,7 @@ class Bucket:
 
 def _one_line(error: Exception) -> str:
     """What obstore says, without the answer's body and what is meant for its own makers."""
-    said = str(error).strip().split("\n")[0].split(": <?xml")[0]
+    said = str(error).strip().split("\n")[0].split(": <")[0]
     if code := re.search(r"<Code>(\w+)</Code>", str(error)):
         said = f"{said}: {code[1]}"
     if "builder error" in said:

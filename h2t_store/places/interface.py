@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,5 +111,3 @@ class Place(Protocol):
 
     def kept(self) -> "Place | None":
         """Where a copy of this file is kept for reading, if one is."""
-
-    def __reduce__(self) -> Any: ...
