@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store.errors import StoreError
-from h2t_store.places import leases
 from h2t_store.places.disk import Disk
+from h2t_store.places.leases import lease
 from h2t_store.threads import in_threads
 
 __all__ = ["Bucket"]
@@ -185,7 +185,7 @@ class Bucket:
         self.discard(store)
 
     def lock(self, who: str) -> AbstractContextManager[Callable[[], bool]]:
-        return leases.lease(self, who)
+        return lease(self, who)
 
     def kept(self) -> Disk | None:
         if self.cache is None:

@@ -13,13 +13,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from h2t_store.errors import StoreError
-from h2t_store.places.interface import LockedError
-
-if TYPE_CHECKING:
-    from h2t_store.places.bucket import Bucket
+from h2t_store.places.interface import LockedError, Place
 
 __all__ = ["lease"]
 
@@ -28,8 +25,15 @@ _SILENT_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
 
 
+class Exclusive(Place, Protocol):
+    """A place where an object can be made that must not be there."""
+
+    def create(self, content: bytes) -> bool:
+        """Write it; whether it was not there."""
+
+
 @contextmanager
-def lease(place: "Bucket", who: str) -> Iterator[Callable[[], bool]]:
+def lease(place: Exclusive, who: str) -> Iterator[Callable[[], bool]]:
     """Hold the lock that ``place`` names; see `h2t_store.places.Place.lock`."""
     mine = {"id": uuid.uuid4().hex, "who": who, "machine": _machine(), "process": _process(os.getpid())}
     beat = place / f"beat-{mine['id']}"
@@ -58,7 +62,7 @@ def lease(place: "Bucket", who: str) -> Iterator[Callable[[], bool]]:
         beat.remove()
 
 
-def _acquire(place: "Bucket", mine: dict[str, Any]) -> int:
+def _acquire(place: Exclusive, mine: dict[str, Any]) -> int:
     before = _holders(place)
     if before:
         _require_ended(place, before[max(before)])
@@ -79,12 +83,12 @@ def _told(holder: dict[str, Any]) -> str:
     return str(holder.get("who", "another process"))
 
 
-def _holders(place: "Bucket") -> dict[int, dict[str, Any]]:
+def _holders(place: Exclusive) -> dict[int, dict[str, Any]]:
     numbers = [int(path) for path, _ in place.files() if path.isdecimal()]
     return {number: _holder(place, number) for number in numbers}
 
 
-def _require_ended(place: "Bucket", holder: dict[str, Any]) -> None:
+def _require_ended(place: Exclusive, holder: dict[str, Any]) -> None:
     """Raise `LockedError` unless a holder lives no more, which can take a minute to see."""
     locked = LockedError(_told(holder))
     if holder.get("machine") == _machine() is not None:
@@ -99,7 +103,7 @@ def _require_ended(place: "Bucket", holder: dict[str, Any]) -> None:
             raise locked
 
 
-def _holder(place: "Bucket", number: int) -> dict[str, Any]:
+def _holder(place: Exclusive, number: int) -> dict[str, Any]:
     with suppress(ValueError):
         holder = json.loads(_content(place / str(number)))
         if isinstance(holder, dict):
@@ -107,7 +111,7 @@ def _holder(place: "Bucket", number: int) -> dict[str, Any]:
     return {}
 
 
-def _content(place: "Bucket") -> bytes:
+def _content(place: Exclusive) -> bytes:
     with suppress(FileNotFoundError):
         return place.read()
     return b""
