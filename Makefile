@@ -21,6 +21,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/store.py --json benchmarks/store.json
 	$(BIN)/python benchmarks/durability.py --json benchmarks/durability.json
 	$(BIN)/python benchmarks/timm_sweep.py --json benchmarks/timm_sweep.json
+	$(BIN)/python benchmarks/cluster.py --json benchmarks/cluster.json
+	$(BIN)/python benchmarks/scale.py --json benchmarks/scale.json --page benchmarks/SCALE.md
 	$(BIN)/python benchmarks/group_lasso.py --json benchmarks/group_lasso.json --plot benchmarks/group_lasso.svg
 	$(BIN)/python benchmarks/tuning.py --json benchmarks/tuning.json --plots benchmarks
 	$(BIN)/python benchmarks/transfer.py

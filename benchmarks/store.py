@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import count, cycle, islice, pairwise
 from pathlib import Path
 from time import perf_counter
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from h2t_store import FeatureMatrix, open_features
 from h2t_store.chunks import in_threads
-from h2t_store.engines.blocks import RowBlock, plan, rows_per_block
+from h2t_store.engines.blocks import Plan, RowBlock, rows_per_block
 from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.store import FeatureStore
 
@@ -67,9 +67,9 @@ class Rows:
         self.norms = np.stack([np.linalg.norm(part.astype(np.float32), axis=1) for part in self.parts], axis=1)
         self.labels, self.ids = np.zeros(header.n_samples, np.int64), [str(i) for i in range(header.n_samples)]
 
-    def blocks(self) -> Iterator[RowBlock]:
+    def blocks(self) -> Iterable[RowBlock]:
         """All row blocks in order."""
-        return plan(self.header.n_samples, self.header.rows_per_block)
+        return Plan(self.header.n_samples, self.header.rows_per_block)
 
     @property
     def nbytes(self) -> int:
@@ -188,7 +188,7 @@ def read_chunks(X: FeatureMatrix) -> None:
         (layer, block.number, column)
         for layer in header.layers
         for column in range(layer.n_chunks)
-        for block in plan(header.n_samples, header.rows_per_block)
+        for block in Plan(header.n_samples, header.rows_per_block)
     ]
     in_threads(lambda job: extraction.features(*job).shape, jobs)
 

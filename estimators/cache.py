@@ -1,12 +1,18 @@
-"""Solutions kept on disk and shared between processes: a file per problem, replaced whole, one writer at a time."""
+"""Solutions kept on disk or in an object store and shared between processes: a file per problem, replaced whole.
+
+On a disk those who want the same wait for the one who solves it. An object store has no locks: there, those who begin
+at the same time each solve it, and what is stored last stays.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import uuid
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -21,31 +27,116 @@ from estimators.group_lasso.sources import FeatureMatrix, iterate_blocks
 
 _FORMAT = "head2toe 1"
 _POLL_SECONDS = 0.02
+_URL = re.compile(r"(s3|gs|az)://[^/@?#]+/[^@?#]*[^@?#/]")
+
+_users: set[int] = set()  # processes, this one and those that it was forked from, that asked
 
 Solution = TypeVar("Solution")
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
 
-def cache_directory(memory: Any) -> Path | None:
-    """Where solutions are kept: the folder itself, or that of a joblib.Memory; None for no caching.
+def cache_place(memory: Any) -> Files | Objects | None:
+    """Where solutions are kept: the folder itself, or that of a joblib.Memory, or a URL; None for no caching.
 
     Raises
     ------
     ValueError
-        If ``memory`` is neither, or is a joblib.Memory that does not keep its files in a local folder.
+        If ``memory`` is none of these, or is a joblib.Memory that does not keep its files in a local folder.
     """
     if memory is None:
         return None
-    if isinstance(memory, (str, os.PathLike)) and os.fspath(memory):
-        return Path(os.path.abspath(os.path.expanduser(os.fspath(memory))))
+    if isinstance(memory, str) and _URL.fullmatch(memory):
+        return Objects(memory)
+    if isinstance(memory, (str, os.PathLike)) and os.fspath(memory) and "://" not in os.fspath(memory):
+        return Files(Path(os.path.abspath(os.path.expanduser(os.fspath(memory)))))
     if isinstance(memory, joblib.Memory):
         if memory.store_backend is None:
             return None
         if memory.backend == "local":
-            return Path(memory.store_backend.location) / "head2toe"
+            return Files(Path(memory.store_backend.location) / "head2toe")
+    shown = "a URL with credentials" if isinstance(memory, str) and "@" in memory else repr(memory)
     raise ValueError(
-        f"memory must be None, a folder, or a joblib.Memory that keeps its files in a local one, got {memory!r}."
+        "memory must be None, a folder, a URL (s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH; credentials "
+        f"from the environment), or a joblib.Memory that keeps its files in a local folder, got {shown}."
     )
+
+
+@dataclass(frozen=True)
+class Files:
+    """A folder of solutions."""
+
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> bytes:
+        """A solution; `FileNotFoundError` where there is none."""
+        try:
+            return (self.folder / name).read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(name) from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a solution in the place of what is there."""
+        temporary = self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(self.folder / name)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Wait until nobody else is at it; `OSError` where that cannot be had."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / f"{key}.lock", poll_interval=_POLL_SECONDS)
+        lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Solutions below a URL, asked for with the credentials of the process that asks."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read(self, name: str) -> bytes:
+        """A solution; `FileNotFoundError` where there is none."""
+        import obstore
+
+        return bytes(obstore.get(_client(self.url), name).bytes())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put a solution in the place of what is there."""
+        import obstore
+
+        try:
+            obstore.put(_client(self.url), name, content)
+        except obstore.exceptions.BaseError as error:
+            raise OSError(str(error).splitlines()[0]) from None
+
+    def alone(self, key: str) -> AbstractContextManager[None]:
+        """Nobody waits."""
+        return nullcontext()
+
+
+def _client(url: str) -> Any:
+    try:
+        from obstore.store import from_url
+    except ImportError:
+        raise ValueError(f"memory={url!r} needs obstore: pip install 'head2toe[s3]'.") from None
+    _users.add(os.getpid())
+    if len(_users) > 1:
+        raise OSError("its client does not survive that the process was forked: use joblib's backend loky")
+    return from_url(url)
 
 
 def fingerprint(X: FeatureMatrix | NDArray[Any]) -> str:
@@ -84,74 +175,62 @@ class Codec(Generic[Solution]):
 
 
 def cached(
-    directory: Path,
+    place: Files | Objects,
     key: str,
     codec: Codec[Solution],
     enough: Callable[[Solution], bool],
     solve: Callable[[Solution | None], Solution],
 ) -> Solution:
-    """What is stored under ``key``, completed by ``solve`` where it is not enough; others who want it wait meanwhile.
+    """What is stored under ``key``, completed by ``solve`` where it is not enough.
 
-    Where the folder cannot be written to, what was solved is returned and a warning says so. A damaged file is
-    computed anew.
+    What cannot be written is returned all the same, and a warning says so. A damaged file is computed anew.
     """
-    file = directory / f"{key}.npz"
-    stored = _load(file, codec)
+    name = f"{key}.npz"
+    stored = _load(place, name, codec)
     if stored is not None and enough(stored):
         return stored
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / f"{key}.lock", poll_interval=_POLL_SECONDS)
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        _warn_unwritable(directory, error)
-        return solve(stored)
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(place.alone(key))
+        except (OSError, NotImplementedError) as error:
+            _warn_unwritable(place, error)
+            return solve(stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said before
-            stored = _load(file, codec)
+            stored = _load(place, name, codec)
         if stored is not None and enough(stored):
             return stored
         complete = solve(stored)
         try:
-            _save(file, codec.pack(complete))
+            place.write(name, _encoded(codec.pack(complete)))
         except OSError as error:
-            _warn_unwritable(directory, error)
+            _warn_unwritable(place, error)
         return complete
-    finally:
-        lock.release()
 
 
-def _warn_unwritable(directory: Path, error: OSError | NotImplementedError) -> None:
+def _warn_unwritable(place: Files | Objects, error: OSError | NotImplementedError) -> None:
     reason = getattr(error, "strerror", None) or error
     warnings.warn(
-        f"What was solved is not kept: memory={str(directory)!r} cannot be written to ({reason}). "
+        f"What was solved is not kept: memory={str(place)!r} cannot be written to ({reason}). "
         "Later fits will solve it again.",
         UserWarning,
         stacklevel=4,
     )
 
 
-def _save(file: Path, arrays: Arrays) -> None:
-    temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
-    named: Any = arrays
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(stream, **named)
-        temporary.replace(file)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def _encoded(arrays: Arrays) -> bytes:
+    stream, named = io.BytesIO(), dict[str, Any](arrays)
+    np.savez(stream, **named)
+    return stream.getvalue()
 
 
-def _load(file: Path, codec: Codec[Solution]) -> Solution | None:
+def _load(place: Files | Objects, name: str, codec: Codec[Solution]) -> Solution | None:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            return codec.unpack({name: archive[name] for name in archive.files})
-    except (FileNotFoundError, NotADirectoryError):
+        with np.load(io.BytesIO(place.read(name)), allow_pickle=False) as archive:
+            return codec.unpack({each: archive[each] for each in archive.files})
+    except FileNotFoundError:
         return None
-    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
-        warnings.warn(
-            f"{file} cannot be used ({type(error).__name__}: {error}) and is computed again.", UserWarning, stacklevel=4
-        )
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files, obstore its own
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        warnings.warn(f"{place}/{name} cannot be used ({said}) and is computed again.", UserWarning, stacklevel=4)
         return None

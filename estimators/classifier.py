@@ -111,8 +111,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         Where the path is solved, the head fitted and Adam trains: "auto" is CUDA where there is one, else the CPU.
         Fitted attributes are on the host.
     memory : str, path, joblib.Memory or None, default=None
-        Folder where solved paths are kept. Fits on the same rows then solve one path, whatever their ``alpha``,
-        ``keep_fraction``, ``head`` and ``C``: what `GridSearchCV` tries costs one path per fold.
+        Folder or URL (``s3://bucket/paths``, for searches on several machines) where solved paths are kept. Fits on the
+        same rows then solve one path, whatever their ``alpha``, ``keep_fraction``, ``head`` and ``C``: what
+        `GridSearchCV` tries costs one path per fold.
     n_jobs : int or None, default=None
         CPU threads; None is torch's setting, -1 one per core.
     random_state : int, RandomState instance or None, default=None

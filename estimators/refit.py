@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from estimators.cache import Arrays, Codec, cache_directory, cached, fingerprint, problem_key
+from estimators.cache import Arrays, Codec, cache_place, cached, fingerprint, problem_key
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.inputs import Training
 from estimators.kept import KeptFeatures, RidgeHead
@@ -66,14 +66,14 @@ def fit_ridge(
     def fit(_: Linear | None) -> Linear:
         return ridge_head(training, path, selected, normalization, device, max_bytes).fit(C)
 
-    directory = cache_directory(memory)
-    if directory is None or len(selected) < path.n_features:
+    place = cache_place(memory)
+    if place is None or len(selected) < path.n_features:
         return fit(None)
     layers = training.layers if scales_layers(normalization) else np.zeros(0, dtype=np.int64)
     key = problem_key(
         fingerprint(training.features), training.codes, training.sample_weight, layers, f"{normalization} {float(C)!r}"
     )
-    return cached(directory, key, Codec(_pack, _unpack), lambda _: True, fit)
+    return cached(place, key, Codec(_pack, _unpack), lambda _: True, fit)
 
 
 def _pack(linear: Linear) -> Arrays:

@@ -218,7 +218,7 @@ class Head2ToeSelector(SelectedFeatures, SelectorMixin, BaseEstimator):  # type:
     max_memory : int or str, default=None
         What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
     memory : str, path, joblib.Memory or None, default=None
-        Folder where solved paths are kept, so that fits on the same data solve them once.
+        Folder or URL where solved paths are kept, so that fits on the same data solve them once.
     n_jobs : int or None, default=None
         CPU threads; None is torch's setting, -1 one per core.
     verbose : int, default=0

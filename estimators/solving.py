@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from estimators.cache import Arrays, Codec, cache_directory, cached, fingerprint, problem_key
+from estimators.cache import Arrays, Codec, cache_place, cached, fingerprint, problem_key
 from estimators.group_lasso.path import group_lasso_path, warn_unconverged
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath
@@ -96,8 +96,8 @@ def solve_path(training: Training, ratios: Sequence[float], options: PathOptions
         fresh = True
         return _complete(training, together, options, solved)
 
-    directory = cache_directory(options.memory)
-    solved = solve(None) if directory is None else cached(directory, _key(training, options), _CODEC, enough, solve)
+    place = cache_place(options.memory)
+    solved = solve(None) if place is None else cached(place, _key(training, options), _CODEC, enough, solve)
     if not fresh:
         known = solved.path.take(np.flatnonzero(np.isin(solved.ratios, together)).tolist())
         warn_unconverged(known, options.tol, options.max_iter)

@@ -74,7 +74,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     max_memory : int or str, default=None
         What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
     memory : str, path, joblib.Memory or None, default=None
-        Folder where solved paths are kept, so that an interrupted or extended search goes on from there.
+        Folder or URL (``s3://bucket/paths``) where solved paths are kept, so that an interrupted or extended search
+        goes on from there.
     n_jobs : int or None, default=None
         Folds worked on at the same time, as in `GridSearchCV`.
     verbose : int, default=0

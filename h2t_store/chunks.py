@@ -1,62 +1,41 @@
-"""One chunk on disk: its values in C order, then their crc32c in four bytes, as Zarr's ``crc32c`` codec has it.
+"""One chunk in a store: its values in C order, then their crc32c in four bytes, as Zarr's ``crc32c`` codec has it.
 
 Chunks are read and written whole, straight from and into memory, because that is several times as fast as a general
 pipeline. A chunk that is absent, cut short or changed is an error, whatever part of it is wanted.
 """
 
 import math
-import os
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from h2t_store.errors import DamagedError
+from h2t_store.errors import DamagedError, StoreError
+from h2t_store.places import Place
 
-__all__ = [
-    "CRC_BYTES",
-    "decode_strings",
-    "encode_strings",
-    "in_threads",
-    "read_bytes",
-    "read_chunk",
-    "replace_file",
-    "write_chunk",
-]
+__all__ = ["CRC_BYTES", "checksum", "decode_strings", "encode_strings", "read_bytes", "read_chunk", "write_chunk"]
 
 CRC_BYTES = 4
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
-_MAX_THREADS = 8
 _scratch = threading.local()
 
 
-def in_threads(work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
-    """Do one thing to each chunk on all cores, results in order; reading, writing and checksums run side by side."""
-    n_threads = min(_MAX_THREADS, os.cpu_count() or 1, len(jobs))
-    if n_threads < 2:
-        return [work(job) for job in jobs]
-    with ThreadPoolExecutor(n_threads) as pool:
-        return list(pool.map(work, jobs))
+def checksum(data: NDArray[np.uint8]) -> int:
+    """crc32c of bytes."""
+    crc: int = google_crc32c.value(data)
+    return crc
 
 
-def write_chunk(path: Path, values: NDArray[Any]) -> int:
-    """Write an array as one chunk.
-
-    What is at ``path`` already is replaced at once by the whole file, because another process may have written it, and
-    committed the row block it belongs to, meanwhile. A new file counts once its row block is committed, so it may grow.
+def write_chunk(place: Place, values: NDArray[Any]) -> int:
+    """Write an array as one chunk; it counts once its row block is committed (see `Place.write`).
 
     Parameters
     ----------
-    path : Path
+    place : Place
         File of the chunk; folders are made.
     values : ndarray
         Little-endian as every machine that torch runs on; copied only where it is not contiguous.
@@ -67,40 +46,17 @@ def write_chunk(path: Path, values: NDArray[Any]) -> int:
         The crc32c of the values.
     """
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    crc: int = google_crc32c.value(data)
-    parts = [data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))]
-    try:
-        _write_new(path, parts)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(path, parts)
-    except FileExistsError:
-        partial = partial_of(path, shared=True)
-        _write_new(partial, parts)
-        os.replace(partial, path)
+    crc = checksum(data)
+    place.write([data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))])
     return crc
 
 
-def _write_new(path: Path, parts: Sequence[memoryview]) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        left = list(parts)
-        while left:
-            written = os.writev(file, left)
-            while left and written >= len(left[0]):
-                written -= len(left.pop(0))
-            if left:
-                left[0] = left[0][written:]
-    finally:
-        os.close(file)
-
-
-def read_bytes(path: Path, where: str, crc: int | None = None) -> NDArray[np.uint8]:
+def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.uint8]:
     """The values of a chunk as bytes, checked.
 
     Parameters
     ----------
-    path : Path
+    place : Place
         File of the chunk.
     where : str
         What the chunk is, for messages.
@@ -113,17 +69,18 @@ def read_bytes(path: Path, where: str, crc: int | None = None) -> NDArray[np.uin
         Where the file is missing, cut short, changed or another chunk's.
     """
     with _told_as_damage(where):
-        data = np.empty(os.stat(path).st_size, dtype=np.uint8)
-        _fill(path, data)
+        data = np.frombuffer(place.read(), dtype=np.uint8)
     return _checked(data, where, crc)
 
 
-def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], crc: int | None = None) -> NDArray[Any]:
+def read_chunk(
+    place: Place, where: str, dtype: DTypeLike, shape: Sequence[int], crc: int | None = None
+) -> NDArray[Any]:
     """The values of a chunk, checked; valid until this thread reads the next one.
 
     Parameters
     ----------
-    path : Path
+    place : Place
         File of the chunk.
     where : str
         What the chunk is, for messages.
@@ -132,7 +89,7 @@ def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], c
     shape : sequence of int
         Of the chunk.
     crc : int, optional
-        The crc32c that the values must have; by default only the one in the file counts.
+        The crc32c that the values must have; by default only the one in the file counts, and no copy of the file.
 
     Raises
     ------
@@ -140,16 +97,44 @@ def read_chunk(path: Path, where: str, dtype: DTypeLike, shape: Sequence[int], c
         Where the file is missing, of another size, changed or another chunk's.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize + CRC_BYTES
-    buffer = getattr(_scratch, "buffer", None)
+    kept = None if crc is None else place.kept()
+    if kept is not None:
+        with suppress(DamagedError):
+            return _checked(_whole(kept, where, size), where, crc).view(dtype).reshape(shape)
+    read = _whole(place, where, size)
+    values = _checked(read, where, crc).view(dtype).reshape(shape)
+    if kept is not None:
+        try:
+            kept.write_whole(read.tobytes(), durable=False, shared=True)
+        except OSError as error:
+            raise StoreError(f"cache: {kept} cannot be written: {error.strerror or error}") from error
+    return values
+
+
+def _whole(place: Place, where: str, size: int) -> NDArray[np.uint8]:
+    """All bytes of a file of this size, in memory that is used again; none is taken for a file of another size."""
+
+    buffer: NDArray[np.uint8] | None = None
+
+    def allocate(found: int) -> NDArray[np.uint8] | None:
+        nonlocal buffer
+        if found == size:
+            buffer = _reused(size)
+        return buffer
+
     with _told_as_damage(where):
-        read = os.stat(path).st_size
-        if read == size:  # memory is taken for what is there, whatever the metadata say
-            if buffer is None or len(buffer) < size:
-                buffer = _scratch.buffer = np.empty(size, dtype=np.uint8)
-            read = _fill(path, buffer[:size])
+        read = place.fill(allocate)
     if read != size or buffer is None:
         raise DamagedError(f"{where} is damaged: {read} bytes instead of {size}")
-    return _checked(buffer[:size], where, crc).view(dtype).reshape(shape)
+    return buffer
+
+
+def _reused(size: int) -> NDArray[np.uint8]:
+    """Memory that this thread is given again the next time."""
+    if len(getattr(_scratch, "buffer", ())) < size:
+        _scratch.buffer = np.empty(size, dtype=np.uint8)
+    buffer: NDArray[np.uint8] = _scratch.buffer[:size]
+    return buffer
 
 
 @contextmanager
@@ -162,21 +147,9 @@ def _told_as_damage(where: str) -> Iterator[None]:
         raise DamagedError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _fill(path: Path, buffer: NDArray[np.uint8]) -> int:
-    """Read as much of the file as fits; how much that was."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        read = 0
-        while read < len(buffer) and (more := os.readv(file, [buffer[read:].data])):
-            read += more
-        return read
-    finally:
-        os.close(file)
-
-
 def _checked(data: NDArray[np.uint8], where: str, crc: int | None) -> NDArray[np.uint8]:
     values, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-    if len(data) < CRC_BYTES or google_crc32c.value(values) != stored:
+    if len(data) < CRC_BYTES or checksum(values) != stored:
         raise DamagedError(f"{where} is damaged: its checksum does not fit its values")
     if crc is not None and crc != stored:
         raise DamagedError(f"{where} is damaged: it holds the values of another chunk")
@@ -204,22 +177,3 @@ def decode_strings(data: NDArray[np.uint8]) -> list[str]:
     if at != len(raw) or len(strings) != int.from_bytes(raw[:4], "little"):
         raise ValueError("not as many strings as there should be")
     return strings
-
-
-def replace_file(path: Path, content: bytes, *, shared: bool = False) -> None:
-    """Write a small file so that it is there whole or not at all, on disk before anything that follows.
-
-    What several processes may write at once (``shared``) takes shape under a name that is this call's alone.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path, shared=shared)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def partial_of(path: Path, *, shared: bool = False) -> Path:
-    """Under what name a file takes shape; where several processes may write it (``shared``), this call's alone."""
-    return path.with_name(f".{path.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")

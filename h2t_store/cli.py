@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,7 +39,15 @@ _h2t_app = typer.Typer(
     epilog=" ".join(_EXIT_CODES.split()),
 )
 
-_Store = Annotated[Path, typer.Argument(metavar="STORE", help="The store.")]
+
+def _folders(incomplete: str) -> list[str]:
+    return [path for path in glob(f"{incomplete}*") if os.path.isdir(path)]
+
+
+_Store = Annotated[
+    str,
+    typer.Argument(metavar="STORE", help="The store: a folder, or a URL as of extract.", autocompletion=_folders),
+]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="The extraction, as 'h2t ls' names it.")]
 _Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, for machines.")]
 _Workers = Annotated[
@@ -124,8 +133,14 @@ def _extract(
         ),
     ],
     store: Annotated[
-        Path,
-        typer.Option(metavar="STORE", help="The store; made where there is none.", rich_help_panel="Result"),
+        str,
+        typer.Option(
+            metavar="STORE",
+            help="The store, made where there is none: a folder, s3://BUCKET/PATH, gs://BUCKET/PATH or "
+            "az://CONTAINER/PATH (credentials from the environment; pip install 'head2toe[s3]').",
+            rich_help_panel="Result",
+            autocompletion=_folders,
+        ),
     ],
     name: Annotated[
         str,
@@ -309,6 +324,8 @@ def _extract(
     extract train800val200.txt --model vit_base_patch16_224 --taps paper --cls-token keep --store s.zarr --name c/train
 
     extract pets.tar --model convnext_tiny --target-size 512 --target-size 4096 --dry-run --store s.zarr --name pets
+
+    extract pets/train --model resnet50 --store s3://bucket/pets.zarr --name pets/train --engine ray --workers 8
 
     torchrun --nproc-per-node 4 -m h2t_store pets/train --model resnet50 --store pets.zarr --name pets/train
     """
@@ -580,6 +597,10 @@ def export(
         str | None,
         typer.Option(metavar="GLOBS", help="Only these layers, joined by commas.", show_default="all"),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep copies here of what is read from a URL, and read them the next time."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Write features, labels and identifiers to one file, as float32.
@@ -589,7 +610,7 @@ def export(
     from h2t_store.export import export as write
     from h2t_store.matrix import open_features
 
-    matrix = open_features(store, name)
+    matrix = open_features(store, name, cache=cache)
     if layers is not None:
         matrix = matrix.select_layers(layers.split(","))
     with progress("rows") as meter:

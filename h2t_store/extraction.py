@@ -15,7 +15,7 @@ from torch import nn
 from h2t_store.backbones import ClassTokenPolicy, code_digest
 from h2t_store.datasets import Source, arrange
 from h2t_store.engines import local
-from h2t_store.engines.blocks import RowBlock, plan
+from h2t_store.engines.blocks import Plan
 from h2t_store.engines.interface import Engine
 from h2t_store.engines.ranks import ALONE, Ranks, ranks
 from h2t_store.errors import DataError, H2TError, StoreError, one_line
@@ -77,8 +77,9 @@ def extract(
     model : str or nn.Module
         A timm architecture, ``path/to/file.py:factory``, or a module (it is put in evaluation mode and moved to
         ``device``).
-    store : path-like
-        Folder of the store; made where there is none.
+    store : path-like or str
+        The store, made where there is none: a folder, or a URL such as ``s3://bucket/features.zarr`` (see
+        `h2t_store.places.address.open_place`).
     name : str
         What to call the extraction, such as ``pets/train``.
     split : str, optional
@@ -122,8 +123,8 @@ def extract(
     append : bool
         Extend the extraction by images that the data has got since; what is stored stays as it is.
     engine : {"local", "ray"}
-        Compute in this process, or on a Ray cluster, whose nodes all see ``store`` and ``data`` under the same paths.
-        What one began the other can finish, bit for bit the same on the same kind of device.
+        Compute in this process, or on a Ray cluster, whose nodes all find ``store`` and ``data`` at the same
+        addresses. What one began the other can finish, bit for bit the same on the same kind of device.
     ray_address : str, optional
         Of a running cluster, or ``auto``; ``local`` starts one. By default ``RAY_ADDRESS``, else as Ray decides.
     num_gpus_per_worker : float, optional
@@ -172,7 +173,9 @@ def extract(
         opened = FeatureStore(store, create=True)
         if not append and _is_done(job, opened, name):
             return open_features(store, name)
-        with opened.lock(name) if processes.leads else contextlib.nullcontext():
+        if opened.in_this_process and (engine == "ray" or processes.size > 1):
+            raise StoreError(f"store {opened.address!r} is in the memory of one process: others cannot write into it")
+        with opened.lock(name) if processes.leads else contextlib.nullcontext(lambda: False) as lost:
             return extract_job(
                 job,
                 opened,
@@ -180,7 +183,7 @@ def extract(
                 workers=workers,
                 on_error=on_error,
                 append=append,
-                stopped=stopped,
+                stopped=lambda: stopped() or lost(),
                 progress=progress,
                 processes=processes,
                 run=run,
@@ -283,13 +286,11 @@ def extract_job(
         extraction, source = _begin(job, store, name, append)
     staged = extraction.folder != store.folder(name)
     before = store.open(name) if staged else None
-    blocks: list[RowBlock] = []
     if not extraction.complete:
         require_same_environment(extraction, job)
-        blocks = _missing(extraction, before)
-    processes.meet()  # all have the same list before anything is committed
-    if not extraction.complete:
-        _compute(job, extraction, source, blocks, before, workers, on_error, stopped, progress, processes, run)
+        missing = _missing(extraction, before, processes)
+        processes.meet()  # all have the same list before anything is committed
+        _compute(job, extraction, source, missing, before, workers, on_error, stopped, progress, processes, run)
     processes.meet()
     if processes.leads:
         if not extraction.complete:
@@ -298,7 +299,7 @@ def extract_job(
             store.replace(name)
         _warn_about_siblings(store, name, extraction.header)
     processes.meet()
-    return open_features(store.path, name)
+    return open_features(store.address, name)
 
 
 def _batch_size_begun(store: str | os.PathLike[str], name: str) -> int | None:
@@ -325,7 +326,18 @@ def _is_done(job: Job, store: FeatureStore, name: str) -> bool:
 
 
 def _give_up_damaged(extraction: Extraction, name: str) -> None:
-    """Have row blocks computed again that are not as they were written: a power failure can lose what was committed."""
+    """Have row blocks computed again that are not as they were written: a power failure can lose what was committed.
+
+    From where nothing is lost that was written, nothing is read: a listing says whether all of it is there.
+    """
+    if extraction.folder.keeps_what_it_has:
+        gone = np.flatnonzero(extraction.committed() & ~extraction.holds_blocks()).tolist()
+        if gone:
+            _log.warning(
+                "%s: row blocks %s are computed again: some of their chunks are missing", extraction.where, gone
+            )
+            extraction.reopen(gone)
+        return
     for block in np.flatnonzero(extraction.committed()).tolist():
         damages = list(damaged_chunks(extraction, name, block))
         if damages:
@@ -344,7 +356,9 @@ def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extr
     begun = store.find(name)
     if begun is None:
         if append:
-            raise StoreError(f"{store.path}: there is no extraction {name!r} to append to: run without --append first")
+            raise StoreError(
+                f"{store.address}: there is no extraction {name!r} to append to: run without --append first"
+            )
         header = job.header(job.source)
         return store.begin(name, header, job.source.y, job.source.sample_ids), job.source
     source = job.source
@@ -390,27 +404,22 @@ def _inputs_of_earlier_rows(job: Job, begun: Extraction, source: Source) -> dict
     return inputs
 
 
-def _missing(extraction: Extraction, before: Extraction | None) -> list[RowBlock]:
-    """Row blocks to compute, without the rows that an extraction before this one has."""
+def _missing(extraction: Extraction, before: Extraction | None, processes: Ranks) -> Plan:
+    """Row blocks for this process to compute, without the rows that an extraction before this one has."""
     header, committed = extraction.header, extraction.committed()
     if committed.any():
         _log.info(
             "%s: %d of %d row blocks are there, computing the rest", extraction.where, committed.sum(), len(committed)
         )
-    known = before.header.n_samples if before else 0
-    blocks = plan(header.n_samples, header.rows_per_block)
-    return [
-        block._replace(start=max(block.start, min(known, block.stop)))
-        for block in blocks
-        if not committed[block.number]
-    ]
+    numbers = processes.share(np.flatnonzero(~committed))
+    return Plan(header.n_samples, header.rows_per_block, numbers, before.header.n_samples if before else 0)
 
 
 def _compute(
     job: Job,
     extraction: Extraction,
     source: Source,
-    blocks: Sequence[RowBlock],
+    missing: Plan,
     before: Extraction | None,
     workers: int | None,
     on_error: Literal["raise", "skip"],
@@ -420,8 +429,7 @@ def _compute(
     run: Engine,
 ) -> None:
     total = extraction.header.n_samples
-    mine = processes.share(blocks)
-    first = done = total - sum(block.stop - block.start for block in mine)
+    first = done = total - missing.n_rows
     row_bytes, height = extraction.header.n_features * job.forward.dtype.itemsize, extraction.header.rows_per_block
 
     def advance(images: int) -> None:
@@ -437,7 +445,7 @@ def _compute(
             job.forward,
             source,
             extraction,
-            mine,
+            missing,
             batch_size=job.batch_size,
             workers=workers,
             on_error=on_error,

@@ -6,13 +6,14 @@ back by `restore_documents`; row blocks have to be computed again.
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from h2t_store import chunks, layout
 from h2t_store.errors import DamagedError, StoreError
 from h2t_store.layout import ExtractionHeader
-from h2t_store.store import Extraction, FeatureStore, read_group, write_group
+from h2t_store.places import Place
+from h2t_store.store import Extraction, FeatureStore, chunk_path, read_group, write_group
+from h2t_store.threads import in_threads
 
 __all__ = ["Damage", "damaged_chunks", "restore_documents", "verify"]
 
@@ -69,7 +70,7 @@ def verify(
     folder = store.folder(name)
     yield from _damaged_groups(store, name)
     try:
-        extraction = Extraction(folder, f"{store.path}: {name}")
+        extraction = Extraction(folder, store.where(name))
     except StoreError as error:
         copy = _copied_header(folder)
         if copy is None and not isinstance(error, DamagedError):
@@ -78,10 +79,10 @@ def verify(
         if copy is None:
             yield Damage(f"{name}/features/zarr.json", "the copy of the attributes is damaged, too", "header")
             return
-        extraction = Extraction(folder, f"{store.path}: {name}", copy)
+        extraction = Extraction(folder, store.where(name), copy)
     else:
         expected = layout.group_document({"header": extraction.header.to_attrs()})
-        if _content(folder / "features" / "zarr.json") != expected:
+        if _content(folder / "features/zarr.json") != expected:
             yield Damage(f"{name}/features/zarr.json", "missing, changed or damaged", "group")
     for path in extraction.specs:
         try:
@@ -96,14 +97,14 @@ def verify(
 
 
 def _damaged_groups(store: FeatureStore, name: str) -> Iterator[Damage]:
-    if _content(store.path / "zarr.json") != layout.group_document({"h2t_format": layout.FORMAT}):
+    if _content(store.place / "zarr.json") != layout.group_document({"h2t_format": layout.FORMAT}):
         yield Damage("zarr.json", "missing, changed or damaged", "group")
     for above in layout.names_above(name):
-        if _content(store.path / above / "zarr.json") != layout.group_document({}):
+        if _content(store.place / above / "zarr.json") != layout.group_document({}):
             yield Damage(f"{above}/zarr.json", "missing, changed or damaged", "group")
 
 
-def _copied_header(folder: Path) -> ExtractionHeader | None:
+def _copied_header(folder: Place) -> ExtractionHeader | None:
     with suppress(StoreError, KeyError, TypeError, AttributeError):
         return ExtractionHeader.from_attrs(read_group(folder / "features", "")["header"], "")
     return None
@@ -137,15 +138,18 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[Da
             yield Damage(f"{name}/committed/c/{block}", "damaged: it holds another value", "block", block)
     except DamagedError as error:
         yield Damage(f"{name}/committed/c/{block}", _problem(error), "block", block)
-    files = extraction.block_chunks(block)
-    crcs: list[int | None] = [None] * len(files)
+    failures, crcs = extraction.chunk_file("failures", block), None
     try:
-        crcs = extraction.read_record(block)[1:].tolist()
+        record = extraction.read_record(block)
     except DamagedError as error:
+        files = extraction.block_chunks(block, failures=failures.exists())
         yield Damage(f"{name}/checksums/c/{block}/0", _problem(error), "block", block)
+    else:
+        files = extraction.block_chunks(block, failures=extraction.tells_failures(record))
+        crcs = record[1:].tolist()
 
-    def check(job: tuple[tuple[str, tuple[int, ...]], int | None]) -> Damage | None:
-        (path, index), crc = job
+    def check(i: int) -> Damage | None:
+        (path, index), crc = files[i], None if crcs is None else crcs[i]
         spec, file = extraction.specs[path], extraction.chunk_file(path, *index)
         try:
             if spec.dtype == "string":
@@ -153,10 +157,10 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[Da
             else:
                 chunks.read_chunk(file, "", spec.dtype, spec.chunks, crc)
         except DamagedError as error:
-            return Damage(f"{name}/{file.relative_to(extraction.folder)}", _problem(error), "block", block)
+            return Damage(f"{name}/{chunk_path(path, index)}", _problem(error), "block", block)
         return None
 
-    found = chunks.in_threads(check, list(zip(files, crcs, strict=True)))
+    found = in_threads(check, range(len(files)), extraction.folder.concurrency)
     yield from (damage for damage in found if damage)
 
 
@@ -165,9 +169,9 @@ def _problem(error: StoreError) -> str:
     return str(error).rpartition(": ")[2].removeprefix(" is ").strip() or str(error)
 
 
-def _content(path: Path) -> bytes | None:
+def _content(place: Place) -> bytes | None:
     try:
-        return path.read_bytes()
+        return place.read()
     except OSError:
         return None
 
@@ -181,11 +185,12 @@ def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> 
         Where it cannot be had back: both copies of the attributes are damaged, or another version of zarr wrote the
         metadata of the arrays.
     """
-    folder, where = store.folder(name), f"{store.path}: {name}"
+    folder, where = store.folder(name), store.where(name)
     groups = {damage.path for damage in damages if damage.kind in ("group", "header")}
     for path in groups - {f"{name}/zarr.json", f"{name}/features/zarr.json"}:
         attributes = {} if "/" in path else {"h2t_format": layout.FORMAT}
-        write_group((store.path / path).parent, attributes, shared=True)
+        above = path.removesuffix("zarr.json").rstrip("/")
+        write_group(store.place / above if above else store.place, attributes, shared=True)
     header = _copied_header(folder) if f"{name}/zarr.json" in groups else Extraction(folder, where).header
     if header is None:
         raise StoreError(f"{where} cannot be repaired: both copies of its attributes are damaged; extract it again")
@@ -201,4 +206,4 @@ def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> 
             if layout.document_digest(document) != header.documents[path]:
                 written = header.provenance["environment"].get("versions", {}).get("zarr")
                 raise StoreError(f"{where}: zarr {written} wrote the metadata of {path!r}: repair it with that version")
-            chunks.replace_file(folder / path / "zarr.json", document)
+            (folder / f"{path}/zarr.json").write_whole(document)

@@ -7,7 +7,8 @@
         features/               group; attrs {"header": the header and its digest once more}
         features/TAP            (n, width) float, chunks (rows_per_block, <= 1024), fill_value NaN
         layer_norms             (n, n_layers) float32, chunks (rows_per_block, n_layers), fill_value NaN
-        failures                (n,) string, chunks (rows_per_block,): why a sample was skipped; empty where it was not
+        failures                (n,) string, chunks (rows_per_block,): why a sample was skipped; empty where it was not,
+                                and no chunk for a row block without any
         checksums               (n_blocks, 3 + chunks per block) uint32, chunks (1, all), see `seal`
         committed               (n_blocks,) uint8, chunks (1,), written last
         y                       (n,) int64; -1 where unlabelled

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from h2t_store.chunks import in_threads
 from h2t_store.errors import DamagedError, IncompleteError, StoreError, did_you_mean
 from h2t_store.layout import ExtractionHeader, Layer, n_blocks
 from h2t_store.store import Extraction, FeatureStore
+from h2t_store.threads import in_threads
 
 __all__ = ["FeatureMatrix", "open_features"]
 
@@ -27,15 +27,20 @@ Index = slice | Sequence[int] | Sequence[bool] | NDArray[Any]
 _TORCH_GRAIN = 32767
 
 
-def open_features(store: str | os.PathLike[str], name: str) -> "FeatureMatrix":
+def open_features(
+    store: str | os.PathLike[str], name: str, *, cache: str | os.PathLike[str] | None = None
+) -> "FeatureMatrix":
     """Open a finished extraction.
 
     Parameters
     ----------
-    store : path-like
-        The store.
+    store : path-like or str
+        The store: a folder, or a URL such as ``s3://bucket/features.zarr``, for which the environment says who asks.
     name : str
         The extraction in it, such as ``pets/train``.
+    cache : path-like, optional
+        Folder on this machine for copies of the features that are read from a URL, so that they are fetched once. Each
+        is checked when it is read; what grows there is the caller's to remove.
 
     Returns
     -------
@@ -49,12 +54,13 @@ def open_features(store: str | os.PathLike[str], name: str) -> "FeatureMatrix":
     IncompleteError
         Where the extraction was begun and not finished.
     """
-    extraction = FeatureStore(store).open(name)
+    opened = FeatureStore(store, cache=cache)
+    extraction = opened.open(name)
     _require_complete(extraction)
-    rows = None
+    rows, kept = None, None if cache is None else os.path.abspath(cache)
     if extraction.n_failed:
         rows = np.setdiff1d(np.arange(extraction.header.n_samples), list(extraction.failures()))
-    return FeatureMatrix(os.path.abspath(store), name, extraction.header.digest, rows, None, extraction)
+    return FeatureMatrix((str(opened.place), name, extraction.header.digest), rows, None, kept, extraction)
 
 
 def _require_complete(extraction: Extraction) -> None:
@@ -89,14 +95,14 @@ class FeatureMatrix:
 
     def __init__(
         self,
-        store: str,
-        name: str,
-        digest: str,
+        address: tuple[str, str, str],
         rows: NDArray[np.int64] | None,
         columns: NDArray[np.int64] | None,
+        cache: str | None = None,
         extraction: Extraction | None = None,
     ) -> None:
-        self._address = (store, name, digest)
+        self._address = address
+        self._cache = cache
         self._rows = rows
         self._columns = columns
         self._opened = extraction
@@ -105,7 +111,7 @@ class FeatureMatrix:
     def _extraction(self) -> Extraction:
         if self._opened is None:
             store, name, digest = self._address
-            extraction = FeatureStore(store).open(name)
+            extraction = FeatureStore(store, cache=self._cache).open(name)
             if extraction.header.digest != digest:
                 raise _replaced(extraction)
             _require_complete(extraction)
@@ -326,7 +332,7 @@ class FeatureMatrix:
             _widen(chunk[_cross(down.source, across.source)], out, _cross(down.target, across.target))
 
         with self._reading() as extraction:
-            in_threads(fill, jobs)
+            in_threads(fill, jobs, extraction.folder.concurrency)
         return out
 
     def __getitem__(self, key: Any) -> "FeatureMatrix":
@@ -334,13 +340,11 @@ class FeatureMatrix:
             raise IndexError(f"a FeatureMatrix is indexed by rows, or by rows and columns, not by {len(key)} indices")
         rows, columns = key if isinstance(key, tuple) else (key, ...)
         n_rows, n_columns = self.shape
-        store, name, digest = self._address
         return FeatureMatrix(
-            store,
-            name,
-            digest,
+            self._address,
             _compose(self._rows, rows, n_rows, "rows"),
             _compose(self._columns, columns, n_columns, "columns"),
+            self._cache,
             self._extraction,
         )
 
@@ -376,7 +380,8 @@ class FeatureMatrix:
 
     def __reduce__(self) -> tuple[Any, ...]:
         header = self._header
-        return _unpickle, (*self._address, _pack(self._rows, header.n_samples), _pack(self._columns, header.n_features))
+        selection = _pack(self._rows, header.n_samples), _pack(self._columns, header.n_features)
+        return _unpickle, (self._address, *selection, self._cache)
 
 
 class _Part(NamedTuple):
@@ -475,5 +480,7 @@ def _unpack(packed: tuple[str, Any]) -> NDArray[np.int64] | None:
     return np.flatnonzero(np.unpackbits(data)) if kind == "mask" else data.astype(np.int64)
 
 
-def _unpickle(store: str, name: str, digest: str, rows: tuple[str, Any], columns: tuple[str, Any]) -> FeatureMatrix:
-    return FeatureMatrix(store, name, digest, _unpack(rows), _unpack(columns))
+def _unpickle(
+    address: tuple[str, str, str], rows: tuple[str, Any], columns: tuple[str, Any], cache: str | None
+) -> FeatureMatrix:
+    return FeatureMatrix(address, _unpack(rows), _unpack(columns), cache)

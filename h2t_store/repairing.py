@@ -32,8 +32,8 @@ def repair(
 
     Parameters
     ----------
-    store : path-like
-        Folder of the store.
+    store : path-like or str
+        The store, a folder or a URL.
     name : str
         The extraction in it.
     data : path-like, str or (images, labels), optional
@@ -54,7 +54,7 @@ def repair(
         Where it cannot be repaired, or where data or network are no longer what they were.
     """
     opened = FeatureStore.unchecked(store)
-    with opened.lock(name):
+    with opened.lock(name) as lost:
         damages = list(verify(opened, name))
         restore_documents(opened, name, damages)
         extraction = opened.open(name)
@@ -71,7 +71,15 @@ def repair(
             extraction.write_labels(source.y, source.sample_ids)
         if blocks:
             extraction.reopen(blocks)
-        extract_job(job, opened, name, workers=workers, on_error=on_error, stopped=stopped, progress=progress)
+        extract_job(
+            job,
+            opened,
+            name,
+            workers=workers,
+            on_error=on_error,
+            stopped=lambda: stopped() or lost(),
+            progress=progress,
+        )
     return damages
 
 
@@ -82,7 +90,7 @@ def _skips(extraction: Extraction, damages: list[Damage]) -> bool:
     """
     if extraction.complete:
         return extraction.n_failed > 0
-    return any(damage.kind == "header" for damage in damages) or extraction.has_failures()
+    return any(damage.kind == "header" for damage in damages) or extraction.may_have_failures()
 
 
 def _job(extraction: Extraction, data: Any, model: Any) -> Job:

@@ -1,4 +1,4 @@
-"""A store on disk: which extractions it holds, and the one way in which they are begun, filled, finished and removed.
+"""A store: which extractions it holds, and the one way in which they are begun, filled, finished and removed.
 
 A row block counts from the moment its flag in ``committed`` is written, after every layer of it. An extraction counts
 from the moment its attributes are written, after every array was created. So a crash between any two writes leaves
@@ -6,37 +6,34 @@ either nothing that counts or something that can be continued.
 """
 
 import json
+import math
 import os
 import platform
-import re
-import shutil
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import unquote
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from h2t_store import chunks, layout
-from h2t_store.errors import DamagedError, DataError, StoreError, did_you_mean, one_line
+from h2t_store.errors import DamagedError, DataError, StoppedError, StoreError, did_you_mean, one_line
 from h2t_store.layout import ExtractionHeader, Layer
+from h2t_store.places import LockedError, Place, open_place
+from h2t_store.threads import in_threads
 
-__all__ = ["Extraction", "FeatureStore", "differences", "read_group", "write_group"]
+__all__ = ["Extraction", "FeatureStore", "chunk_path", "differences", "read_group", "write_group"]
 
 Names = Sequence[str] | NDArray[Any]
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has lost one of the slashes
-_TRASH = ".trash-"
 _STAGED = ".append-"
 _LOCKS = ".locks"
 _CACHED_BLOCKS = 4096
+_COMMITTED = b"\x01" + chunks.checksum(np.ones(1, np.uint8)).to_bytes(chunks.CRC_BYTES, "little")
 _MAX_UNSEEN = 10_000_000
 
 
@@ -45,7 +42,7 @@ class Extraction:
 
     Attributes
     ----------
-    folder : Path
+    folder : Place
         Where it lies.
     where : str
         ``STORE: NAME``, for messages.
@@ -64,7 +61,7 @@ class Extraction:
         To use where the attributes cannot be read; the extraction then counts as unfinished.
     """
 
-    def __init__(self, folder: Path, where: str, header: ExtractionHeader | None = None) -> None:
+    def __init__(self, folder: Place, where: str, header: ExtractionHeader | None = None) -> None:
         self.folder, self.where = folder, where
         attributes = read_group(folder, where) if header is None else header.to_attrs() | header.state()
         self.header = ExtractionHeader.from_attrs(attributes, where)
@@ -82,16 +79,16 @@ class Extraction:
         """Whether there are labels for most of the rows; only asked where so many rows would fill the memory."""
         if self.header.n_samples <= _MAX_UNSEEN:
             return True
-        n_bytes = sum(file.stat().st_size for file in (self.folder / "y" / "c").glob("*"))
+        n_bytes = sum(size for _, size in (self.folder / "y/c").files())
         return n_bytes > self.header.n_samples * np.dtype(np.int64).itemsize // 2
 
     def _holds_its_columns(self) -> bool:
         """Whether a row block has checksums of that many columns; only asked where so many would fill the memory."""
-        begun = self.complete or any((self.folder / "committed" / "c").glob("*"))
+        begun = self.complete or (self.folder / "committed/c").occupied()
         if self.header.n_features <= _MAX_UNSEEN or not begun:
             return True
         size = self.specs["checksums"].shape[1] * np.dtype(np.uint32).itemsize + chunks.CRC_BYTES
-        return any(file.stat().st_size == size for file in (self.folder / "checksums" / "c").glob("*/0"))
+        return any(found == size for _, found in (self.folder / "checksums/c").files())
 
     @cached_property
     def specs(self) -> dict[str, layout.ArraySpec]:
@@ -104,25 +101,25 @@ class Extraction:
         starts = np.cumsum([1, *(layer.n_chunks for layer in self.header.layers)]).tolist()
         return dict(zip((layer.name for layer in self.header.layers), starts, strict=False))
 
-    def chunk_file(self, path: str, *index: int) -> Path:
+    def chunk_file(self, path: str, *index: int) -> Place:
         """File of a chunk."""
-        return self.folder.joinpath(path, "c", *map(str, index))
+        return self.folder / chunk_path(path, index)
 
-    def block_chunks(self, block: int) -> list[tuple[str, tuple[int, ...]]]:
-        """(array, index) of every chunk of a row block, in the order of its checksums."""
+    def block_chunks(self, block: int, *, failures: bool) -> list[tuple[str, tuple[int, ...]]]:
+        """(array, index) of every chunk of a row block, in the order of its checksums, with or without ``failures``."""
         features = [
             (layout.feature_path(layer), (block, column))
             for layer in self.header.layers
             for column in range(layer.n_chunks)
         ]
-        return [*features, ("layer_norms", (block, 0)), ("failures", (block,))]
+        return [*features, ("layer_norms", (block, 0)), *([("failures", (block,))] if failures else [])]
 
     def check_metadata(self, path: str) -> None:
         """Raise `DamagedError` unless the zarr.json of an array is as it was created."""
         if path in self._sound:
             return
         try:
-            content = (self.folder / path / "zarr.json").read_bytes()
+            content = (self.folder / f"{path}/zarr.json").read()
         except FileNotFoundError:
             raise DamagedError(f"{self.where}: the zarr.json of {path!r} is missing") from None
         except OSError as error:
@@ -139,7 +136,7 @@ class Extraction:
         )
 
     def _chunk_name(self, path: str, index: Sequence[int]) -> str:
-        return f"{self.where}: chunk {path}/c/{'/'.join(map(str, index))}"
+        return f"{self.where}: chunk {chunk_path(path, index)}"
 
     def _strings(self, path: str, index: int, crc: int | None = None) -> list[str]:
         name = self._chunk_name(path, [index])
@@ -167,27 +164,46 @@ class Extraction:
 
     def layer_norms(self) -> NDArray[np.float32]:
         """Euclidean norms (n_samples, n_layers) of each layer's part of each row."""
-        blocks = range(layout.n_blocks(self.header))
-        parts = [self.read("layer_norms", (block, 0), int(self.record(block)[-2])).copy() for block in blocks]
+
+        def read(block: int) -> NDArray[np.float32]:
+            return self.read("layer_norms", (block, 0), int(self.record(block)[-2])).copy()
+
+        parts = in_threads(read, range(layout.n_blocks(self.header)), self.folder.concurrency)
         return np.concatenate(parts)[: self.header.n_samples]
+
+    @cached_property
+    def _crc_without_failures(self) -> int:
+        """The checksum of a block's ``failures`` where there are none, and no file."""
+        return chunks.checksum(chunks.encode_strings([""] * self.header.rows_per_block))
+
+    def tells_failures(self, record: NDArray[np.uint32]) -> bool:
+        """Whether a sample of a row block was skipped, by the block's checksums: there is no file without any."""
+        return int(record[-1]) != self._crc_without_failures
+
+    def reasons(self, block: int) -> list[str]:
+        """Why the samples of a row block were skipped, empty where they were not."""
+        if not self.tells_failures(self.record(block)):
+            return [""] * self.header.rows_per_block
+        return self._strings("failures", block, int(self.record(block)[-1]))
 
     def failures(self) -> dict[int, str]:
         """Why samples were skipped, by their row."""
+        found = {int(path) for path, _ in (self.folder / "failures/c").files() if path.isdecimal()}
+        known = range(layout.n_blocks(self.header)) if self.complete else np.flatnonzero(self.committed()).tolist()
+        blocks = sorted(found.intersection(known))
         reasons: dict[int, str] = {}
-        blocks = range(layout.n_blocks(self.header))
-        for block in blocks if self.complete else np.flatnonzero(self.committed()).tolist():
+        for block, strings in zip(blocks, in_threads(self.reasons, blocks, self.folder.concurrency), strict=True):
             first = block * self.header.rows_per_block
-            strings = self._strings("failures", block, int(self.record(block)[-1]))
             reasons |= {first + i: reason for i, reason in enumerate(strings) if reason}
         if self.complete and len(reasons) != self.n_failed:
             raise DamagedError(f"{self.where}: {len(reasons)} samples were skipped, not {self.n_failed}")
         return reasons
 
-    def has_failures(self) -> bool:
+    def may_have_failures(self) -> bool:
         """Whether a sample was skipped, as far as it can be read, committed or not."""
-        for block in range(layout.n_blocks(self.header)):
-            with suppress(DamagedError):
-                if any(self._strings("failures", block)):
+        for path, _ in (self.folder / "failures/c").files():
+            with suppress(DamagedError, ValueError):
+                if any(self._strings("failures", int(path))):
                     return True
         return False
 
@@ -201,7 +217,8 @@ class Extraction:
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,), -1 where unlabelled."""
         rows = self.specs["y"].chunks[0]
-        parts = [self.read("y", [i]).copy() for i in range(-(-self.header.n_samples // rows))]
+        n_chunks = -(-self.header.n_samples // rows)
+        parts = in_threads(lambda i: self.read("y", [i]).copy(), range(n_chunks), self.folder.concurrency)
         y = np.concatenate(parts)[: self.header.n_samples]
         if layout.labels_digest(y) != self.header.labels_sha256:
             raise DamagedError(f"{self.where}: y is damaged: it holds other labels")
@@ -210,17 +227,46 @@ class Extraction:
     def sample_ids(self) -> NDArray[Any]:
         """Identifiers (n_samples,) of strings."""
         rows = self.specs["sample_ids"].chunks[0]
-        ids: list[str] = []
-        for i in range(-(-self.header.n_samples // rows)):
-            ids += self._strings("sample_ids", i)
+        n_chunks = -(-self.header.n_samples // rows)
+        parts = in_threads(lambda i: self._strings("sample_ids", i), range(n_chunks), self.folder.concurrency)
+        ids = [sample_id for part in parts for sample_id in part]
         del ids[self.header.n_samples :]
         if layout.ids_digest(ids) != self.header.ids_sha256:
             raise DamagedError(f"{self.where}: sample_ids is damaged: it holds other identifiers")
         return np.array(ids, dtype=np.dtypes.StringDType())
 
     def committed(self) -> NDArray[np.bool_]:
-        """Which row blocks are on disk, one flag per block."""
-        return np.array([self.is_committed(block) for block in range(layout.n_blocks(self.header))], dtype=bool)
+        """Which row blocks are stored, one flag per block."""
+        flags = np.zeros(layout.n_blocks(self.header), dtype=bool)
+        for path, _ in (self.folder / "committed/c").files():
+            if path.isdecimal() and int(path) < len(flags):
+                flags[int(path)] = self.folder.keeps_what_it_has or self.is_committed(int(path))
+        return flags
+
+    def holds_blocks(self) -> NDArray[np.bool_]:
+        """Which row blocks have all their files, of the size that they must have, as a listing tells; none is read."""
+        whole = self.committed()
+        layers = [(layout.feature_path(layer), layer.n_chunks) for layer in self.header.layers]
+
+        def count(job: tuple[str, int]) -> NDArray[np.bool_]:
+            path, n_chunks = job
+            spec, found = self.specs[path], np.zeros(len(whole), dtype=np.int64)
+            expected = math.prod(spec.chunks) * np.dtype(spec.dtype).itemsize + chunks.CRC_BYTES
+            for file, size in (self.folder / path / "c").files():
+                block = file.partition("/")[0]
+                if size == expected and block.isdecimal() and int(block) < len(found):
+                    found[int(block)] += 1
+            held: NDArray[np.bool_] = found == n_chunks
+            return held
+
+        arrays = [*layers, ("layer_norms", 1), ("checksums", 1)]
+        for held in in_threads(count, arrays, self.folder.concurrency):
+            whole &= held
+        listed = {path for path, _ in (self.folder / "failures/c").files()}
+        blocks = np.flatnonzero(whole).tolist()
+        failed = in_threads(lambda block: self.tells_failures(self.record(block)), blocks, self.folder.concurrency)
+        whole[[block for block, has in zip(blocks, failed, strict=True) if has and str(block) not in listed]] = False
+        return whole
 
     def is_committed(self, block: int) -> bool:
         """Whether a row block is on disk."""
@@ -255,7 +301,7 @@ class Extraction:
         if before is not None:
             record = before.record(block)
             norms = np.concatenate([before.read("layer_norms", (block, 0), int(record[-2]))[:known], norms])
-            reasons = before._strings("failures", block, int(record[-1]))[:known] + reasons
+            reasons = before.reasons(block)[:known] + reasons
 
         def write(job: tuple[Layer, int, NDArray[Any]]) -> int:
             layer, column, values = job
@@ -270,34 +316,34 @@ class Extraction:
             for layer, values in zip(self.header.layers, features, strict=True)
             for column in range(layer.n_chunks)
         ]
-        crcs = chunks.in_threads(write, jobs)
+        crcs = in_threads(write, jobs, self.folder.concurrency)
         crcs.append(
             chunks.write_chunk(self.chunk_file("layer_norms", block, 0), _padded(norms, (height, norms.shape[1])))
         )
-        reasons += [""] * (height - len(reasons))
-        crcs.append(chunks.write_chunk(self.chunk_file("failures", block), chunks.encode_strings(reasons)))
-        self._commit(block, np.array(crcs, dtype=np.uint32))
+        crc, file = self._crc_without_failures, self.chunk_file("failures", block)
+        if any(reasons):
+            crc = chunks.write_chunk(file, chunks.encode_strings(reasons + [""] * (height - len(reasons))))
+        self._commit(block, np.array([*crcs, crc], dtype=np.uint32))
 
     def _commit(self, block: int, crcs: NDArray[np.uint32]) -> None:
         chunks.write_chunk(self.chunk_file("checksums", block, 0), layout.seal(self.header, block, crcs))
         self.record.cache_clear()
-        flag = self.chunk_file("committed", block)
-        partial = flag.with_name(f".{flag.name}.partial")
-        chunks.write_chunk(partial, np.ones(1, np.uint8))
-        os.replace(partial, flag)
+        self.chunk_file("committed", block).write_whole(_COMMITTED, durable=False)
 
     def take_block(self, block: int, other: "Extraction") -> None:
         """Take over a whole row block of another extraction with the same layers, without copying where that can be."""
-        for array, index in self.block_chunks(block):
-            path, source = self.chunk_file(array, *index), other.chunk_file(array, *index)
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+        def take(job: tuple[str, tuple[int, ...]]) -> None:
+            path = chunk_path(*job)
             try:
-                os.link(source, path)
+                (self.folder / path).take(other.folder / path)
             except FileNotFoundError:
-                raise DamagedError(f"{other.where}: chunk {path.relative_to(self.folder)} is missing") from None
-            except OSError:
-                shutil.copyfile(source, path)
-        self._commit(block, other.record(block)[1:])
+                raise DamagedError(f"{other.where}: chunk {path} is missing") from None
+
+        record = other.record(block)
+        jobs = other.block_chunks(block, failures=other.tells_failures(record))
+        in_threads(take, jobs, self.folder.concurrency)
+        self._commit(block, record[1:])
 
     def finish(self) -> None:
         """Mark the extraction complete; every block must be committed, and some sample not skipped."""
@@ -316,7 +362,7 @@ class Extraction:
         """Take the commitment of row blocks back, so that they are computed again."""
         self._write_attributes(None)
         for block in blocks:
-            self.chunk_file("committed", block).unlink(missing_ok=True)
+            self.chunk_file("committed", block).remove()
 
     def _write_attributes(self, n_failed: int | None) -> None:
         write_group(self.folder, self.header.to_attrs() | self.header.state(n_failed))
@@ -333,17 +379,24 @@ class Extraction:
 
     def stored_bytes(self) -> int:
         """Bytes of its files."""
-        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        return sum(size for _, size in self.folder.files())
 
 
-def _write_labels(folder: Path, rows: int, y: NDArray[np.int64], sample_ids: Names) -> None:
-    for i, start in enumerate(range(0, len(y), rows)):
-        part = np.asarray(y[start : start + rows], dtype=np.int64)
+def chunk_path(array: str, index: Sequence[int]) -> str:
+    """Where a chunk of an array lies below its extraction."""
+    return f"{array}/c/{'/'.join(map(str, index))}"
+
+
+def _write_labels(folder: Place, rows: int, y: NDArray[np.int64], sample_ids: Names) -> None:
+    def write(i: int) -> None:
+        part = np.asarray(y[i * rows : (i + 1) * rows], dtype=np.int64)
         filled = np.append(part, np.full(rows - len(part), layout.UNLABELLED, np.int64))
-        chunks.write_chunk(folder / "y" / "c" / str(i), filled)
-        ids = list(map(str, sample_ids[start : start + rows]))
+        chunks.write_chunk(folder / f"y/c/{i}", filled)
+        ids = list(map(str, sample_ids[i * rows : (i + 1) * rows]))
         encoded = chunks.encode_strings(ids + [""] * (rows - len(ids)))
-        chunks.write_chunk(folder / "sample_ids" / "c" / str(i), encoded)
+        chunks.write_chunk(folder / f"sample_ids/c/{i}", encoded)
+
+    in_threads(write, range(-(-len(y) // rows)), folder.concurrency)
 
 
 def _padded(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -356,60 +409,73 @@ def _padded(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 class FeatureStore:
-    """A Zarr group on a local disk that holds extractions by name.
+    """A Zarr group on a disk or in an object store that holds extractions by name.
 
     Parameters
     ----------
-    path : path-like
-        Folder of the store.
+    address : path-like or str
+        A folder or a URL (see `h2t_store.places.address.open_place`).
     create : bool
         Make the store where there is none; otherwise that is an error.
+    cache : path-like, optional
+        Folder for copies of features that are read from a URL.
 
     Raises
     ------
     StoreError
-        Where ``path`` is not a store, or holds another format.
+        Where there is no store, or one of another format.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
-        if not os.fspath(path) or _URL.match(os.fspath(path)):
-            raise StoreError(f"store {str(path)!r}: accepted is the path of a local folder")
-        self.path = Path(path)
-        document = self.path / "zarr.json"
+    def __init__(
+        self, address: str | os.PathLike[str], *, create: bool = False, cache: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.address = os.fspath(address)
+        self.place = open_place(address, cache)
+        document, where = self.place / "zarr.json", f"store {self.address!r}"
         if not document.exists():
-            held = [file for file in self.path.iterdir() if file.suffix != ".partial"] if self.path.is_dir() else []
-            if (self.path.is_file() or held) and not document.exists():  # unless another process is making it
-                raise StoreError(f"store {str(path)!r} exists and is not a feature store: choose another path")
+            if self.place.occupied() and not document.exists():  # unless another process is making it
+                raise StoreError(f"{where} exists and is not a feature store: choose another path")
             if not create and not document.exists():
-                raise StoreError(f"store {str(path)!r} does not exist")
+                raise StoreError(f"{where} does not exist{' in this process' if self.in_this_process else ''}")
             try:
-                write_group(self.path, {"h2t_format": layout.FORMAT}, shared=True)
+                write_group(self.place, {"h2t_format": layout.FORMAT}, shared=True)
             except OSError as error:
-                raise StoreError(f"store {str(path)!r} cannot be made: {error.strerror or error}") from error
-        found = read_group(self.path, f"store {str(path)!r}").get("h2t_format")
+                raise StoreError(f"{where} cannot be made: {error.strerror or error}") from error
+        found = read_group(self.place, where).get("h2t_format")
         if found != layout.FORMAT:
-            raise StoreError(f"store {str(path)!r}: h2t_format is {found!r}; this version reads {layout.FORMAT}")
+            raise StoreError(f"{where}: h2t_format is {found!r}; this version reads {layout.FORMAT}")
+        self._locked: set[str] = set()
 
     @classmethod
-    def unchecked(cls, path: str | os.PathLike[str]) -> Self:
+    def unchecked(cls, address: str | os.PathLike[str]) -> Self:
         """A store whose own metadata may be damaged, to look at and to repair."""
         store = cls.__new__(cls)
-        store.path = Path(path)
-        if not store.path.is_dir():
-            raise StoreError(f"store {str(path)!r} does not exist")
-        if not (store.path / "zarr.json").exists() and not store.names():
-            raise StoreError(f"{str(path)!r} is not a feature store")
+        store.address, store.place, store._locked = os.fspath(address), open_place(address), set()
+        if not store.place.occupied():
+            raise StoreError(f"store {store.address!r} does not exist")
+        if not (store.place / "zarr.json").exists() and not store.names():
+            raise StoreError(f"{store.address!r} is not a feature store")
         return store
+
+    @property
+    def in_this_process(self) -> bool:
+        """Whether no other process can see it."""
+        return self.address.startswith("memory:")
 
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
-        for staged in self.path.glob(f"{_STAGED}*"):
-            self.finish_replacing(unquote(staged.name.removeprefix(_STAGED)))
-        return sorted(name for name, _ in _names_below(self.path))
+        for folder in self.place.folders():
+            if folder.name.startswith(_STAGED):
+                self.finish_replacing(unquote(folder.name.removeprefix(_STAGED)))
+        return sorted(name for name, _ in _names_below(self.place))
 
-    def folder(self, name: str) -> Path:
+    def folder(self, name: str) -> Place:
         """Where an extraction of that name lies."""
-        return Path(os.path.abspath(self.path)) / layout.check_name(name)
+        return self.place / layout.check_name(name)
+
+    def where(self, name: str) -> str:
+        """An extraction, for messages."""
+        return f"{self.address}: {name}"
 
     def open(self, name: str) -> Extraction:
         """Open the extraction ``name``; raises `StoreError` where there is none."""
@@ -421,7 +487,7 @@ class FeatureStore:
     def _without(self, name: str) -> StoreError:
         known = self.names()
         listed = f"it holds {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "it is empty"
-        return StoreError(f"store {str(self.path)!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}")
+        return StoreError(f"store {self.address!r} has no extraction {name!r}{did_you_mean(name, known)}: {listed}")
 
     def require(self, name: str) -> None:
         """Raise `StoreError` unless something that is or was an extraction lies under that name."""
@@ -436,38 +502,41 @@ class FeatureStore:
         folder = self.folder(name)
         if not _may_be_extraction(folder):
             self.finish_replacing(name)
-        return Extraction(folder, f"{self.path}: {name}") if _may_be_extraction(folder) else None
+        return Extraction(folder, self.where(name)) if _may_be_extraction(folder) else None
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Keep other writers of one name out; the system frees the lock of a process that died.
+    def lock(self, name: str) -> Iterator[Callable[[], bool]]:
+        """Keep other writers of one name out; the lock of a process that died is taken over.
+
+        Yields
+        ------
+        callable
+            Whether another process has taken the lock over, as one does where a process stood still for long.
 
         Raises
         ------
         StoreError
             Where another process holds it; the message says which. Where it, or what is written under it, cannot be.
         """
-        file = self.path / _LOCKS / layout.escaped(layout.check_name(name))
-        lock = FileLock(f"{file}.lock", blocking=False)
+        who = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        lock = self.place / f"{_LOCKS}/{layout.escaped(layout.check_name(name))}"
         try:
-            file.parent.mkdir(exist_ok=True)
-            lock.acquire()
-            file.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            with lock.lock(who) as lost:
+                self._locked.add(name)
+                try:
+                    yield lost
+                except StoppedError:
+                    if lost():
+                        raise StoreError(
+                            f"{self.where(name)}: stood still for so long that another process took the lock over"
+                        ) from None
+                    raise
         except OSError as error:
-            lock.release()
-            if not isinstance(error, Timeout):
-                raise StoreError(f"{self.path}: {name} cannot be written: {error.strerror or error}") from error
-            with suppress(OSError):
-                raise StoreError(f"{self.path}: {name} is being written by {file.read_text()}") from None
-            raise StoreError(f"{self.path}: {name} is being written by another process") from None
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(f"{self.path}: {name} cannot be written: {error.strerror or error}") from error
+            raise StoreError(f"{self.where(name)} cannot be written: {error.strerror or error}") from error
+        except LockedError as error:
+            raise StoreError(f"{self.where(name)} is being written by {error}") from None
         finally:
-            with suppress(OSError):
-                file.unlink()
-            lock.release()
+            self._locked.discard(name)
 
     def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
         """Create the extraction ``name``, or open the one begun before from the same things.
@@ -480,7 +549,7 @@ class FeatureStore:
         """
         folder, above = self.folder(name), layout.names_above(name)
         for group in above:
-            if _may_be_extraction(self.path / group):
+            if _may_be_extraction(self.place / group):
                 raise StoreError(f"name {name!r}: {group!r} is an extraction already; choose another name")
         begun = self.find(name)
         if begun is not None:
@@ -488,20 +557,18 @@ class FeatureStore:
             if different and begun.committed().any():
                 raise StoreError(
                     f"{begun.where} was made from something else ({'; '.join(different)}): choose another name, or "
-                    f"remove it with: h2t rm {self.path} {name}"
+                    f"remove it with: h2t rm {self.address} {name}"
                 )
             if not different:
                 return begun
         elif any(True for _ in _names_below(folder)):
             raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
-        if self._staged(name).exists():
-            self._discard(self._staged(name))
-        if folder.exists():
-            self._discard(folder)  # what a crash left, or a beginning of something else without any row
+        self._discard(self._staged(name))
+        self._discard(folder)  # what a crash left, or a beginning of something else without any row
         for group in above:
-            if not (self.path / group / "zarr.json").exists():
-                write_group(self.path / group, {}, shared=True)
-        return _create(folder, f"{self.path}: {name}", header, y, sample_ids)
+            if not (self.place / group / "zarr.json").exists():
+                write_group(self.place / group, {}, shared=True)
+        return _create(folder, self.where(name), header, y, sample_ids)
 
     def stage(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
         """Begin what will replace the extraction ``name``: the same rows and more after them.
@@ -509,14 +576,13 @@ class FeatureStore:
         Whole row blocks that are committed are taken over. Until `replace`, the extraction stays as it is.
         """
         before, folder = self.open(name), self._staged(name)
-        where = f"{self.path}: {name} (extended)"
+        where = f"{self.where(name)} (extended)"
         if _may_be_extraction(folder):
             with suppress(StoreError):
                 staged = Extraction(folder, where)
                 if not differences(staged.header.provenance["inputs"], header.provenance["inputs"]):
                     return staged
-        if folder.exists():
-            self._discard(folder)
+        self._discard(folder)
         staged = _create(folder, where, header, y, sample_ids)
         whole = before.header.n_samples // header.rows_per_block
         for block in np.flatnonzero(before.committed()[:whole]).tolist():
@@ -525,25 +591,27 @@ class FeatureStore:
 
     def replace(self, name: str) -> Extraction:
         """Put what was staged, which must be complete, in the place of the extraction ``name``."""
-        folder = self.folder(name)
-        trash = self._set_aside(folder)
-        try:
-            self._staged(name).rename(folder)
-        except OSError:
-            trash.rename(folder)
-            raise
-        shutil.rmtree(trash, ignore_errors=True)
+        self._staged(name).put_in_place_of(self.folder(name), self.place)
         return self.open(name)
 
-    def _staged(self, name: str) -> Path:
-        return self.path / f"{_STAGED}{layout.escaped(layout.check_name(name))}"
+    def _staged(self, name: str) -> Place:
+        return self.place / f"{_STAGED}{layout.escaped(layout.check_name(name))}"
 
     def finish_replacing(self, name: str) -> None:
-        """A crash can come between the two halves of `replace`: then only what was staged, complete, is there."""
+        """A crash can come amid `replace`: then only what was staged, complete, is there."""
         with suppress(StoreError, OSError):
-            folder, staged = self.folder(name), self._staged(name)
-            if not folder.exists() and Extraction(staged, name).complete:
-                staged.rename(folder)
+            if self._is_between(name):
+                with nullcontext() if name in self._locked else self.lock(name):
+                    if self._is_between(name):
+                        self._staged(name).put_in_place_of(self.folder(name), self.place)
+
+    def _is_between(self, name: str) -> bool:
+        staged = self._staged(name)
+        return (
+            _kind(self.folder(name)) == "nothing"
+            and _kind(staged) == "extraction"
+            and Extraction(staged, self.where(name)).complete
+        )
 
     def remove(self, name: str) -> None:
         """Remove the extraction ``name`` and what it wrote, damaged or not."""
@@ -553,30 +621,26 @@ class FeatureStore:
         except DamagedError:
             if any(readable for _, readable in _names_below(folder)):
                 raise
-        if self._staged(name).exists():
-            self._discard(self._staged(name))
+        self._discard(self._staged(name))
         self._discard(folder)
 
-    def _discard(self, folder: Path) -> None:
-        """Take a folder away at once, then delete it, with what an interrupted removal left."""
-        self._set_aside(folder)
-        for trash in self.path.glob(f"{_TRASH}*"):
-            shutil.rmtree(trash, ignore_errors=True)
-
-    def _set_aside(self, folder: Path) -> Path:
-        return folder.rename(self.path / f"{_TRASH}{uuid.uuid4().hex}")
+    def _discard(self, folder: Place) -> None:
+        if folder.occupied():
+            folder.discard(self.place)
 
 
-def _create(folder: Path, where: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
+def _create(folder: Place, where: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
     """Create every array; labels and identifiers are filled, features are left absent."""
     write_group(folder, {})
     write_group(folder / "features", {})
-    documents = {}
+    documents, written = {}, {}
     for path, spec in layout.array_specs(header).items():
         document = layout.array_document(spec)
         documents[path] = layout.document_digest(document)
-        (folder / path).mkdir(parents=True)
-        (folder / path / "zarr.json").write_bytes(document)
+        written[f"{path}/zarr.json"] = document
+    in_threads(
+        lambda path: (folder / path).write_whole(written[path], durable=False), list(written), folder.concurrency
+    )
     ids_sha256 = layout.ids_digest(sample_ids)
     header = replace(header, labels_sha256=layout.labels_digest(y), ids_sha256=ids_sha256, documents=documents)
     _write_labels(folder, layout.array_specs(header)["y"].chunks[0], y, sample_ids)
@@ -585,12 +649,12 @@ def _create(folder: Path, where: str, header: ExtractionHeader, y: NDArray[np.in
     return Extraction(folder, where)
 
 
-def write_group(folder: Path, attributes: Mapping[str, Any], *, shared: bool = False) -> None:
+def write_group(folder: Place, attributes: Mapping[str, Any], *, shared: bool = False) -> None:
     """Write the zarr.json of a group, which writers of other extractions may do at once where it is ``shared``."""
-    chunks.replace_file(folder / "zarr.json", layout.group_document(attributes), shared=shared)
+    (folder / "zarr.json").write_whole(layout.group_document(attributes), shared=shared)
 
 
-def read_group(folder: Path, where: str) -> dict[str, Any]:
+def read_group(folder: Place, where: str) -> dict[str, Any]:
     """The attributes of a group.
 
     Raises
@@ -599,7 +663,7 @@ def read_group(folder: Path, where: str) -> dict[str, Any]:
         Where the zarr.json is not, byte for byte, as `write_group` made it.
     """
     try:
-        content = (folder / "zarr.json").read_bytes()
+        content = (folder / "zarr.json").read()
     except OSError as error:
         raise DamagedError(f"{where}: its zarr.json cannot be read: {error.strerror or error}") from error
     try:
@@ -611,21 +675,21 @@ def read_group(folder: Path, where: str) -> dict[str, Any]:
     raise DamagedError(f"{where}: its zarr.json was changed or damaged")
 
 
-def _holds_arrays(folder: Path) -> bool:
+def _holds_arrays(folder: Place) -> bool:
     """Whether there are arrays of an extraction in a folder, whatever became of its zarr.json."""
     flags = folder / "committed"
-    return flags.is_dir() and _kind(flags) in ("array", "unreadable", "nothing")
+    return flags.occupied() and _kind(flags) in ("array", "unreadable", "nothing")
 
 
-def _may_be_extraction(folder: Path) -> bool:
+def _may_be_extraction(folder: Place) -> bool:
     """Whether an extraction lies there, or something whose metadata cannot be read."""
     return _kind(folder) in ("extraction", "unreadable")
 
 
-def _kind(folder: Path) -> Literal["extraction", "unreadable", "group", "array", "nothing"]:
+def _kind(folder: Place) -> Literal["extraction", "unreadable", "group", "array", "nothing"]:
     """What lies in a folder, as far as its zarr.json tells; it need not be sound."""
     try:
-        document = json.loads((folder / "zarr.json").read_bytes())
+        document = json.loads((folder / "zarr.json").read())
         if document["node_type"] == "array":
             return "array"
         return "extraction" if {*document["attributes"]} - {"header"} else "group"
@@ -635,11 +699,10 @@ def _kind(folder: Path) -> Literal["extraction", "unreadable", "group", "array",
         return "unreadable"
 
 
-def _names_below(folder: Path, prefix: str = "") -> Iterator[tuple[str, bool]]:
+def _names_below(folder: Place, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """(name, whether its metadata can be read) of every extraction, and of what may be one, below a folder."""
-    for child in folder.iterdir() if folder.is_dir() else ():
-        kind = _kind(child)
-        if child.name.startswith(".") or kind in ("nothing", "array"):
+    for child in folder.folders():
+        if child.name.startswith(".") or (kind := _kind(child)) in ("nothing", "array"):
             continue
         below = () if kind == "extraction" else _names_below(child, f"{prefix}{child.name}/")
         if kind != "group":

@@ -18,7 +18,7 @@ from _estimator_data import FakeFeatures
 from joblib import Parallel, delayed
 
 from estimators import cache
-from estimators.cache import Codec, cache_directory, cached, fingerprint, problem_key
+from estimators.cache import Codec, Files, cache_place, cached, fingerprint, problem_key
 from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.matrix import open_features
 from h2t_store.store import FeatureStore
@@ -133,51 +133,59 @@ def test_a_key_depends_on_every_part_and_on_where_parts_end():
 
 def test_the_folder_is_that_given_or_that_of_joblibs_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cache_directory(None) is None
-    assert cache_directory(joblib.Memory(None)) is None
-    assert cache_directory(str(tmp_path / "a")) == cache_directory(tmp_path / "a") == tmp_path / "a"
-    assert cache_directory("a/../b") == tmp_path / "b"
-    kept = cache_directory(joblib.Memory(tmp_path / "m", verbose=0))
+    assert cache_place(None) is None
+    assert cache_place(joblib.Memory(None)) is None
+    assert cache_place(str(tmp_path / "a")) == cache_place(tmp_path / "a") == Files(tmp_path / "a")
+    assert cache_place("a/../b") == Files(tmp_path / "b")
+    kept = cache_place(joblib.Memory(tmp_path / "m", verbose=0)).folder
     assert kept.is_absolute()
     assert kept.is_relative_to(tmp_path / "m")
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("memory", ["", 3, 0, False, True, b"folder", ["folder"], object(), np.zeros(2)])
+URLS = ["s3://bucket", "s3://key:secret@bucket/x", "http://host/x", "s3://bucket/x?token=secret"]
+
+
+@pytest.mark.parametrize("memory", ["", 3, 0, False, True, b"folder", ["folder"], object(), np.zeros(2), *URLS])
 def test_what_is_no_folder_is_refused_by_name(memory):
-    with pytest.raises(ValueError, match=r"memory must be None, a folder, or a joblib\.Memory"):
-        cache_directory(memory)
+    with pytest.raises(ValueError, match=r"memory must be None, a folder, a URL .* or a joblib\.Memory") as told:
+        cache_place(memory)
+    assert "key:secret" not in str(told.value)
 
 
 def test_a_memory_that_is_not_local_is_refused(tmp_path):
     memory = joblib.Memory(tmp_path, verbose=0)
     memory.backend = "s3"
     with pytest.raises(ValueError, match="memory must be None"):
-        cache_directory(memory)
+        cache_place(memory)
 
 
 def test_what_is_kept_is_returned_and_not_solved_again(tmp_path):
     folder = tmp_path / "not" / "yet"
-    solved = cached(folder, "k", CODEC, lambda _: True, lambda stored: SOLUTION if stored is None else refuse(stored))
+    solved = cached(
+        Files(folder), "k", CODEC, lambda _: True, lambda stored: SOLUTION if stored is None else refuse(stored)
+    )
     np.testing.assert_array_equal(solved, SOLUTION)
-    np.testing.assert_array_equal(cached(folder, "k", CODEC, lambda _: True, refuse), SOLUTION)
-    other = cached(folder, "other", CODEC, lambda _: True, lambda _: -SOLUTION)
+    np.testing.assert_array_equal(cached(Files(folder), "k", CODEC, lambda _: True, refuse), SOLUTION)
+    other = cached(Files(folder), "other", CODEC, lambda _: True, lambda _: -SOLUTION)
     np.testing.assert_array_equal(other, -SOLUTION)
-    np.testing.assert_array_equal(cached(folder, "k", CODEC, lambda _: True, refuse), SOLUTION)
+    np.testing.assert_array_equal(cached(Files(folder), "k", CODEC, lambda _: True, refuse), SOLUTION)
     assert files(folder) == ["k.npz", "other.npz"]
 
 
 def test_what_is_not_enough_is_completed_and_replaced(tmp_path):
-    cached(tmp_path, "k", CODEC, lambda _: True, lambda _: SOLUTION[:10])
+    cached(Files(tmp_path), "k", CODEC, lambda _: True, lambda _: SOLUTION[:10])
     given = []
-    solved = cached(tmp_path, "k", CODEC, lambda s: len(s) == 500, lambda stored: given.append(stored) or SOLUTION)
+    solved = cached(
+        Files(tmp_path), "k", CODEC, lambda s: len(s) == 500, lambda stored: given.append(stored) or SOLUTION
+    )
     np.testing.assert_array_equal(given, [SOLUTION[:10]])
     np.testing.assert_array_equal(solved, SOLUTION)
-    np.testing.assert_array_equal(cached(tmp_path, "k", CODEC, lambda s: len(s) == 500, refuse), SOLUTION)
+    np.testing.assert_array_equal(cached(Files(tmp_path), "k", CODEC, lambda s: len(s) == 500, refuse), SOLUTION)
 
 
 def whole_file(folder):
-    cached(folder, "k", CODEC, lambda _: True, lambda _: SOLUTION)
+    cached(Files(folder), "k", CODEC, lambda _: True, lambda _: SOLUTION)
     return folder / "k.npz"
 
 
@@ -221,12 +229,12 @@ def test_a_damaged_file_is_computed_again_and_replaced(tmp_path, damage):
     damage(file)
     with pytest.warns(UserWarning, match=r"k\.npz cannot be used .* and is computed again"):
         solved = cached(
-            tmp_path, "k", CODEC, lambda _: True, lambda stored: SOLUTION if stored is None else refuse(stored)
+            Files(tmp_path), "k", CODEC, lambda _: True, lambda stored: SOLUTION if stored is None else refuse(stored)
         )
     np.testing.assert_array_equal(solved, SOLUTION)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_array_equal(cached(tmp_path, "k", CODEC, lambda _: True, refuse), SOLUTION)
+        np.testing.assert_array_equal(cached(Files(tmp_path), "k", CODEC, lambda _: True, refuse), SOLUTION)
     assert files(tmp_path) == ["k.npz"]
 
 
@@ -241,7 +249,7 @@ def test_no_changed_byte_of_a_file_gives_another_solution_or_an_error(tmp_path, 
         for at in positions:
             put(file, changed(content, at, mask))
             try:
-                solved = cached(tmp_path, "k", CODEC, lambda _: True, lambda _: SOLUTION)
+                solved = cached(Files(tmp_path), "k", CODEC, lambda _: True, lambda _: SOLUTION)
                 if not np.array_equal(solved, SOLUTION):
                     failed.append((at, "another solution"))
             except Exception as error:
@@ -256,7 +264,7 @@ def test_objects_in_a_file_are_never_unpickled(tmp_path):
 
     save(tmp_path / "k.npz", a=np.array([Bomb()], dtype=object), b=SOLUTION)
     with pytest.warns(UserWarning, match="computed again"):
-        cached(tmp_path, "k", CODEC, lambda _: True, lambda _: SOLUTION)
+        cached(Files(tmp_path), "k", CODEC, lambda _: True, lambda _: SOLUTION)
     assert files(tmp_path) == ["k.npz"]
 
 
@@ -265,7 +273,7 @@ def test_a_folder_that_cannot_be_made_warns_and_solves(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.warns(UserWarning, match="What was solved is not kept: memory='.*file.*' cannot be written to"):
-            solved = cached(folder, "k", CODEC, lambda _: True, lambda _: SOLUTION)
+            solved = cached(Files(folder), "k", CODEC, lambda _: True, lambda _: SOLUTION)
         np.testing.assert_array_equal(solved, SOLUTION)
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -279,10 +287,10 @@ def test_a_folder_that_cannot_be_written_to_still_gives_what_it_holds(tmp_path, 
     monkeypatch.setattr(cache.FileLock, "acquire", denied)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_array_equal(cached(tmp_path, "k", CODEC, lambda _: True, refuse), SOLUTION)
+        np.testing.assert_array_equal(cached(Files(tmp_path), "k", CODEC, lambda _: True, refuse), SOLUTION)
     given = []
     with pytest.warns(UserWarning, match=r"cannot be written to \(Permission denied\)"):
-        cached(tmp_path, "k", CODEC, lambda _: False, lambda stored: given.append(stored) or SOLUTION)
+        cached(Files(tmp_path), "k", CODEC, lambda _: False, lambda stored: given.append(stored) or SOLUTION)
     np.testing.assert_array_equal(given, [SOLUTION])
 
 
@@ -298,15 +306,17 @@ def test_saving_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
     monkeypatch.setattr(np, "savez", fail)
     if isinstance(error, OSError):
         with pytest.warns(UserWarning, match=r"cannot be written to \(No space left on device\)"):
-            solved = cached(tmp_path, "k", CODEC, lambda _: False, lambda _: -SOLUTION)
+            solved = cached(Files(tmp_path), "k", CODEC, lambda _: False, lambda _: -SOLUTION)
         np.testing.assert_array_equal(solved, -SOLUTION)
     else:
         with pytest.raises(type(error)):
-            cached(tmp_path, "k", CODEC, lambda _: False, lambda _: -SOLUTION)
+            cached(Files(tmp_path), "k", CODEC, lambda _: False, lambda _: -SOLUTION)
     assert files(tmp_path) == ["k.npz"]
     assert file.read_bytes() == before
     monkeypatch.undo()
-    np.testing.assert_array_equal(cached(tmp_path, "k", CODEC, lambda s: s[1] < 0, lambda _: -SOLUTION), -SOLUTION)
+    np.testing.assert_array_equal(
+        cached(Files(tmp_path), "k", CODEC, lambda s: s[1] < 0, lambda _: -SOLUTION), -SOLUTION
+    )
 
 
 def test_solving_that_fails_leaves_nothing_and_blocks_nobody(tmp_path):
@@ -314,10 +324,12 @@ def test_solving_that_fails_leaves_nothing_and_blocks_nobody(tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cached(tmp_path, "k", CODEC, lambda _: True, fail)
+        cached(Files(tmp_path), "k", CODEC, lambda _: True, fail)
     assert files(tmp_path) == []
     with ThreadPoolExecutor(1) as other:
-        solved = other.submit(cached, tmp_path, "k", CODEC, lambda _: True, lambda _: SOLUTION).result(timeout=60)
+        solved = other.submit(cached, Files(tmp_path), "k", CODEC, lambda _: True, lambda _: SOLUTION).result(
+            timeout=60
+        )
     np.testing.assert_array_equal(solved, SOLUTION)
 
 
@@ -338,7 +350,7 @@ def test_threads_that_ask_at_once_solve_once(tmp_path, monkeypatch):
         return SOLUTION
 
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(cached, tmp_path, "k", CODEC, lambda _: True, solve) for _ in range(3)]
+        asked = [pool.submit(cached, Files(tmp_path), "k", CODEC, lambda _: True, solve) for _ in range(3)]
         results = [future.result(timeout=600) for future in asked]
     assert len(solved) == 1
     for result in results:
@@ -348,10 +360,10 @@ def test_threads_that_ask_at_once_solve_once(tmp_path, monkeypatch):
 def test_other_problems_are_solved_meanwhile(tmp_path):
     def outer(_):
         with ThreadPoolExecutor(1) as pool:
-            inner = pool.submit(cached, tmp_path, "inner", CODEC, lambda _: True, lambda _: -SOLUTION)
+            inner = pool.submit(cached, Files(tmp_path), "inner", CODEC, lambda _: True, lambda _: -SOLUTION)
             return -inner.result(timeout=60)
 
-    np.testing.assert_array_equal(cached(tmp_path, "outer", CODEC, lambda _: True, outer), SOLUTION)
+    np.testing.assert_array_equal(cached(Files(tmp_path), "outer", CODEC, lambda _: True, outer), SOLUTION)
 
 
 def add_line(file, text):
@@ -373,7 +385,7 @@ def ask(folder, log):
         return len(solution) == 500
 
     add_line(log / "asked", os.getpid())
-    return cached(folder, "k", Codec(_pack, _unpack), enough, solve)
+    return cached(Files(folder), "k", Codec(_pack, _unpack), enough, solve)
 
 
 def _pack(solution):
@@ -396,7 +408,7 @@ KILLED = """
 import os, sys
 import numpy as np
 from pathlib import Path
-from estimators.cache import Codec, cached
+from estimators.cache import Codec, Files, cached
 
 def die(stream, **arrays):
     stream.write(b"PK half a file")
@@ -405,7 +417,7 @@ def die(stream, **arrays):
 
 np.savez = die
 codec = Codec(lambda solution: {"a": solution}, lambda arrays: arrays["a"])
-cached(Path(sys.argv[1]), "k", codec, lambda _: True, lambda _: np.ones(3))
+cached(Files(Path(sys.argv[1])), "k", codec, lambda _: True, lambda _: np.ones(3))
 """
 
 
@@ -416,6 +428,6 @@ def test_a_writer_that_was_killed_blocks_nobody_and_leaves_no_half_file(tmp_path
     assert not (tmp_path / "k.npz").exists()
     with ThreadPoolExecutor(1) as pool, warnings.catch_warnings():
         warnings.simplefilter("error")
-        solved = pool.submit(cached, tmp_path, "k", CODEC, lambda _: True, lambda _: SOLUTION).result(timeout=60)
+        solved = pool.submit(cached, Files(tmp_path), "k", CODEC, lambda _: True, lambda _: SOLUTION).result(timeout=60)
     np.testing.assert_array_equal(solved, SOLUTION)
-    np.testing.assert_array_equal(cached(tmp_path, "k", CODEC, lambda _: True, refuse), SOLUTION)
+    np.testing.assert_array_equal(cached(Files(tmp_path), "k", CODEC, lambda _: True, refuse), SOLUTION)

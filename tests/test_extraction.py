@@ -272,7 +272,7 @@ def test_blocks_cover_every_row_once_with_little_padding(monkeypatch, n, row_byt
     assert rows % 16 == 0
     assert rows <= 512
     assert rows == 16 or rows * row_bytes <= 128 << 20
-    plan = list(blocks.plan(n, rows))
+    plan = list(blocks.Plan(n, rows))
     assert [row for block in plan for row in range(block.start, block.stop)] == list(range(n))
     assert len(plan) * rows - n < 16 * len(plan)
     for batch_size in (1, 7, 1000):

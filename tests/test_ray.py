@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import MODELS
+from object_server import serving
 
 from h2t_store import extract
 from h2t_store.engines import blocks
 from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
+from h2t_store.places import open_place
 from h2t_store.store import FeatureStore
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.skipif("H2T_RAY_TESTS" not in os.environ, reason="starts a Ray cluster: set H2T_RAY_TESTS=1")
 
 MODEL = f"{MODELS}:small_input"
 MORTAL = """
@@ -225,6 +226,35 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, folder, monkeypatch, 
     with pytest.raises(H2TError, match=r"ray_address '127\.0\.0\.1:1': \[Errno 111\] Connection refused"):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x", engine="ray", ray_address="127.0.0.1:1")
     assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server some of whose requests fail."""
+    pytest.importorskip("moto")
+    with serving() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def test_workers_write_into_a_bucket_whose_requests_fail(s3, tmp_path, folder):
+    """In a cluster that starts here, as workers have the environment of the node that they are on."""
+    common = dict(model=mortal(tmp_path, lives=1), batch_size=4, name="x")
+    on_ray = dict(store="s3://bucket/s", engine="ray", ray_address="local", workers=1)
+    s3.rate = 0.05
+    script = f"""
+from h2t_store import extract
+from h2t_store.engines import blocks
+blocks._ROWS_OF_FEW = 16
+extract({str(folder)!r}, **{common | on_ray!r})
+"""
+    subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT | s3.environment, check=True, timeout=600)
+    s3.rate = 0.0
+    extract(folder, store=tmp_path / "whole", **common)
+    place = open_place("s3://bucket/s/x")
+    assert {path: (place / path).read() for path, _ in place.files()} == tree(tmp_path / "whole", "x")
+    assert not any((tmp_path / "lives").iterdir())
 
 
 def test_a_search_is_the_same_on_a_cluster(cluster, tmp_path, folder):

@@ -232,15 +232,24 @@ def test_a_store_whose_making_was_interrupted_is_made(tmp_path):
     assert FeatureStore(tmp_path / "s").names() == ["pets/train"]
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/s", "memory://s", "file:///s", ""])
-def test_addresses_that_are_no_local_folder_are_refused(address):
-    with raises_with("accepted is the path of a local folder"):
+@pytest.mark.parametrize(
+    "address", ["file:///s", "http://host/s", "s3://", "s3://bucket", "memory://", Path("s3://b/s"), ""]
+)
+def test_addresses_that_are_neither_a_folder_nor_a_url_are_refused(address):
+    with raises_with("accepted is a folder, or a URL"):
         FeatureStore(address, create=True)
+
+
+@pytest.mark.parametrize("address", ["s3://key:secret@bucket/s", "s3://bucket/s?token=secret", "s3://bucket/s#secret"])
+def test_a_url_that_holds_a_secret_is_refused_and_not_repeated(address):
+    with pytest.raises(StoreError, match="credentials and options go into the environment") as told:
+        FeatureStore(address, create=True)
+    assert "secret" not in str(told.value)
 
 
 def test_what_a_crash_during_creation_leaves_is_replaced(tmp_path):
     store = FeatureStore(tmp_path / "s", create=True)
-    zarr.open_group(store.path).create_group("pets/train").create_array("y", shape=(3,), dtype="int64")
+    zarr.open_group(tmp_path / "s").create_group("pets/train").create_array("y", shape=(3,), dtype="int64")
     assert store.names() == []
     fill(tmp_path / "s")
     assert store.names() == ["pets/train"]

@@ -1,10 +1,14 @@
 """Which rows are computed and committed together."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["RowBlock", "batches", "plan", "rows_per_block"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Plan", "RowBlock", "batches", "rows_per_block"]
 
 _FEW_SAMPLES = 16384
 _ROWS_OF_FEW, _ROWS_OF_MANY = 512, 2048
@@ -33,10 +37,34 @@ def rows_per_block(n_samples: int, row_bytes: int) -> int:
     return -(-even // _ROW_STEP) * _ROW_STEP
 
 
-def plan(n_samples: int, rows: int) -> Iterator[RowBlock]:
-    """All row blocks in order; the last one may be short."""
-    for number, start in enumerate(range(0, n_samples, rows)):
-        yield RowBlock(number, start, min(start + rows, n_samples))
+@dataclass(frozen=True)
+class Plan:
+    """Row blocks in order, made while they are gone through: a billion images take no more memory than a thousand.
+
+    Attributes
+    ----------
+    n_samples, height : int
+        Rows in all, and of each block; the last block may be shorter.
+    numbers : sequence of int, optional
+        Which blocks; by default all.
+    known : int
+        Blocks leave out this many first rows, which are there already.
+    """
+
+    n_samples: int
+    height: int
+    numbers: Sequence[int] | NDArray[np.int64] | None = None
+    known: int = 0
+
+    def __iter__(self) -> Iterator[RowBlock]:
+        for number in range(-(-self.n_samples // self.height)) if self.numbers is None else map(int, self.numbers):
+            stop = min((number + 1) * self.height, self.n_samples)
+            yield RowBlock(number, max(number * self.height, min(self.known, stop)), stop)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all blocks together."""
+        return sum(block.stop - block.start for block in self)
 
 
 def batches(blocks: Iterable[RowBlock], batch_size: int, segments: Sequence[int] = ()) -> Iterator[range]:

@@ -1,19 +1,19 @@
 """The processes that share an extraction: one, or as many as ``torchrun`` started, each with a device of its own."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from h2t_store.errors import H2TError
 
 __all__ = ["ALONE", "Ranks", "ranks"]
 
-T = TypeVar("T")
 _PATIENCE = timedelta(days=7)
 
 
@@ -35,9 +35,9 @@ class Ranks:
         """Whether this process does what is to be done once."""
         return self.rank == 0
 
-    def share(self, work: Sequence[T]) -> Sequence[T]:
+    def share(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The part of some work that is this process's."""
-        return work[self.rank :: self.size]
+        return numbers[self.rank :: self.size]
 
     def meet(self) -> None:
         """Wait for the others; raises `H2TError` where one of them ended."""

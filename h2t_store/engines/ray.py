@@ -9,10 +9,11 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.machinery import PathFinder
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
@@ -24,6 +25,7 @@ from h2t_store.engines import local
 from h2t_store.engines.blocks import RowBlock
 from h2t_store.engines.interface import Forward
 from h2t_store.errors import H2TError, StoppedError, one_line
+from h2t_store.places import Place
 from h2t_store.store import Extraction
 
 try:
@@ -103,7 +105,7 @@ class _Desk:
 class _Reported(Extraction):
     """An extraction that tells a desk of each block that is committed."""
 
-    def __init__(self, folder: Path, where: str, desk: _Desk) -> None:
+    def __init__(self, folder: Place, where: str, desk: _Desk) -> None:
         super().__init__(folder, where)
         self._desk = desk
 
@@ -118,8 +120,8 @@ class _Work:
 
     forward: Forward
     source: Source
-    place: tuple[Path, str]
-    before: tuple[Path, str] | None
+    place: tuple[Place, str]
+    before: tuple[Place, str] | None
     batch_size: int
     on_error: Literal["raise", "skip"]
     num_cpus: int
@@ -209,7 +211,7 @@ class Cluster:
             work = ray.put(_Work(forward, source, place, old, batch_size, on_error, num_cpus))
             team = _Team(lambda: ray.remote(_Worker).options(**options).remote(), work, extraction, progress)
             try:
-                team.compute(deque(blocks), workers, stopped)
+                team.compute(blocks, workers, stopped)
             finally:
                 team.dismiss()
 
@@ -224,6 +226,28 @@ class Cluster:
         return workers, max(1, min(sum(cpus) // workers, *cpus))
 
 
+class _Pending:
+    """Blocks that nobody has been given: those that were given back, then the rest of the plan as it comes."""
+
+    def __init__(self, blocks: Iterable[RowBlock]) -> None:
+        self._next: deque[RowBlock] = deque()
+        self._plan = iter(blocks)
+
+    def up_to(self, n: int) -> int:
+        """How many there are, as far as ``n``."""
+        self._next.extend(islice(self._plan, max(0, n - len(self._next))))
+        return min(n, len(self._next))
+
+    def __bool__(self) -> bool:
+        return self.up_to(1) > 0
+
+    def take(self) -> RowBlock:
+        return self._next.popleft()
+
+    def give_back(self, blocks: Sequence[RowBlock]) -> None:
+        self._next.extendleft(reversed(blocks))
+
+
 class _Team:
     """The workers of one extraction, those who died replaced."""
 
@@ -232,14 +256,14 @@ class _Team:
     ) -> None:
         self._hire, self._work, self._extraction, self._progress = hire, work, extraction, progress
         self._calls: dict[Any, tuple[_Member, bool]] = {}  # by what Ray will answer; whether that is the end of it
-        self._pending: deque[RowBlock] = deque()
+        self._pending = _Pending(())
         self._deaths = 0
 
-    def compute(self, pending: deque[RowBlock], size: int, stopped: Callable[[], bool]) -> None:
+    def compute(self, blocks: Iterable[RowBlock], size: int, stopped: Callable[[], bool]) -> None:
         """Have all blocks committed, in any order."""
-        self._pending, most_deaths = pending, _DEATHS_OF_EACH * size
+        self._pending, most_deaths = _Pending(blocks), _DEATHS_OF_EACH * size
         waited, ending = 0.0, False
-        for _ in range(min(size, len(pending))):
+        for _ in range(self._pending.up_to(size)):
             self._add()
         while self._calls and (self._pending or self._given()):
             ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=_NEWS_SECONDS)
@@ -296,7 +320,7 @@ class _Team:
         self._settle(member, news.committed)
         block = None
         if news.hungry and not member.ended:
-            block = self._pending.popleft() if self._pending and not ending else None
+            block = self._pending.take() if self._pending and not ending else None
             member.ended = block is None
         if block is not None:
             member.given[block.number] = block
@@ -314,7 +338,7 @@ class _Team:
         self._dismiss(member)
         self._settle(member, [number for number in member.given if self._extraction.is_committed(number)])
         self._progress(-member.images)
-        self._pending.extendleft(reversed(member.given.values()))
+        self._pending.give_back(list(member.given.values()))
 
 
 def _logged(function: Callable[..., T], args: Any, kwargs: Any) -> tuple[T, list[tuple[int, str]]]:

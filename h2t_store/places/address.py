@@ -1,0 +1,54 @@
+"""From the address of a store to its place."""
+
+import os
+import re
+from pathlib import Path
+
+from h2t_store.errors import StoreError
+from h2t_store.places.bucket import Bucket
+from h2t_store.places.disk import Disk
+from h2t_store.places.interface import Place
+
+__all__ = ["is_url", "open_place"]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has lost one of the slashes
+_BUCKETS = re.compile(r"(s3|gs|az)://[^/]+/.*[^/]|memory://[^/].*")
+
+
+def is_url(address: str | os.PathLike[str]) -> bool:
+    """Whether an address is that of an object store."""
+    return isinstance(address, str) and _URL.match(address) is not None
+
+
+def open_place(address: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Place:
+    """Where a store of this address lies.
+
+    Parameters
+    ----------
+    address : path-like or str
+        A folder, or ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, ``az://CONTAINER/PATH`` or ``memory://NAME``. Where the
+        server is and who may use it stands in the environment, under the names of the clients of S3 and so on.
+    cache : path-like, optional
+        Folder for copies of what is read from an object store.
+
+    Raises
+    ------
+    StoreError
+        Where it is neither, or says what is secret.
+    """
+    text = os.fspath(address)
+    if not _URL.match(text):
+        if not text:
+            raise StoreError("store '': accepted is a folder, or a URL such as 's3://bucket/features.zarr'")
+        return Disk(Path(os.path.abspath(text)))
+    if any(mark in text for mark in "@?#"):
+        raise StoreError("store: a URL with '@', '?' or '#' in it; credentials and options go into the environment")
+    url = text.rstrip("/")
+    if not isinstance(address, str) or not _BUCKETS.fullmatch(url):
+        raise StoreError(
+            f"store {text!r}: accepted is a folder, or a URL (a str): s3://BUCKET/PATH, gs://BUCKET/PATH, "
+            "az://CONTAINER/PATH, memory://NAME"
+        )
+    place = Bucket(url, cache=None if cache is None else Path(os.path.abspath(cache)))
+    place.require_client()
+    return place

@@ -1,0 +1,525 @@
+"""Stores in an object store: the same bytes as on a disk, whatever of the requests fails and whoever dies."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import zarr
+from conftest import MODELS
+from object_server import KEY, SECRET, serving
+
+from h2t_store import extract, open_features, repair
+from h2t_store.engines import blocks
+from h2t_store.errors import DamagedError, H2TError, IncompleteError, StoppedError, StoreError
+from h2t_store.integrity import verify
+from h2t_store.places import leases, open_place
+from h2t_store.places.bucket import Bucket
+from h2t_store.store import Extraction, FeatureStore
+
+pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+MODEL = f"{MODELS}:small_input"
+COMMON = dict(model=MODEL, batch_size=4, workers=0)
+N_BLOCKS = 3
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """The server, sound, and the environment that leads there."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    server.rate, server.failed = 0.0, 0
+    server.seen.clear()
+    yield server
+    server.rate = 0.0
+
+
+@pytest.fixture
+def store(s3, tmp_path):
+    """Address of a store that is not there yet."""
+    return f"s3://bucket/{tmp_path.name}/features.zarr"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+
+
+@pytest.fixture
+def local(tmp_path, folder):
+    """The same extraction on a disk."""
+    extract(folder, store=tmp_path / "local", name="a/x", **COMMON)
+    return tmp_path / "local"
+
+
+def tree(place: Bucket) -> dict[str, bytes]:
+    return {path: (place / path).read() for path, _ in place.files()}
+
+
+def local_tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(store: str, local: Path, name: str = "a/x") -> bool:
+    return tree(open_place(store) / name) == local_tree(local / name)
+
+
+def chunks_of(matrix) -> int:
+    return sum(layer.n_chunks for layer in matrix.layers)
+
+
+@pytest.mark.parametrize("address", ["memory", "s3"])
+def test_the_same_objects_as_files_on_a_disk(store, folder, local, address):
+    store = f"memory://{store}" if address == "memory" else store
+    matrix = extract(folder, store=store, name="a/x", **COMMON)
+    assert same(store, local)
+    np.testing.assert_array_equal(np.asarray(matrix), np.asarray(open_features(local, "a/x")))
+    again = open_features(store, "a/x")[[3, 1]]
+    np.testing.assert_array_equal(again, np.asarray(matrix)[[3, 1]])
+    assert again.sample_ids.tolist() == matrix.sample_ids[[3, 1]].tolist()
+    opened = FeatureStore(store)
+    assert opened.names() == ["a/x"]
+    assert opened.open("a/x").stored_bytes() == FeatureStore(local).open("a/x").stored_bytes()
+    assert not list(verify(opened, "a/x"))
+
+
+def test_zarr_reads_it(store, folder):
+    from obstore.store import from_url
+    from zarr.storage import ObjectStore
+
+    matrix = extract(folder, store=store, name="a/x", **COMMON)
+    group = zarr.open_group(ObjectStore(from_url(store)), path="a/x", mode="r")
+    layer = matrix.layers[-1]
+    read = group[f"features/{layer.name}"][:]
+    np.testing.assert_array_equal(read.astype(np.float32), np.asarray(matrix)[:, layer.start : layer.stop])
+    assert group["committed"][:].tolist() == [1] * N_BLOCKS
+
+
+def test_a_row_block_takes_a_request_for_each_chunk_and_three(s3, store, folder):
+    matrix = extract(folder, store=store, name="x", **COMMON)
+    counted = Counter()
+    for method, path in s3.seen:
+        parts = path.split("/c/")
+        if len(parts) == 2 and not path.endswith((".zarr/x/y/c/0", ".zarr/x/sample_ids/c/0")):
+            counted[method, parts[1].split("/")[0]] += 1
+    assert counted == {("PUT", str(block)): chunks_of(matrix) + 3 for block in range(N_BLOCKS)}
+
+
+def test_requests_that_fail_change_nothing(s3, store, folder, local):
+    s3.rate = 0.15
+    matrix = extract(folder, store=store, name="a/x", **COMMON)
+    np.testing.assert_array_equal(np.asarray(matrix), np.asarray(open_features(local, "a/x")))
+    assert not list(verify(FeatureStore(store), "a/x"))
+    assert s3.failed > 5
+    s3.rate = 0.0
+    assert same(store, local)
+
+
+def test_images_that_are_skipped_are_told(store, folder, tmp_path):
+    (folder / "a/04.png").write_text("no image")
+    matrix = extract(folder, store=store, name="a/x", on_error="skip", **COMMON)
+    extract(folder, store=tmp_path / "local", name="a/x", on_error="skip", **COMMON)
+    assert same(store, tmp_path / "local")
+    assert [sample for sample, _ in matrix.failures] == ["a/04.png"]
+    assert len(matrix) == 39
+    open_place(store).__truediv__("a/x/failures/c/0").remove()
+    with pytest.raises(DamagedError, match="0 samples were skipped, not 1"):
+        open_features(store, "a/x")
+    assert [damage.path for damage in verify(FeatureStore(store), "a/x")] == ["a/x/failures/c/0"]
+
+
+def test_what_was_stopped_is_continued_without_reading_it_again(s3, store, folder, local):
+    with pytest.raises(StoppedError):
+        extract(folder, store=store, name="a/x", stopped=lambda: True, **COMMON)
+    with pytest.raises(IncompleteError, match=r"1 of 3 row blocks|2 of 3 row blocks"):
+        open_features(store, "a/x")
+    s3.seen.clear()
+    extract(folder, store=store, name="a/x", **COMMON)
+    assert not [path for method, path in s3.seen if method == "GET" and "/features/" in path and "/c/" in path]
+    assert same(store, local)
+
+
+def test_a_chunk_that_was_lost_is_computed_again(store, folder, local):
+    with pytest.raises(StoppedError):
+        extract(folder, store=store, name="a/x", stopped=lambda: True, **COMMON)
+    layer = FeatureStore(store).open("a/x").header.layers[0].name
+    (open_place(store) / f"a/x/features/{layer}/c/0/0").remove()
+    extract(folder, store=store, name="a/x", **COMMON)
+    assert same(store, local)
+
+
+def killed(command: str) -> int:
+    environment = os.environ | ENVIRONMENT
+    return subprocess.run([sys.executable, "-c", command], env=environment, check=False, timeout=300).returncode
+
+
+def test_a_process_that_is_killed_leaves_what_is_finished_at_once(store, folder, local):
+    command = f"""
+import os, signal
+from h2t_store import extract
+from h2t_store.engines import blocks
+from h2t_store.store import Extraction
+blocks._ROWS_OF_FEW = 16
+commit = Extraction._commit
+def kill(self, block, crcs):
+    if block == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(self, block, crcs)
+Extraction._commit = kill
+extract({str(folder)!r}, store={store!r}, name="a/x", **{COMMON!r})
+"""
+    assert killed(command) == -signal.SIGKILL
+    assert FeatureStore(store).open("a/x").committed().tolist() == [True, False, False]
+    extract(folder, store=store, name="a/x", **COMMON)
+    assert same(store, local)
+    assert not list((open_place(store) / ".locks").files())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Locks that are taken over soon."""
+    monkeypatch.setattr(leases, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(leases, "_LOOK_SECONDS", 0.02)
+
+
+def test_two_writers_are_kept_apart(store, quick, monkeypatch):
+    first, second = FeatureStore(store, create=True), FeatureStore(store)
+    with first.lock("x"):
+        with pytest.raises(StoreError, match=f"x is being written by process {os.getpid()} on "), second.lock("x"):
+            pass
+        with second.lock("y"):
+            pass
+        monkeypatch.setattr(leases, "_machine", lambda: "another")  # which cannot see whether the process lives
+        with pytest.raises(StoreError, match=f"x is being written by process {os.getpid()} on "), second.lock("x"):
+            pass
+    with second.lock("x"):
+        pass
+    assert not list((open_place(store) / ".locks").files())
+
+
+def test_the_lock_of_a_machine_that_fell_silent_is_taken_over_and_it_learns_of_that(store, quick, monkeypatch):
+    first, second = FeatureStore(store, create=True), FeatureStore(store)
+    woken = threading.Event()
+    with first.lock("x") as lost:
+        real = Bucket.write_whole
+        monkeypatch.setattr(Bucket, "write_whole", lambda *args, **kw: woken.wait() and real(*args, **kw))
+        monkeypatch.setattr(leases, "_machine", lambda: "another")
+        with ExitStack() as stack:
+            taken = threading.Thread(target=lambda: stack.enter_context(second.lock("x")))
+            taken.start()
+            while not (open_place(store) / ".locks/x/2").exists():
+                pass
+            woken.set()
+            taken.join()
+            while not lost():
+                pass
+            assert (open_place(store) / ".locks/x/2").exists()
+    assert not list((open_place(store) / ".locks").files())
+
+
+def test_of_many_who_take_over_at_most_one_holds_the_lock(store, quick):
+    place = Bucket(f"memory://{store}", ".locks/x")
+    for round_ in range(15):
+        stale = {"id": f"stale{round_}", "who": "one that died", "machine": leases._machine(), "process": "0 0"}
+        (place / "1").write_whole(json.dumps(stale).encode())
+        holding, most, winners = [], [], []
+        gate = threading.Barrier(6)
+
+        def contend(number, holding=holding, most=most, winners=winners, gate=gate):
+            gate.wait()
+            try:
+                with leases.lease(place, str(number)):
+                    holding.append(number)
+                    most.append(len(holding))
+                    winners.append(number)
+                    holding.remove(number)
+            except leases.LockedError:
+                pass
+
+        threads = [threading.Thread(target=contend, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(most, default=0) <= 1
+        for path, _ in list(place.files()):
+            (place / path).remove()
+
+
+def test_a_job_that_lost_its_lock_stops(store, folder, quick, monkeypatch):
+    monkeypatch.setattr(leases, "_holder", lambda place, number: {})
+    write = Extraction.write_block
+
+    def slow(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        threading.Event().wait(0.3)
+
+    monkeypatch.setattr(Extraction, "write_block", slow)
+    with pytest.raises(StoreError, match="another process took the lock over"):
+        extract(folder, store=store, name="x", **COMMON)
+
+
+def extended(folder: Path) -> None:
+    for i, path in enumerate(sorted(folder.glob("a/*"))[:5]):
+        (folder / f"b/new{i}.png").write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("crash_after", [None, 0, 3, 20])
+def test_an_extraction_is_extended_whenever_it_crashes(store, folder, local, monkeypatch, crash_after):
+    extract(folder, store=store, name="a/x", **COMMON)
+    extended(folder)
+    extract(folder, store=local, name="a/x", append=True, **COMMON)
+    if crash_after is not None:
+        take, calls = Bucket.take, []
+
+        def crashing(self, other):
+            if ".append" not in self.key:
+                calls.append(self.key)
+                if len(calls) > crash_after:
+                    raise KeyboardInterrupt
+            take(self, other)
+
+        monkeypatch.setattr(Bucket, "take", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            extract(folder, store=store, name="a/x", append=True, **COMMON)
+        monkeypatch.setattr(Bucket, "take", take)
+        assert len(open_features(store, "a/x")) == 45
+    extract(folder, store=store, name="a/x", append=True, **COMMON)
+    assert same(store, local)
+    assert {path.split("/")[0] for path, _ in open_place(store).files()} == {"zarr.json", "a"}
+
+
+def test_what_is_being_extended_is_left_to_who_does(store, folder, monkeypatch):
+    extract(folder, store=store, name="a/x", **COMMON)
+    extended(folder)
+    found = []
+    take = Bucket.take
+
+    def look(self, other):
+        if self.key == "a/x/zarr.json":
+            found.append(FeatureStore(store).find("a/x"))
+        take(self, other)
+
+    monkeypatch.setattr(Bucket, "take", look)
+    extract(folder, store=store, name="a/x", append=True, **COMMON)
+    assert found == [None]
+
+
+def test_removal_takes_it_away_at_once_and_a_crash_amid_leaves_nothing_in_the_way(store, folder, local, monkeypatch):
+    extract(folder, store=store, name="a/x", **COMMON)
+    delete, calls = Bucket._delete, []
+
+    def crash(self, keys):
+        calls.append(keys)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        delete(self, keys)
+
+    monkeypatch.setattr(Bucket, "_delete", crash)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStore(store).remove("a/x")
+    monkeypatch.setattr(Bucket, "_delete", delete)
+    assert FeatureStore(store).find("a/x") is None
+    extract(folder, store=store, name="a/x", **COMMON)
+    assert same(store, local)
+    FeatureStore(store).remove("a/x")
+    assert FeatureStore(store).names() == []
+    assert {path for path, _ in open_place(store).files()} == {"zarr.json", "a/zarr.json"}
+
+
+def test_damage_is_found_and_repaired(store, folder, local):
+    extract(folder, store=store, name="a/x", **COMMON)
+    place = open_place(store) / "a/x"
+    layer = FeatureStore(store).open("a/x").header.layers[0].name
+    chunk, gone = f"features/{layer}/c/1/0", "layer_norms/c/2/0"
+    content = bytearray((place / chunk).read())
+    content[5] ^= 1
+    (place / chunk).write_whole(bytes(content))
+    (place / gone).remove()
+    with pytest.raises(DamagedError, match="its checksum does not fit"):
+        np.asarray(open_features(store, "a/x"))
+    assert {damage.path for damage in verify(FeatureStore(store), "a/x")} == {f"a/x/{chunk}", f"a/x/{gone}"}
+    repair(store, "a/x", workers=0)
+    assert same(store, local)
+
+
+def test_a_server_that_does_not_answer_is_no_damage(s3, store, folder, local):
+    extract(folder, store=store, name="a/x", **COMMON)
+    real, Bucket._ask = Bucket._ask, lambda self, question: (_ for _ in ()).throw(StoreError("no answer"))
+    try:
+        with pytest.raises(StoreError, match="no answer") as told:
+            repair(store, "a/x", workers=0)
+    finally:
+        Bucket._ask = real
+    assert not isinstance(told.value, DamagedError)
+    assert same(store, local)
+
+
+def test_a_cache_fetches_features_once_and_checks_its_copies(s3, store, folder, tmp_path):
+    whole = np.asarray(extract(folder, store=store, name="a/x", **COMMON))
+    matrix = open_features(store, "a/x", cache=tmp_path / "cache")
+    np.testing.assert_array_equal(matrix, whole)
+    s3.seen.clear()
+    for again in (open_features(store, "a/x", cache=tmp_path / "cache"), pickle.loads(pickle.dumps(matrix[2:]))[:]):
+        np.testing.assert_array_equal(again, whole[-len(again) :])
+    assert not [path for _, path in s3.seen if "/features/" in path and "/c/" in path]
+    copies = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    copies[0].write_bytes(copies[1].read_bytes())
+    copies[-1].write_bytes(b"short")
+    np.testing.assert_array_equal(open_features(store, "a/x", cache=tmp_path / "cache"), whole)
+    fetched = [path for _, path in s3.seen if "/features/" in path and "/c/" in path]
+    assert len(fetched) == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cache: .* cannot be written"):
+        np.asarray(open_features(store, "a/x", cache=tmp_path / "file"))
+
+
+def test_secrets_stay_in_the_environment(s3, store, folder, caplog, capfd, monkeypatch):
+    matrix = extract(folder, store=store, name="a/x", **COMMON)
+    written = b"".join(tree(open_place(store)).values())
+    pickled = pickle.dumps((matrix, matrix[[1]], open_place(store), matrix._extraction.folder))
+    monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(StoreError) as told:
+        open_features(f"{store}-2", "a/x")
+    said = caplog.text + "".join(capfd.readouterr()) + str(told.value) + repr(matrix) + matrix._repr_html_()
+    for secret in (KEY, SECRET):
+        assert secret.encode() not in written
+        assert secret.encode() not in pickled
+        assert secret not in said
+    assert str(matrix.provenance).find(s3.address) == -1
+
+
+def test_workers_open_it_by_its_address(store, folder):
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import cross_val_score
+
+    matrix = extract(folder, store=store, name="a/x", **COMMON)
+    here, there = (cross_val_score(RidgeClassifier(), matrix, matrix.y, cv=2, n_jobs=n) for n in (1, 2))
+    np.testing.assert_array_equal(here, there)
+
+
+def test_a_process_that_was_forked_says_so_instead_of_hanging(store, folder):
+    import multiprocessing
+
+    matrix = extract(folder, store=store, name="a/x", model=MODEL, batch_size=4, workers=2)
+    context = multiprocessing.get_context("fork")
+    said = context.Queue()
+
+    def read():
+        try:
+            said.put(np.asarray(matrix).shape)
+        except StoreError as error:
+            said.put(str(error))
+
+    child = context.Process(target=read)
+    child.start()
+    assert "was used before this process was forked" in said.get(timeout=60)
+    child.join()
+
+
+def test_errors_are_one_line(s3, store, folder, monkeypatch, tmp_path):
+    def told(address: str) -> str:
+        with pytest.raises(H2TError) as caught:
+            extract(folder, store=address, name="x", **COMMON)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "404 Not Found: NoSuchBucket" in told("s3://elsewhere/s")
+    with pytest.raises(StoreError, match="does not exist"):
+        open_features(store, "x")
+    with pytest.raises(StoreError, match="does not exist"):
+        FeatureStore.unchecked(store)
+    (open_place(store) / "x").write_whole(b"something")
+    assert "exists and is not a feature store" in told(store)
+    assert "Account must be specified" in told("az://container/s")
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    assert "AWS_ALLOW_HTTP" in told("s3://bucket/plain")
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    assert "needs obstore: pip install 'head2toe[s3]'" in told("s3://bucket/never")
+
+
+def test_a_store_in_memory_is_of_one_process(folder):
+    with pytest.raises(StoreError, match="is in the memory of one process"):
+        extract(folder, store="memory://mine", name="x", engine="ray", ray_address="local", **COMMON)
+    matrix = extract(folder, store="memory://mine", name="x", **COMMON)
+    sent = pickle.dumps(matrix)
+    command = f"import pickle, sys; pickle.loads({sent!r}).shape"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert "store 'memory://mine' does not exist in this process" in done.stderr
+
+
+def test_the_command_line_takes_a_url(store, folder, tmp_path):
+    environment = os.environ | ENVIRONMENT
+
+    def run(module: str, *args: object) -> str:
+        command = [sys.executable, "-c", f"import sys; from h2t_store.cli import {module}; {module}()", *map(str, args)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("extract_main", folder, "--model", MODEL, "--store", store, "--name", "a/x", "-b", 4, "-j", 0)
+    assert json.loads(run("h2t_main", "ls", store, "--json"))[0]["name"] == "a/x"
+    assert "sound" in run("h2t_main", "verify", store)
+    run("h2t_main", "export", store, "a/x", tmp_path / "x.npy", "--cache", tmp_path / "cache")
+    exported = np.load(io.BytesIO((tmp_path / "x.npy").read_bytes()))
+    np.testing.assert_array_equal(exported, np.asarray(open_features(store, "a/x")))
+    assert any((tmp_path / "cache").iterdir())
+    run("h2t_main", "rm", store, "a/x", "--yes")
+    assert run("h2t_main", "ls", store, "--json").strip() == "[]"
+
+
+def test_data_in_memory_goes_to_a_store_in_memory(images, labels):
+    matrix = extract((images, labels), model=tiny_models.Functional(), store="memory://two", name="x")
+    assert len(matrix) == len(images)
+    assert np.isfinite(np.asarray(matrix)).all()
+
+
+def test_searches_share_solutions_through_a_bucket(s3, store, folder):
+    from sklearn.base import clone
+    from sklearn.model_selection import GridSearchCV
+
+    from estimators import Head2ToeClassifier
+
+    X = extract(folder, store=store, name="a/x", **COMMON)
+    kept = f"{store}-paths"
+    alone = GridSearchCV(Head2ToeClassifier(), {"alpha": [0.3, 0.6], "keep_fraction": [None, 0.5]}, cv=2)
+    shared = clone(alone).set_params(estimator__memory=kept)
+    expected = alone.fit(X, X.y).cv_results_["mean_test_score"]
+    np.testing.assert_array_equal(shared.fit(X, X.y).cv_results_["mean_test_score"], expected)
+    paths = {path for method, path in s3.seen if method == "PUT" and "-paths" in path}
+    assert len(paths) >= 3  # two folds and the whole
+    s3.seen.clear()
+    np.testing.assert_array_equal(clone(shared).fit(X, X.y).cv_results_["mean_test_score"], expected)
+    assert not [path for method, path in s3.seen if method == "PUT"]
+
+
+def test_solutions_that_cannot_be_kept_in_a_bucket_are_returned_with_a_warning(s3):
+    from estimators import Head2ToeClassifier
+
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(30, 8)), np.arange(30) % 2
+    with pytest.warns(UserWarning, match="What was solved is not kept: memory='s3://elsewhere/paths'"):
+        fitted = Head2ToeClassifier(memory="s3://elsewhere/paths", alpha=0.5).fit(X, y)
+    np.testing.assert_array_equal(fitted.coef_, Head2ToeClassifier(alpha=0.5).fit(X, y).coef_)
