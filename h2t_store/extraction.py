@@ -22,6 +22,7 @@ from h2t_store.errors import DataError, H2TError, StoreError, one_line
 from h2t_store.integrity import damaged_chunks
 from h2t_store.layout import ExtractionHeader, check_name
 from h2t_store.matrix import FeatureMatrix, open_features
+from h2t_store.places import in_one_process
 from h2t_store.preparation import Job, check_integer, prepare, with_whole_paths
 from h2t_store.store import Extraction, FeatureStore, differences
 
@@ -148,6 +149,8 @@ def extract(
         Where ``stopped`` returned true; the same call continues.
     """
     check_running(name, workers, on_error, engine, num_gpus_per_worker)
+    if in_one_process(store) and (engine == "ray" or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise StoreError(f"store {store!r} is in the memory of one process: others cannot write into it")
     if batch_size == "auto":
         batch_size = _batch_size_begun(store, name) or "auto"
     with ranks() as processes, _engine(engine, processes, ray_address, num_gpus_per_worker, device) as (prepared, run):
@@ -173,8 +176,6 @@ def extract(
         opened = FeatureStore(store, create=True)
         if not append and _is_done(job, opened, name):
             return open_features(store, name)
-        if opened.in_this_process and (engine == "ray" or processes.size > 1):
-            raise StoreError(f"store {opened.address!r} is in the memory of one process: others cannot write into it")
         with opened.lock(name) if processes.leads else contextlib.nullcontext(lambda: False) as lost:
             return extract_job(
                 job,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from h2t_store import chunks, layout
 from h2t_store.errors import DamagedError, DataError, StoppedError, StoreError, did_you_mean, one_line
 from h2t_store.layout import ExtractionHeader, Layer
-from h2t_store.places import LockedError, Place, open_place
+from h2t_store.places import LockedError, Place, in_one_process, open_place
 from h2t_store.threads import in_threads
 
 __all__ = ["Extraction", "FeatureStore", "chunk_path", "differences", "read_group", "write_group"]
@@ -436,7 +436,7 @@ class FeatureStore:
             if self.place.occupied() and not document.exists():  # unless another process is making it
                 raise StoreError(f"{where} exists and is not a feature store: choose another path")
             if not create and not document.exists():
-                raise StoreError(f"{where} does not exist{' in this process' if self.in_this_process else ''}")
+                raise StoreError(f"{where} does not exist{' in this process' if in_one_process(address) else ''}")
             try:
                 write_group(self.place, {"h2t_format": layout.FORMAT}, shared=True)
             except OSError as error:
@@ -456,11 +456,6 @@ class FeatureStore:
         if not (store.place / "zarr.json").exists() and not store.names():
             raise StoreError(f"{store.address!r} is not a feature store")
         return store
-
-    @property
-    def in_this_process(self) -> bool:
-        """Whether no other process can see it."""
-        return self.address.startswith("memory:")
 
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""

@@ -9,15 +9,15 @@ from h2t_store.places.bucket import Bucket
 from h2t_store.places.disk import Disk
 from h2t_store.places.interface import Place
 
-__all__ = ["is_url", "open_place"]
+__all__ = ["in_one_process", "open_place"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has lost one of the slashes
 _BUCKETS = re.compile(r"(s3|gs|az)://[^/]+/.*[^/]|memory://[^/].*")
 
 
-def is_url(address: str | os.PathLike[str]) -> bool:
-    """Whether an address is that of an object store."""
-    return isinstance(address, str) and _URL.match(address) is not None
+def in_one_process(address: str | os.PathLike[str]) -> bool:
+    """Whether what lies at an address is in the memory of the process that made it."""
+    return os.fspath(address).startswith("memory:")
 
 
 def open_place(address: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Place:
