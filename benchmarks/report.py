@@ -27,6 +27,7 @@ ORDER = (
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart with any kind of sight
 # Of a linear probe and of published Head2Toe, on the same images and weights, before this project.
 REFERENCE_PROBE = 0.662
+SMALL = 0.01  # a difference that one set of test images does not tell from none
 REFERENCE_PUBLISHED = {
     "sign_digits": {"TensorFlow": 0.960, "PyTorch": 0.952},
     "cifar10": {"PyTorch": 0.807},
@@ -281,6 +282,9 @@ def _pictures(folder: Path, cells: Sequence[Cell], ablations: Sequence[Cell], ta
         handles, labels = axes[0][0].get_legend_handles_labels()
         if labels:
             figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+        axes[0][0].set_ylabel("share of the features" if name == "layers" else "test accuracy", fontsize=8)
+        if name == "offset":
+            caption += f" {_falls(rows, shown)}"
         parts.append(_save(folder, figure, f"results_{name}", title, caption))
     gains = _draw_gains(cells, tasks)
     if gains is not None:
@@ -295,7 +299,7 @@ def _pictures(folder: Path, cells: Sequence[Cell], ablations: Sequence[Cell], ta
 def _save(folder: Path, figure: Any, name: str, title: str, caption: str) -> str:
     figure.savefig(folder / f"{name}.png", dpi=110)
     plt.close(figure)
-    return f"## {title}\n\n{caption}\n\n![{caption}]({name}.png)"
+    return f"## {title}\n\n{caption}\n\n![{title}]({name}.png)"
 
 
 def _lines(ax: Any, x: Sequence[float], rows: Sequence[dict[str, Sequence[float]]]) -> None:
@@ -317,6 +321,17 @@ def _draw_offset(ax: Any, rows: Sequence[Cell]) -> None:
     ax.get_lines()[0].set_label("_")
     ax.set_xticks(range(len(rows[0]["offsets"])), rows[0]["offsets"])
     ax.set_xlabel(f"offset, in {rows[0]['count']} features", fontsize=8)
+
+
+def _falls(rows: Sequence[Cell], tasks: Sequence[str]) -> str:
+    """How much is lost from the first offset to the last, and where nothing is."""
+    lost = {
+        task: np.mean([row["accuracy"][-1] - row["accuracy"][0] for row in rows if row["task"] == task])
+        for task in tasks
+    }
+    listed = ", ".join(f"{task} {change:+.3f}" for task, change in lost.items())
+    even = [task for task, change in lost.items() if change > -SMALL]
+    return f"From the first to the last: {listed}." + (f" It does not on {', '.join(even)}." if even else "")
 
 
 def _draw_layers(ax: Any, rows: Sequence[Cell]) -> None:
