@@ -29,8 +29,6 @@ _FORMAT = "head2toe 1"
 _POLL_SECONDS = 0.02
 _URL = re.compile(r"(s3|gs|az)://[^/@?#]+/[^@?#]*[^@?#/]")
 
-_users: set[int] = set()  # processes, this one and those that it was forked from, that asked
-
 Solution = TypeVar("Solution")
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
@@ -110,33 +108,36 @@ class Objects:
 
     def read(self, name: str) -> bytes:
         """A solution; `FileNotFoundError` where there is none."""
-        import obstore
-
-        return bytes(obstore.get(_client(self.url), name).bytes())
+        return bytes(self._ask(lambda obstore, client: obstore.get(client, name).bytes()))
 
     def write(self, name: str, content: bytes) -> None:
         """Put a solution in the place of what is there."""
-        import obstore
-
         try:
-            obstore.put(_client(self.url), name, content)
-        except obstore.exceptions.BaseError as error:
-            raise OSError(str(error).splitlines()[0]) from None
+            self._ask(lambda obstore, client: obstore.put(client, name, content))
+        except FileNotFoundError:
+            raise OSError("there is no such bucket") from None
 
     def alone(self, key: str) -> AbstractContextManager[None]:
         """Nobody waits."""
         return nullcontext()
 
-
-def _client(url: str) -> Any:
-    try:
-        from obstore.store import from_url
-    except ImportError:
-        raise ValueError(f"memory={url!r} needs obstore: pip install 'head2toe[s3]'.") from None
-    _users.add(os.getpid())
-    if len(_users) > 1:
-        raise OSError("its client does not survive that the process was forked: use joblib's backend loky")
-    return from_url(url)
+    def _ask(self, question: Callable[[Any, Any], Any]) -> Any:
+        """What obstore answers; what goes wrong is an `OSError` of one line, without passwords."""
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise ValueError(f"memory={self.url!r} needs obstore: pip install 'head2toe[s3]'.") from None
+        # Its threads are gone in a process that was forked after they began. The first process is noted at obstore
+        # itself, where everything else in this process that uses it finds it, too.
+        if obstore.__dict__.setdefault("_first_used_by", os.getpid()) != os.getpid():
+            raise OSError("its client does not survive that the process was forked: use joblib's backend loky")
+        try:
+            return question(obstore, from_url(self.url))
+        except FileNotFoundError:
+            raise FileNotFoundError(self.url) from None
+        except (obstore.exceptions.BaseError, NotImplementedError) as error:
+            raise OSError(re.sub(r"//[^/\s]*@", "//", str(error).splitlines()[0])) from None
 
 
 def fingerprint(X: FeatureMatrix | NDArray[Any]) -> str:

@@ -12,6 +12,7 @@ __all__ = [
     "StoppedError",
     "StoreError",
     "TapError",
+    "UnreachableError",
     "did_you_mean",
     "one_line",
 ]
@@ -38,6 +39,10 @@ class TapError(ModelError):
 
 class StoreError(H2TError):
     """The store does not hold what was asked for, or holds it damaged."""
+
+
+class UnreachableError(H2TError):
+    """An object store does not answer, or refuses to: nothing is known of what it holds."""
 
 
 class DamagedError(StoreError):

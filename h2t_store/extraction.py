@@ -142,7 +142,7 @@ def extract(
 
     Raises
     ------
-    DataError, ModelError, TapError, StoreError
+    DataError, ModelError, TapError, StoreError, UnreachableError
         Each with one line that names the argument, what was given and what is accepted. What was committed before
         stays.
     StoppedError
@@ -176,7 +176,7 @@ def extract(
         opened = FeatureStore(store, create=True)
         if not append and _is_done(job, opened, name):
             return open_features(store, name)
-        with opened.lock(name) if processes.leads else contextlib.nullcontext(lambda: False) as lost:
+        with opened.lock(name) if processes.leads else contextlib.nullcontext() as lost:
             return extract_job(
                 job,
                 opened,
@@ -184,7 +184,7 @@ def extract(
                 workers=workers,
                 on_error=on_error,
                 append=append,
-                stopped=lambda: stopped() or lost(),
+                stopped=lambda: stopped() or (lost is not None and lost()),
                 progress=progress,
                 processes=processes,
                 run=run,
@@ -278,6 +278,7 @@ def extract_job(
             run=run,
         )
     if processes.leads:
+        store.require_lock(name)
         extraction, source = _begin(job, store, name, append)
         if not extraction.complete:
             _give_up_damaged(extraction, name)
@@ -295,6 +296,7 @@ def extract_job(
     processes.meet()
     if processes.leads:
         if not extraction.complete:
+            store.require_lock(name)
             extraction.finish()
         if staged:
             store.replace(name)

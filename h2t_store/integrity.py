@@ -145,7 +145,7 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[Da
         files = extraction.block_chunks(block, failures=failures.exists())
         yield Damage(f"{name}/checksums/c/{block}/0", _problem(error), "block", block)
     else:
-        files = extraction.block_chunks(block, failures=extraction.tells_failures(record))
+        files = extraction.block_chunks(block, failures=extraction.tells_failures(record) or failures.exists())
         crcs = record[1:].tolist()
 
     def check(i: int) -> Damage | None:

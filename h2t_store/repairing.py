@@ -56,6 +56,7 @@ def repair(
     opened = FeatureStore.unchecked(store)
     with opened.lock(name) as lost:
         damages = list(verify(opened, name))
+        opened.require_lock(name)
         restore_documents(opened, name, damages)
         extraction = opened.open(name)
         blocks = {damage.block for damage in damages if damage.kind == "block"}
@@ -67,6 +68,7 @@ def repair(
         job = _job(extraction, data, model)
         source = _as_it_was(extraction, job)
         on_error: Literal["raise", "skip"] = "skip" if _skips(extraction, damages) else "raise"
+        opened.require_lock(name)
         if lost_labels:
             extraction.write_labels(source.y, source.sample_ids)
         if blocks:

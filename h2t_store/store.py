@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from h2t_store import chunks, layout
 from h2t_store.errors import DamagedError, DataError, StoppedError, StoreError, did_you_mean, one_line
 from h2t_store.layout import ExtractionHeader, Layer
-from h2t_store.places import LockedError, Place, in_one_process, open_place
+from h2t_store.places import LockedError, Lost, Place, in_one_process, open_place
 from h2t_store.threads import in_threads
 
 __all__ = ["Extraction", "FeatureStore", "chunk_path", "differences", "read_group", "write_group"]
@@ -202,8 +202,8 @@ class Extraction:
     def may_have_failures(self) -> bool:
         """Whether a sample was skipped, as far as it can be read, committed or not."""
         for path, _ in (self.folder / "failures/c").files():
-            with suppress(DamagedError, ValueError):
-                if any(self._strings("failures", int(path))):
+            with suppress(DamagedError):
+                if path.isdecimal() and any(self._strings("failures", int(path))):
                     return True
         return False
 
@@ -263,9 +263,14 @@ class Extraction:
         for held in in_threads(count, arrays, self.folder.concurrency):
             whole &= held
         listed = {path for path, _ in (self.folder / "failures/c").files()}
-        blocks = np.flatnonzero(whole).tolist()
-        failed = in_threads(lambda block: self.tells_failures(self.record(block)), blocks, self.folder.concurrency)
-        whole[[block for block, has in zip(blocks, failed, strict=True) if has and str(block) not in listed]] = False
+
+        def tells_truth(block: int) -> bool:
+            with suppress(DamagedError):
+                return str(block) in listed or not self.tells_failures(self.record(block))
+            return False
+
+        blocks = np.flatnonzero(whole)
+        whole[blocks] = in_threads(tells_truth, blocks.tolist(), self.folder.concurrency)
         return whole
 
     def is_committed(self, block: int) -> bool:
@@ -429,8 +434,8 @@ class FeatureStore:
     def __init__(
         self, address: str | os.PathLike[str], *, create: bool = False, cache: str | os.PathLike[str] | None = None
     ) -> None:
-        self.address = os.fspath(address)
         self.place = open_place(address, cache)
+        self.address = os.fspath(address)
         document, where = self.place / "zarr.json", f"store {self.address!r}"
         if not document.exists():
             if self.place.occupied() and not document.exists():  # unless another process is making it
@@ -444,13 +449,13 @@ class FeatureStore:
         found = read_group(self.place, where).get("h2t_format")
         if found != layout.FORMAT:
             raise StoreError(f"{where}: h2t_format is {found!r}; this version reads {layout.FORMAT}")
-        self._locked: set[str] = set()
+        self._locked: dict[str, Lost] = {}
 
     @classmethod
     def unchecked(cls, address: str | os.PathLike[str]) -> Self:
         """A store whose own metadata may be damaged, to look at and to repair."""
         store = cls.__new__(cls)
-        store.address, store.place, store._locked = os.fspath(address), open_place(address), set()
+        store.place, store.address, store._locked = open_place(address), os.fspath(address), {}
         if not store.place.occupied():
             raise StoreError(f"store {store.address!r} does not exist")
         if not (store.place / "zarr.json").exists() and not store.names():
@@ -461,7 +466,8 @@ class FeatureStore:
         """Names of the extractions, finished or not, damaged or not, sorted."""
         for folder in self.place.folders():
             if folder.name.startswith(_STAGED):
-                self.finish_replacing(unquote(folder.name.removeprefix(_STAGED)))
+                with suppress(StoreError):  # the others are there all the same
+                    self.finish_replacing(unquote(folder.name.removeprefix(_STAGED)))
         return sorted(name for name, _ in _names_below(self.place))
 
     def folder(self, name: str) -> Place:
@@ -500,12 +506,12 @@ class FeatureStore:
         return Extraction(folder, self.where(name)) if _may_be_extraction(folder) else None
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[Callable[[], bool]]:
+    def lock(self, name: str) -> Iterator[Lost]:
         """Keep other writers of one name out; the lock of a process that died is taken over.
 
         Yields
         ------
-        callable
+        Lost
             Whether another process has taken the lock over, as one does where a process stood still for long.
 
         Raises
@@ -517,21 +523,23 @@ class FeatureStore:
         lock = self.place / f"{_LOCKS}/{layout.escaped(layout.check_name(name))}"
         try:
             with lock.lock(who) as lost:
-                self._locked.add(name)
+                self._locked[name] = lost
                 try:
                     yield lost
                 except StoppedError:
-                    if lost():
-                        raise StoreError(
-                            f"{self.where(name)}: stood still for so long that another process took the lock over"
-                        ) from None
+                    self.require_lock(name)
                     raise
         except OSError as error:
             raise StoreError(f"{self.where(name)} cannot be written: {error.strerror or error}") from error
         except LockedError as error:
             raise StoreError(f"{self.where(name)} is being written by {error}") from None
         finally:
-            self._locked.discard(name)
+            self._locked.pop(name, None)
+
+    def require_lock(self, name: str) -> None:
+        """Raise `StoreError` where the lock, if it was taken, was lost: what follows would not be this process's."""
+        if name in self._locked and self._locked[name](ask=True):
+            raise StoreError(f"{self.where(name)}: stood still for so long that another process took the lock over")
 
     def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
         """Create the extraction ``name``, or open the one begun before from the same things.
@@ -558,6 +566,7 @@ class FeatureStore:
                 return begun
         elif any(True for _ in _names_below(folder)):
             raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
+        self.require_lock(name)
         self._discard(self._staged(name))
         self._discard(folder)  # what a crash left, or a beginning of something else without any row
         for group in above:
@@ -586,6 +595,7 @@ class FeatureStore:
 
     def replace(self, name: str) -> Extraction:
         """Put what was staged, which must be complete, in the place of the extraction ``name``."""
+        self.require_lock(name)
         self._staged(name).put_in_place_of(self.folder(name), self.place)
         return self.open(name)
 
@@ -593,20 +603,32 @@ class FeatureStore:
         return self.place / f"{_STAGED}{layout.escaped(layout.check_name(name))}"
 
     def finish_replacing(self, name: str) -> None:
-        """A crash can come amid `replace`: then only what was staged, complete, is there."""
-        with suppress(StoreError, OSError):
-            if self._is_between(name):
-                with nullcontext() if name in self._locked else self.lock(name):
-                    if self._is_between(name):
-                        self._staged(name).put_in_place_of(self.folder(name), self.place)
+        """A crash can come amid `replace`: then only what was staged, complete, is there.
+
+        Raises
+        ------
+        StoreError
+            Where another process is at it, or it cannot be done.
+        """
+        if not self._is_between(name):
+            return
+        try:
+            with nullcontext() if name in self._locked else self.lock(name):
+                if self._is_between(name):
+                    self.require_lock(name)
+                    self._staged(name).put_in_place_of(self.folder(name), self.place)
+        except (StoreError, OSError) as error:
+            raise StoreError(f"{self.where(name)} is being extended: {one_line(error)}") from None
 
     def _is_between(self, name: str) -> bool:
         staged = self._staged(name)
-        return (
-            _kind(self.folder(name)) == "nothing"
-            and _kind(staged) == "extraction"
-            and Extraction(staged, self.where(name)).complete
-        )
+        with suppress(StoreError):
+            return (
+                _kind(self.folder(name)) == "nothing"
+                and _kind(staged) == "extraction"
+                and Extraction(staged, self.where(name)).complete
+            )
+        return False
 
     def remove(self, name: str) -> None:
         """Remove the extraction ``name`` and what it wrote, damaged or not."""
@@ -616,6 +638,7 @@ class FeatureStore:
         except DamagedError:
             if any(readable for _, readable in _names_below(folder)):
                 raise
+        self.require_lock(name)
         self._discard(self._staged(name))
         self._discard(folder)
 
@@ -684,13 +707,17 @@ def _may_be_extraction(folder: Place) -> bool:
 def _kind(folder: Place) -> Literal["extraction", "unreadable", "group", "array", "nothing"]:
     """What lies in a folder, as far as its zarr.json tells; it need not be sound."""
     try:
-        document = json.loads((folder / "zarr.json").read())
+        content = (folder / "zarr.json").read()
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except OSError:
+        return "unreadable"
+    try:
+        document = json.loads(content)
         if document["node_type"] == "array":
             return "array"
         return "extraction" if {*document["attributes"]} - {"header"} else "group"
-    except (FileNotFoundError, NotADirectoryError):
-        return "nothing"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return "unreadable"
 
 

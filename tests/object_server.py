@@ -21,13 +21,13 @@ class S3:
     address : str
         Endpoint.
     rate : float
-        Share of requests that one of ``faults`` befalls.
+        Share of requests that one of ``faults`` befalls, until it befell ``most``.
     seen : list of (str, str)
         Method and key of each request that came.
     """
 
     def __init__(self, upstream: tuple[str, int], seed: int = 0) -> None:
-        self.upstream, self.rate, self.faults = upstream, 0.0, FAULTS
+        self.upstream, self.rate, self.faults, self.most = upstream, 0.0, FAULTS, 1 << 30
         self.seen: list[tuple[str, str]] = []
         self.failed = 0
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -99,7 +99,7 @@ class S3:
         """Count a request; what is to befall it."""
         with self._lock:
             self.seen.append((method, unquote(path.partition("?")[0])))
-            if self._random.random() >= self.rate:
+            if self.failed >= self.most or self._random.random() >= self.rate:
                 return ""
             self.failed += 1
             return self._random.choice(self.faults)
@@ -114,6 +114,13 @@ class S3:
             "AWS_ALLOW_HTTP": "true",
             "AWS_REGION": "us-east-1",
         }
+
+    def put(self, path: str) -> None:
+        """Make a bucket, or an empty object."""
+        asked = http.client.HTTPConnection(*self.upstream)
+        credential = "AWS4-HMAC-SHA256 Credential=x/20200101/us-east-1/s3/aws4_request"
+        asked.request("PUT", path, headers={"Authorization": credential})
+        assert asked.getresponse().status == 200
 
     def close(self) -> None:
         self._server.shutdown()
@@ -130,13 +137,7 @@ def serving(seed: int = 0) -> Iterator[S3]:
     moto.start()
     s3 = S3(moto.get_host_and_port(), seed)
     try:
-        request = http.client.HTTPConnection(*s3.upstream)
-        request.request(
-            "PUT",
-            "/bucket",
-            headers={"Authorization": "AWS4-HMAC-SHA256 Credential=x/20200101/us-east-1/s3/aws4_request"},
-        )
-        assert request.getresponse().status == 200
+        s3.put("/bucket")
         yield s3
     finally:
         s3.close()

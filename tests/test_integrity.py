@@ -138,6 +138,11 @@ def test_a_file_that_is_lost_cut_or_longer_is_named_and_never_read_as_data(store
         path.write_bytes(content)
 
 
+def test_reasons_where_no_image_was_skipped_are_named(store):
+    (store / NAME / "failures/c/0").write_bytes(b"garbage")
+    assert named(store) == {f"{NAME}/failures/c/0"}
+
+
 def test_chunks_in_each_others_place_are_named_and_never_read_as_data(store):
     values, count = everything(store), 0
     chunks = [store / file for file in files_of(store) if not file.endswith(".json")]

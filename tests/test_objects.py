@@ -17,11 +17,11 @@ import pytest
 import tiny_models
 import zarr
 from conftest import MODELS
-from object_server import KEY, SECRET, serving
+from object_server import FAULTS, KEY, SECRET, serving
 
 from h2t_store import extract, open_features, repair
 from h2t_store.engines import blocks
-from h2t_store.errors import DamagedError, H2TError, IncompleteError, StoppedError, StoreError
+from h2t_store.errors import DamagedError, H2TError, IncompleteError, StoppedError, StoreError, UnreachableError
 from h2t_store.integrity import verify
 from h2t_store.places import leases, open_place
 from h2t_store.places.bucket import Bucket
@@ -47,7 +47,7 @@ def s3(server, monkeypatch):
     """The server, sound, and the environment that leads there."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    server.rate, server.failed = 0.0, 0
+    server.rate, server.failed, server.faults, server.most = 0.0, 0, FAULTS, 1 << 30
     server.seen.clear()
     yield server
     server.rate = 0.0
@@ -89,7 +89,7 @@ def chunks_of(matrix) -> int:
 
 @pytest.mark.parametrize("address", ["memory", "s3"])
 def test_the_same_objects_as_files_on_a_disk(store, folder, local, address):
-    store = f"memory://{store}" if address == "memory" else store
+    store = store.replace("s3:", "memory:") if address == "memory" else store
     matrix = extract(folder, store=store, name="a/x", **COMMON)
     assert same(store, local)
     np.testing.assert_array_equal(np.asarray(matrix), np.asarray(open_features(local, "a/x")))
@@ -238,7 +238,7 @@ def test_the_lock_of_a_machine_that_fell_silent_is_taken_over_and_it_learns_of_t
 
 
 def test_of_many_who_take_over_at_most_one_holds_the_lock(store, quick):
-    place = Bucket(f"memory://{store}", ".locks/x")
+    place = Bucket(store.replace("s3:", "memory:"), ".locks/x")
     for round_ in range(15):
         stale = {"id": f"stale{round_}", "who": "one that died", "machine": leases._machine(), "process": "0 0"}
         (place / "1").write_whole(json.dumps(stale).encode())
@@ -267,16 +267,88 @@ def test_of_many_who_take_over_at_most_one_holds_the_lock(store, quick):
 
 
 def test_a_job_that_lost_its_lock_stops(store, folder, quick, monkeypatch):
-    monkeypatch.setattr(leases, "_holder", lambda place, number: {})
+    taken = threading.Event()
+    holder = leases._holder
+    monkeypatch.setattr(leases, "_holder", lambda place, number: {} if taken.is_set() else holder(place, number))
     write = Extraction.write_block
 
     def slow(self, *args, **kwargs):
         write(self, *args, **kwargs)
+        taken.set()
         threading.Event().wait(0.3)
 
     monkeypatch.setattr(Extraction, "write_block", slow)
     with pytest.raises(StoreError, match="another process took the lock over"):
         extract(folder, store=store, name="x", **COMMON)
+
+
+def taken_over(store: str) -> None:
+    """As another process does that found this one silent."""
+    place = open_place(store) / ".locks/a%2Fx"
+    (place / "2").write_whole((place / "1").read().replace(b"process", b"another"))
+    (place / "1").remove()
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_who_lost_the_lock_ends_nothing(store, folder, monkeypatch, append):
+    if append:
+        extract(folder, store=store, name="a/x", **COMMON)
+        extended(folder)
+    before = tree(open_place(store) / "a")
+    write = Extraction.write_block
+
+    def and_lose(self, block, *args, **kwargs):
+        write(self, block, *args, **kwargs)
+        if block == N_BLOCKS - 1:
+            taken_over(store)
+
+    monkeypatch.setattr(Extraction, "write_block", and_lose)
+    with pytest.raises(StoreError, match="another process took the lock over"):
+        extract(folder, store=store, name="a/x", append=append, **COMMON)
+    assert not append or tree(open_place(store) / "a") == before
+    assert append or not FeatureStore(store).open("a/x").complete
+    assert (open_place(store) / ".locks/a%2Fx/2").exists()
+
+
+def test_nothing_takes_the_place_of_something(store):
+    place = FeatureStore(store, create=True).place
+    (place / "x/zarr.json").write_whole(b"{}")
+    with pytest.raises(StoreError, match="nothing is there to take the place of"):
+        (place / "y").put_in_place_of(place / "x", place)
+    assert (place / "x/zarr.json").exists()
+
+
+def test_every_holder_must_have_ended(store, quick):
+    place = Bucket(store, ".locks/x")
+    with leases.lease(place, "one that lives"):
+        dead = {"id": "dead", "who": "one that died", "machine": leases._machine(), "process": "0 0"}
+        (place / "2").write_whole(json.dumps(dead).encode())
+        with pytest.raises(leases.LockedError, match="one that lives"), leases.lease(place, "another"):
+            pass
+
+
+def test_a_process_that_nobody_waited_for_has_ended():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        pass
+    assert leases._process(process.pid) is None
+    assert leases._process(os.getpid()) is not None
+    process.wait()
+
+
+def test_a_lock_that_could_not_be_given_back_is_had_again(store, monkeypatch):
+    opened, real = FeatureStore(store, create=True), Bucket._delete
+
+    def refuse(self, keys):
+        raise UnreachableError("no answer")
+
+    with opened.lock("x"):
+        monkeypatch.setattr(Bucket, "_delete", refuse)
+    assert (open_place(store) / ".locks/x/1").exists()
+    monkeypatch.setattr(Bucket, "_delete", real)
+    with opened.lock("x"):
+        pass
+    assert not list((open_place(store) / ".locks").files())
 
 
 def extended(folder: Path) -> None:
@@ -312,17 +384,21 @@ def test_an_extraction_is_extended_whenever_it_crashes(store, folder, local, mon
 def test_what_is_being_extended_is_left_to_who_does(store, folder, monkeypatch):
     extract(folder, store=store, name="a/x", **COMMON)
     extended(folder)
-    found = []
+    opened, told = open_features(store, "a/x"), []
     take = Bucket.take
 
     def look(self, other):
         if self.key == "a/x/zarr.json":
-            found.append(FeatureStore(store).find("a/x"))
+            for read in (lambda: FeatureStore(store).open("a/x"), lambda: np.asarray(opened)):
+                with pytest.raises(StoreError) as error:
+                    read()
+                told.append(str(error.value))
         take(self, other)
 
     monkeypatch.setattr(Bucket, "take", look)
     extract(folder, store=store, name="a/x", append=True, **COMMON)
-    assert found == [None]
+    assert len(told) == 2
+    assert all("a/x is being extended: " in said and "is being written by process" in said for said in told)
 
 
 def test_removal_takes_it_away_at_once_and_a_crash_amid_leaves_nothing_in_the_way(store, folder, local, monkeypatch):
@@ -347,6 +423,60 @@ def test_removal_takes_it_away_at_once_and_a_crash_amid_leaves_nothing_in_the_wa
     assert {path for path, _ in open_place(store).files()} == {"zarr.json", "a/zarr.json"}
 
 
+def test_copies_that_fail_lose_nothing(store, folder, local, monkeypatch):
+    extract(folder, store=store, name="a/x", **COMMON)
+    extended(folder)
+    extract(folder, store=local, name="a/x", append=True, **COMMON)
+    take = Bucket.take
+
+    def refuse(self, other):
+        if self.key.startswith("a/x/layer_norms"):
+            raise UnreachableError("403 Forbidden")
+        take(self, other)
+
+    monkeypatch.setattr(Bucket, "take", refuse)
+    for append in (True, False):
+        with pytest.raises(UnreachableError, match="403 Forbidden"):
+            extract(folder, store=store, name="a/x", append=append, **COMMON)
+    with pytest.raises(UnreachableError, match="403 Forbidden"):
+        open_features(store, "a/x")
+    monkeypatch.setattr(Bucket, "take", take)
+    assert len(open_features(store, "a/x")) == 45
+    assert same(store, local)
+
+
+def test_a_damaged_record_of_what_is_unfinished_is_computed_again(store, folder, local):
+    with pytest.raises(StoppedError):
+        extract(folder, store=store, name="a/x", stopped=lambda: True, **COMMON)
+    record = open_place(store) / "a/x/checksums/c/0/0"
+    record.write_whole(record.read()[::-1])
+    extract(folder, store=store, name="a/x", **COMMON)
+    assert same(store, local)
+
+
+def test_a_server_that_is_overloaded_for_a_while_is_waited_for(s3, store, folder, local):
+    s3.rate, s3.faults, s3.most = 1.0, ("an error",), 6
+    extract(folder, store=store, name="a/x", **COMMON)
+    s3.failed, s3.most = 0, 60
+    np.testing.assert_array_equal(open_features(store, "a/x"), np.asarray(open_features(local, "a/x")))
+    assert s3.failed == 60
+    assert same(store, local)
+
+
+def test_the_environment_may_change(s3, store, folder, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT", "http://someone:a-password@127.0.0.1:1")
+    with pytest.raises(UnreachableError) as told:
+        FeatureStore(store, create=True)
+    assert "a-password" not in str(told.value)
+    monkeypatch.setenv("AWS_ENDPOINT", s3.address)
+    FeatureStore(store, create=True)
+
+
+def test_a_folder_that_a_console_made_is_empty(s3, tmp_path):
+    s3.put(f"/bucket/{tmp_path.name}/")
+    assert FeatureStore(f"s3://bucket/{tmp_path.name}", create=True).names() == []
+
+
 def test_damage_is_found_and_repaired(store, folder, local):
     extract(folder, store=store, name="a/x", **COMMON)
     place = open_place(store) / "a/x"
@@ -363,15 +493,29 @@ def test_damage_is_found_and_repaired(store, folder, local):
     assert same(store, local)
 
 
-def test_a_server_that_does_not_answer_is_no_damage(s3, store, folder, local):
+def verified_and_repaired(store: str, opened: FeatureStore) -> None:
+    FeatureStore(store)
+    with opened.lock("a/x"):
+        pass
+    assert not list(verify(opened, "a/x"))
+    assert not repair(store, "a/x", workers=0)
+
+
+def test_a_server_that_does_not_answer_is_no_damage(store, folder, local, monkeypatch):
     extract(folder, store=store, name="a/x", **COMMON)
-    real, Bucket._ask = Bucket._ask, lambda self, question: (_ for _ in ()).throw(StoreError("no answer"))
-    try:
-        with pytest.raises(StoreError, match="no answer") as told:
-            repair(store, "a/x", workers=0)
-    finally:
-        Bucket._ask = real
-    assert not isinstance(told.value, DamagedError)
+    opened, real = FeatureStore(store), Bucket._ask
+    keys = {path for path, _ in open_place(store).files()} | {".locks/a%2Fx/1"}
+    for key in keys:
+
+        def refuse(self, question, key=key):
+            if self.key == key:
+                raise UnreachableError("no answer")
+            return real(self, question)
+
+        monkeypatch.setattr(Bucket, "_ask", refuse)
+        with pytest.raises(UnreachableError, match="no answer"):
+            verified_and_repaired(store, opened)
+        monkeypatch.setattr(Bucket, "_ask", real)
     assert same(store, local)
 
 
@@ -399,7 +543,7 @@ def test_secrets_stay_in_the_environment(s3, store, folder, caplog, capfd, monke
     written = b"".join(tree(open_place(store)).values())
     pickled = pickle.dumps((matrix, matrix[[1]], open_place(store), matrix._extraction.folder))
     monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(StoreError) as told:
+    with pytest.raises(UnreachableError) as told:
         open_features(f"{store}-2", "a/x")
     said = caplog.text + "".join(capfd.readouterr()) + str(told.value) + repr(matrix) + matrix._repr_html_()
     for secret in (KEY, SECRET):
@@ -433,7 +577,7 @@ def test_a_process_that_was_forked_says_so_instead_of_hanging(store, folder):
 
     child = context.Process(target=read)
     child.start()
-    assert "was used before this process was forked" in said.get(timeout=60)
+    assert "this process was forked" in said.get(timeout=60)
     child.join()
 
 
@@ -452,6 +596,14 @@ def test_errors_are_one_line(s3, store, folder, monkeypatch, tmp_path):
     (open_place(store) / "x").write_whole(b"something")
     assert "exists and is not a feature store" in told(store)
     assert "Account must be specified" in told("az://container/s")
+    assert "store 5: accepted is a folder" in told(5)
+    assert "accepted is a folder" in told("s3://bucket/a/../b")
+    for cache in ("", 5, b"x"):
+        with pytest.raises(StoreError, match=f"cache {cache!r}: accepted is a folder"):
+            open_features(store, "x", cache=cache)
+    monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    assert "\n" not in told("s3://bucket/unconditional")
+    monkeypatch.delenv("AWS_CONDITIONAL_PUT")
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     assert "AWS_ALLOW_HTTP" in told("s3://bucket/plain")
     monkeypatch.setitem(sys.modules, "obstore", None)

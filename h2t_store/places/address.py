@@ -2,10 +2,13 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from h2t_store.errors import StoreError
 from h2t_store.places.bucket import Bucket
+from h2t_store.places.client import require_client
 from h2t_store.places.disk import Disk
 from h2t_store.places.interface import Place
 
@@ -17,7 +20,7 @@ _BUCKETS = re.compile(r"(s3|gs|az)://[^/]+/.*[^/]|memory://[^/].*")
 
 def in_one_process(address: str | os.PathLike[str]) -> bool:
     """Whether what lies at an address is in the memory of the process that made it."""
-    return os.fspath(address).startswith("memory:")
+    return isinstance(address, str) and address.startswith("memory:")
 
 
 def open_place(address: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Place:
@@ -35,20 +38,31 @@ def open_place(address: str | os.PathLike[str], cache: str | os.PathLike[str] | 
     ------
     StoreError
         Where it is neither, or says what is secret.
+    UnreachableError
+        Where nothing answers at a URL.
     """
-    text = os.fspath(address)
+    text = _path_of(address, "store")
+    kept = None if cache is None else Path(os.path.abspath(_path_of(cache, "cache")))
     if not _URL.match(text):
-        if not text:
-            raise StoreError("store '': accepted is a folder, or a URL such as 's3://bucket/features.zarr'")
         return Disk(Path(os.path.abspath(text)))
     if any(mark in text for mark in "@?#"):
         raise StoreError("store: a URL with '@', '?' or '#' in it; credentials and options go into the environment")
     url = text.rstrip("/")
-    if not isinstance(address, str) or not _BUCKETS.fullmatch(url):
+    names = url.split("/")[3:]
+    sensible = url.isprintable() and not any(name in ("", ".", "..") for name in names)
+    if not isinstance(address, str) or not _BUCKETS.fullmatch(url) or not sensible:
         raise StoreError(
             f"store {text!r}: accepted is a folder, or a URL (a str): s3://BUCKET/PATH, gs://BUCKET/PATH, "
             "az://CONTAINER/PATH, memory://NAME"
         )
-    place = Bucket(url, cache=None if cache is None else Path(os.path.abspath(cache)))
-    place.require_client()
-    return place
+    require_client(url)
+    return Bucket(url, cache=kept)
+
+
+def _path_of(given: Any, argument: str) -> str:
+    with suppress(TypeError):
+        path = os.fspath(given)
+        if isinstance(path, str) and path:
+            return path
+    more = ", or a URL such as 's3://bucket/features.zarr'" if argument == "store" else ""
+    raise StoreError(f"{argument} {given!r}: accepted is a folder{more}")

@@ -5,23 +5,20 @@ renamed: an extraction is there from the moment its zarr.json is written, which 
 deleted, which is first.
 """
 
-import os
-import re
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store.errors import StoreError
+from h2t_store.places.client import ask
 from h2t_store.places.disk import Disk
+from h2t_store.places.interface import Lost
 from h2t_store.places.leases import lease
 from h2t_store.threads import in_threads
 
@@ -29,20 +26,8 @@ __all__ = ["Bucket"]
 
 _LISTED_AT_ONCE = 1000
 _DOCUMENT = "zarr.json"
-_RETRYING: Any = {
-    "max_retries": 8,
-    "backoff": {"max_backoff": timedelta(seconds=5)},
-    "retry_timeout": timedelta(minutes=1),
-}
-
-_TRIES = 5
-_OF_THE_MACHINE = "169.254.169.254"  # where a cloud tells a machine what it may
 
 T = TypeVar("T")
-
-_users: set[int] = set()  # processes, this one and those that it was forked from, that asked
-_in_memory: dict[str, Any] = {}
-_making = Lock()
 
 
 @dataclass(frozen=True)
@@ -65,15 +50,6 @@ class Bucket:
 
     concurrency: ClassVar[int] = 32
     keeps_what_it_has: ClassVar[bool] = True
-
-    def require_client(self) -> None:
-        """Raise `StoreError` where no client can be made of what the address and the environment say."""
-        try:
-            self._ask(lambda obstore, client: None)
-        except ImportError:
-            raise StoreError(f"store {self.store!r} needs obstore: pip install 'head2toe[s3]'") from None
-        except ValueError as error:  # a setting in the environment that is none
-            raise StoreError(f"store {self.store!r}: {_one_line(error)}") from None
 
     @property
     def name(self) -> str:
@@ -149,7 +125,9 @@ class Bucket:
 
     def files(self) -> Iterator[tuple[str, int]]:
         for batch in self._listed():
-            yield from ((key[len(self.key) + bool(self.key) :], size) for key, size in batch)
+            for key, size in batch:
+                if key != self.key:  # as consoles make for a folder
+                    yield key[len(self.key) + bool(self.key) :], size
 
     def _listed(self) -> Iterator[list[tuple[str, int]]]:
         """(key, size) of objects, as many at a time as one request lists."""
@@ -176,69 +154,24 @@ class Bucket:
             self._delete([key for key, _ in batch])
 
     def put_in_place_of(self, folder: "Bucket", store: "Bucket") -> None:
+        mine = {path for path, _ in self.files()}
+        if _DOCUMENT not in mine:
+            raise StoreError(f"{self}: nothing is there to take the place of {folder}")
+        mine.remove(_DOCUMENT)
         (folder / _DOCUMENT).remove()
-        mine = {path for path, _ in self.files()} - {_DOCUMENT}
         in_threads(lambda path: (folder / path).take(self / path), list(mine), self.concurrency)
         for batch in folder._listed():
             self._delete([key for key, _ in batch if key[len(folder.key) + 1 :] not in mine])
         (folder / _DOCUMENT).take(self / _DOCUMENT)
         self.discard(store)
 
-    def lock(self, who: str) -> AbstractContextManager[Callable[[], bool]]:
+    def lock(self, who: str) -> AbstractContextManager[Lost]:
         return lease(self, who)
 
     def kept(self) -> Disk | None:
         if self.cache is None:
             return None
-        return Disk(self.cache / quote(self.store, safe="") / self.key)
+        return Disk(self.cache / hashlib.sha256(self.store.encode()).hexdigest()[:32] / self.key)
 
     def _ask(self, question: Callable[[Any, Any], T]) -> T:
-        """What obstore answers; what goes wrong is one line, and no damage. It must not matter if it is asked twice.
-
-        obstore asks again by itself, but not where an answer breaks off.
-        """
-        import obstore
-        from obstore.exceptions import BaseError
-
-        _users.add(os.getpid())
-        if len(_users) > 1:
-            raise StoreError(
-                f"store {self.store!r} was used before this process was forked, which its client does not survive: "
-                "start processes by 'spawn' or 'forkserver' (of a DataLoader: multiprocessing_context='spawn')"
-            )
-        tries = _TRIES
-        while True:
-            try:
-                return question(obstore, _client(self.store))
-            except BaseError as error:
-                tries -= 1
-                if not tries or "body" not in str(error):
-                    raise StoreError(f"{self}: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    """What obstore says, without the answer's body and what is meant for its own makers."""
-    said = str(error).strip().split("\n")[0].split(": <")[0]
-    if code := re.search(r"<Code>(\w+)</Code>", str(error)):
-        said = f"{said}: {code[1]}"
-    if "builder error" in said:
-        said = f"{said} (an endpoint with http:// needs AWS_ALLOW_HTTP=true)"
-    if _OF_THE_MACHINE in said:
-        said = f"no credentials in the environment, and the machine gives none ({said})"
-    return said
-
-
-def _client(url: str) -> Any:
-    if url.startswith("memory:"):
-        from obstore.store import MemoryStore
-
-        with _making:
-            return _in_memory.setdefault(url, MemoryStore())
-    return _remote_client(url)
-
-
-@lru_cache
-def _remote_client(url: str) -> Any:
-    from obstore.store import from_url
-
-    return from_url(url, retry_config=_RETRYING)
+        return ask(self.store, self.key, question)

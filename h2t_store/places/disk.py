@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from h2t_store.places.interface import LockedError
+from h2t_store.places.interface import LockedError, Lost
 
 __all__ = ["Disk"]
 
@@ -130,7 +130,7 @@ class Disk:
             shutil.rmtree(trash, ignore_errors=True)
 
     @contextmanager
-    def lock(self, who: str) -> Iterator[Callable[[], bool]]:
+    def lock(self, who: str) -> Iterator[Lost]:
         """The system frees the lock of a process that died."""
         lock = FileLock(f"{self.path}.lock", blocking=False)
         self.path.parent.mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ class Disk:
             raise LockedError(holder) from None
         try:
             self.path.write_text(who)
-            yield lambda: False
+            yield lambda *, ask=False: False
         finally:
             with suppress(OSError):
                 self.path.unlink()

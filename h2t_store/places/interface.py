@@ -7,11 +7,18 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LockedError", "Place"]
+__all__ = ["LockedError", "Lost", "Place"]
 
 
 class LockedError(Exception):
     """Another process holds a lock; the message says who."""
+
+
+class Lost(Protocol):
+    """Whether a lock was lost to another process, as happens where this one stood still for long."""
+
+    def __call__(self, *, ask: bool = False) -> bool:
+        """As far as this process knows; or found out now, where it would do harm (``ask``)."""
 
 
 class Place(Protocol):
@@ -90,7 +97,7 @@ class Place(Protocol):
     def put_in_place_of(self, folder: Self, store: Self) -> None:
         """Have an extraction that is complete take the place of another; a crash between leaves this one, complete."""
 
-    def lock(self, who: str) -> AbstractContextManager[Callable[[], bool]]:
+    def lock(self, who: str) -> AbstractContextManager[Lost]:
         """Hold the lock of this name for the time being.
 
         Parameters

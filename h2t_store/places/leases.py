@@ -11,18 +11,20 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from h2t_store.errors import StoreError
-from h2t_store.places.interface import LockedError, Place
+from h2t_store.errors import UnreachableError
+from h2t_store.places.interface import LockedError, Lost, Place
 
 __all__ = ["lease"]
 
 _BEAT_SECONDS = 10.0
 _SILENT_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
+
+_held: set[str] = set()  # by this process
 
 
 class Exclusive(Place, Protocol):
@@ -33,46 +35,64 @@ class Exclusive(Place, Protocol):
 
 
 @contextmanager
-def lease(place: Exclusive, who: str) -> Iterator[Callable[[], bool]]:
+def lease(place: Exclusive, who: str) -> Iterator[Lost]:
     """Hold the lock that ``place`` names; see `h2t_store.places.Place.lock`."""
-    mine = {"id": uuid.uuid4().hex, "who": who, "machine": _machine(), "process": _process(os.getpid())}
-    beat = place / f"beat-{mine['id']}"
-    number = _acquire(place, mine)
-    done, lost = threading.Event(), threading.Event()
+    me = uuid.uuid4().hex
+    mine = {"id": me, "who": who, "machine": _machine(), "process": _process(os.getpid())}
+    beat = place / f"beat-{me}"
+    _held.add(me)
+    try:
+        number = _acquire(place, mine)
+    except BaseException:
+        _held.discard(me)
+        raise
+    done, gone = threading.Event(), threading.Event()
+
+    def lost(*, ask: bool = False) -> bool:
+        if ask and _holder(place, number).get("id") != me:
+            gone.set()
+        return gone.is_set()
 
     def live() -> None:
         count = 0
         while not done.wait(_BEAT_SECONDS if count else 0):
             count += 1
-            with suppress(StoreError):  # the next one may get through
+            with suppress(UnreachableError):  # the next one may get through
                 beat.write_whole(str(count).encode())
-                if _holder(place, number).get("id") != mine["id"]:
-                    lost.set()
+                if lost(ask=True):
                     return
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
     try:
-        yield lost.is_set
+        yield lost
     finally:
         done.set()
         thread.join()
-        if not lost.is_set():
-            (place / str(number)).remove()
-        beat.remove()
+        _held.discard(me)
+        with suppress(UnreachableError):  # then who comes next finds out that nobody holds it
+            if not lost():
+                (place / str(number)).remove()
+            beat.remove()
 
 
 def _acquire(place: Exclusive, mine: dict[str, Any]) -> int:
     before = _holders(place)
-    if before:
-        _require_ended(place, before[max(before)])
+    for holder in before.values():
+        _require_ended(place, holder)
     number = max(before, default=0) + 1
-    if not (place / str(number)).create(json.dumps(mine).encode()):
-        raise LockedError(_told(_holder(place, number)))
-    for other, holder in _holders(place).items():
-        if other != number and holder != before.get(other):
-            (place / str(number)).remove()
-            raise LockedError(_told(holder))
+    try:
+        if not (place / str(number)).create(json.dumps(mine).encode()):
+            raise LockedError(_told(_holder(place, number)))
+        now = _holders(place)
+        others = [holder for at, holder in now.items() if at != number and holder != before.get(at)]
+        if others or now.get(number) != mine:
+            raise LockedError(_told(others[0] if others else now.get(number, {})))
+    except BaseException:
+        with suppress(UnreachableError):
+            if _holder(place, number).get("id") == mine["id"]:
+                (place / str(number)).remove()
+        raise
     for old, holder in before.items():
         (place / str(old)).remove()
         (place / f"beat-{holder.get('id')}").remove()
@@ -92,7 +112,10 @@ def _require_ended(place: Exclusive, holder: dict[str, Any]) -> None:
     """Raise `LockedError` unless a holder lives no more, which can take a minute to see."""
     locked = LockedError(_told(holder))
     if holder.get("machine") == _machine() is not None:
-        if _process(str(holder.get("process")).partition(" ")[0]) == holder.get("process"):
+        process = str(holder.get("process"))
+        if process == _process(os.getpid()) and holder.get("id") not in _held:
+            return
+        if _process(process.partition(" ")[0]) == process:
             raise locked
         return
     beat = place / f"beat-{holder.get('id')}"
@@ -104,7 +127,7 @@ def _require_ended(place: Exclusive, holder: dict[str, Any]) -> None:
 
 
 def _holder(place: Exclusive, number: int) -> dict[str, Any]:
-    with suppress(ValueError):
+    with suppress(json.JSONDecodeError, UnicodeDecodeError):
         holder = json.loads(_content(place / str(number)))
         if isinstance(holder, dict):
             return holder
@@ -127,9 +150,10 @@ def _machine() -> str | None:
 
 
 def _process(number: int | str) -> str | None:
-    """A process, with the time of its start, as numbers come again; None where it does not run."""
+    """A process, with the time of its start, as numbers come again; None where it does not run, or has ended unread."""
     try:
         with open(f"/proc/{number}/stat") as file:
-            return f"{number} {file.read().rpartition(')')[2].split()[19]}"
+            state, *rest = file.read().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if state in "ZX" else f"{number} {rest[18]}"
