@@ -77,6 +77,11 @@ def tree(store: Path, name: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def here(data, store: Path, **settings):
+    """The same without a cluster, and without forking: that would cut connections that Ray's test cluster has here."""
+    return extract(data, store=store, **(settings | {"workers": 0}))
+
+
 def mortal(folder: Path, lives: int) -> str:
     """A network that kills its process so many times."""
     (folder / "mortal.py").write_text(MORTAL)
@@ -90,7 +95,7 @@ def test_both_engines_write_the_same_bytes(cluster, tmp_path, folder):
     (folder / "a/04.png").write_text("no image")
     common = dict(model=MODEL, batch_size=4, on_error="skip", name="x")
     done = []
-    extract(folder, store=tmp_path / "local", **common)
+    here(folder, tmp_path / "local", **common)
     matrix = extract(
         folder,
         store=tmp_path / "ray",
@@ -107,7 +112,7 @@ def test_both_engines_write_the_same_bytes(cluster, tmp_path, folder):
 
 def test_what_is_in_memory_is_sent_and_what_is_logged_comes_back(cluster, tmp_path, images, labels, caplog):
     common = dict(model=tiny_models.Functional(), name="x")
-    extract((images, labels), store=tmp_path / "local", **common)
+    here((images, labels), tmp_path / "local", **common)
     caplog.clear()
     extract((images, labels), store=tmp_path / "ray", engine="ray", **common)
     assert tree(tmp_path / "local", "x") == tree(tmp_path / "ray", "x")
@@ -143,7 +148,7 @@ def test_workers_that_die_are_replaced(cluster, tmp_path, folder):
     extract(folder, store=tmp_path / "ray", engine="ray", progress=lambda *now: done.append(now[0]), **common)
     assert not any((tmp_path / "lives").iterdir())
     assert done[-1] == 40
-    extract(folder, store=tmp_path / "local", **common)
+    here(folder, tmp_path / "local", **common)
     assert tree(tmp_path / "local", "x") == tree(tmp_path / "ray", "x")
 
 
@@ -158,8 +163,11 @@ def test_a_network_that_always_dies_is_an_error(cluster, tmp_path, folder, monke
 
 
 def test_a_node_that_dies_is_done_without(cluster, tmp_path, folder):
+    from h2t_store.engines import ray as engine
+
     node = cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
+    while len(engine._resources()) < 3:
+        pass
 
     def remove_node(done: int, *_: int) -> None:
         nonlocal node
@@ -170,7 +178,7 @@ def test_a_node_that_dies_is_done_without(cluster, tmp_path, folder):
     common = dict(model=MODEL, batch_size=4, name="x")
     extract(folder, store=tmp_path / "ray", engine="ray", workers=3, progress=remove_node, **common)
     assert node is None
-    extract(folder, store=tmp_path / "local", **common)
+    here(folder, tmp_path / "local", **common)
     assert tree(tmp_path / "local", "x") == tree(tmp_path / "ray", "x")
 
 
@@ -182,7 +190,7 @@ def test_what_one_engine_began_the_other_finishes(cluster, tmp_path, folder, fir
     committed = FeatureStore(tmp_path / "s").open("x").committed()
     assert not committed.all()
     extract(folder, store=tmp_path / "s", engine=second, **common)
-    extract(folder, store=tmp_path / "whole", **common)
+    here(folder, tmp_path / "whole", **common)
     assert tree(tmp_path / "s", "x") == tree(tmp_path / "whole", "x")
 
 
@@ -202,7 +210,7 @@ extract({str(folder)!r}, progress=kill, **{common | on_ray!r})
     killed = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL
     extract(folder, store=tmp_path / "s", **common)
-    extract(folder, store=tmp_path / "whole", **common)
+    here(folder, tmp_path / "whole", **common)
     assert tree(tmp_path / "s", "x") == tree(tmp_path / "whole", "x")
 
 
@@ -251,7 +259,7 @@ extract({str(folder)!r}, **{common | on_ray!r})
 """
     subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT | s3.environment, check=True, timeout=600)
     s3.rate = 0.0
-    extract(folder, store=tmp_path / "whole", **common)
+    here(folder, tmp_path / "whole", **common)
     place = open_place("s3://bucket/s/x")
     assert {path: (place / path).read() for path, _ in place.files()} == tree(tmp_path / "whole", "x")
     assert not any((tmp_path / "lives").iterdir())
@@ -264,14 +272,14 @@ def test_a_search_is_the_same_on_a_cluster(cluster, tmp_path, folder):
 
     from estimators import Head2ToeClassifier, Head2ToeClassifierCV
 
-    X = extract(folder, model=MODEL, store=tmp_path / "s", name="x")
+    X = here(folder, tmp_path / "s", model=MODEL, name="x")
     search = GridSearchCV(
         Head2ToeClassifier(memory=tmp_path / "paths"), {"alpha": [0.3, 0.6], "keep_fraction": [None, 0.5]}, cv=2
     )
     tuned = Head2ToeClassifierCV(alphas=(0.5,), keep_fractions=(0.5,), cv=2)
-    here = search.fit(X, X.y).cv_results_["mean_test_score"], tuned.fit(X, X.y).decision_function(X)
+    alone = search.fit(X, X.y).cv_results_["mean_test_score"], tuned.fit(X, X.y).decision_function(X)
     register_ray()
     with joblib.parallel_config(backend="ray", n_jobs=2):
         there = search.fit(X, X.y).cv_results_["mean_test_score"], tuned.fit(X, X.y).decision_function(X)
-    np.testing.assert_array_equal(here[0], there[0])
-    np.testing.assert_allclose(here[1], there[1], rtol=1e-6)
+    np.testing.assert_array_equal(alone[0], there[0])
+    np.testing.assert_allclose(alone[1], there[1], rtol=1e-6)

@@ -31,7 +31,7 @@ from h2t_store.store import Extraction
 try:
     import ray
     from ray import cloudpickle
-    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 except ImportError as error:
     raise H2TError("engine 'ray' needs Ray: pip install 'head2toe[ray]'") from error
 
@@ -41,6 +41,7 @@ _log = logging.getLogger("h2t_store")
 _NEWS_SECONDS = 0.5
 _CONNECT_SECONDS = 5
 _WAITING_SECONDS = 30.0
+_ANSWER_SECONDS = 120.0
 _DEATHS_OF_EACH = 5
 
 P = ParamSpec("P")
@@ -217,7 +218,7 @@ class Cluster:
 
     def _shape(self, workers: int | None) -> tuple[int, int]:
         """How many workers, and how many cores each: so many that all find a place."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = _resources()
         cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1] or [1]
         if self.num_gpus:
             gpus = sum(node.get("GPU", 0) for node in nodes)
@@ -394,6 +395,24 @@ def _require_head(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
 
 
+def _resources() -> list[dict[str, float]]:
+    """What each node that lives has.
+
+    A worker is asked to ask: the driver's own connection for such questions may have been cut by processes that it
+    forked, as those that decode images for the local engine, and then no answer ever comes.
+    """
+    task = ray.remote(num_cpus=0, max_retries=3)(_resources_seen_here).remote()
+    try:
+        found: list[dict[str, float]] = ray.get(task, timeout=_ANSWER_SECONDS)
+    except GetTimeoutError:
+        raise H2TError(f"the Ray cluster does not answer within {_ANSWER_SECONDS:g} s (see: ray status)") from None
+    return found
+
+
+def _resources_seen_here() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 @contextmanager
 def cluster(address: str | None = None, num_gpus: float | None = None, device: str = "auto") -> Iterator[Cluster]:
     """Connect to a Ray cluster, or start one on this machine, and leave it afterwards.
@@ -420,7 +439,7 @@ def cluster(address: str | None = None, num_gpus: float | None = None, device: s
         except (OSError, RuntimeError, ValueError) as error:
             raise H2TError(f"ray_address {address!r}: {one_line(error)}") from error
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
+        gpus = sum(node.get("GPU", 0) for node in _resources())
         if num_gpus is None:
             num_gpus = 1.0 if gpus and device != "cpu" else 0.0
         if num_gpus > gpus:
