@@ -554,10 +554,12 @@ def test_secrets_stay_in_the_environment(s3, store, folder, caplog, capfd, monke
 
 
 def test_workers_open_it_by_its_address(store, folder):
+    from joblib.externals.loky import get_reusable_executor
     from sklearn.linear_model import RidgeClassifier
     from sklearn.model_selection import cross_val_score
 
     matrix = extract(folder, store=store, name="a/x", **COMMON)
+    get_reusable_executor().shutdown()  # those of an earlier test know nothing of this server
     here, there = (cross_val_score(RidgeClassifier(), matrix, matrix.y, cv=2, n_jobs=n) for n in (1, 2))
     np.testing.assert_array_equal(here, there)
 
