@@ -58,6 +58,7 @@ def cluster():
     """Two nodes with a core each."""
     from ray.cluster_utils import Cluster
 
+    os.environ.update(RAY_worker_niceness="0")  # or whatever else runs here keeps them waiting
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes.add_node(num_cpus=1)
     ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
