@@ -71,7 +71,7 @@ def lease(place: Exclusive, who: str) -> Iterator[Lost]:
         thread.join()
         _held.discard(me)
         with suppress(UnreachableError):  # then who comes next finds out that nobody holds it
-            if not lost():
+            if not lost(ask=True):
                 (place / str(number)).remove()
             beat.remove()
 
