@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import HERE, alternate, machine, ratio, shown
-from durability import write_images
+from durability import files_of, write_images
 
 from h2t_store import FeatureMatrix, extract, open_features
 from h2t_store.integrity import verify
@@ -90,15 +90,6 @@ def throughput(n: int, work: Path) -> dict[str, Any]:
     return report
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file of an extraction."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.endswith(".partial")
-    }
-
-
 def worker_pids() -> list[int]:
     """Processes of Ray workers that compute."""
     found = []
@@ -121,7 +112,7 @@ def kills(n_kills: int, seed: int, work: Path) -> dict[str, Any]:
     folder = write_images(work / "images", 12000)
     common: dict[str, Any] = dict(model=f"{MODELS}:small_input", batch_size=4, name=NAME)
     extract(folder, store=work / "whole.zarr", **common)
-    whole = files(work / "whole.zarr" / NAME)
+    whole = files_of(work / "whole.zarr" / NAME)
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     others = [nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)]
     ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -145,7 +136,7 @@ def kills(n_kills: int, seed: int, work: Path) -> dict[str, Any]:
                         os.kill(choose.choice(pids), signal.SIGKILL)
                         done["worker"] += 1
             computed.result()
-            identical = files(store / NAME) == whole
+            identical = files_of(store / NAME) == whole
             same, runs = same + identical, runs + 1
             print(
                 f"run {runs}: {dict(done)} killed so far, {'the same bytes' if identical else 'OTHER BYTES'}",
@@ -164,7 +155,7 @@ def requests(work: Path, seed: int) -> dict[str, Any]:
     folder = write_images(work / "pictures", 20000)
     common: dict[str, Any] = dict(model=f"{MODELS}:small_input", name=NAME)
     extract(folder, store=work / "disk.zarr", **common)
-    expected = files(work / "disk.zarr" / NAME)
+    expected = files_of(work / "disk.zarr" / NAME)
 
     def compare(address: str) -> dict[str, Any]:
         place = open_place(address) / NAME

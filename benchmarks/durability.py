@@ -113,12 +113,13 @@ def phase(store: Path) -> str:
 
 def content(store: Path, name: str = NAME) -> dict[str, Any]:
     """Everything that can be read of an extraction, and the bytes of its files."""
-    folder = store / name
-    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    left = [path for path in files if path.endswith(".partial")]
-    for path in left:
-        del files[path]
-    return readable(store, name) | {"files": files}
+    return readable(store, name) | {"files": files_of(store / name)}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of an extraction, but for what a kill left of one."""
+    found = (file for file in folder.rglob("*") if file.is_file() and not file.name.endswith(".partial"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
 def readable(store: Path, name: str = NAME) -> dict[str, Any]:

@@ -149,11 +149,12 @@ def extract(
         Where ``stopped`` returned true; the same call continues.
     """
     check_running(name, workers, on_error, engine, num_gpus_per_worker)
-    if in_one_process(store) and (engine == "ray" or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        raise StoreError(f"store {store!r} is in the memory of one process: others cannot write into it")
     if batch_size == "auto":
         batch_size = _batch_size_begun(store, name) or "auto"
-    with ranks() as processes, _engine(engine, processes, ray_address, num_gpus_per_worker, device) as (prepared, run):
+    with (
+        ranks() as processes,
+        _engine(engine, processes, store, ray_address, num_gpus_per_worker, device) as (prepared, run),
+    ):
         job = prepared(
             data,
             model=model,
@@ -195,11 +196,14 @@ def extract(
 def _engine(
     engine: Literal["local", "ray"],
     processes: Ranks,
+    store: str | os.PathLike[str],
     address: str | None,
     num_gpus: float | None,
     device: str | torch.device,
 ) -> Iterator[tuple[Callable[..., Job], Engine]]:
     """What finds out what to compute, and what computes it: both in this process, or both on Ray workers."""
+    if in_one_process(store) and (engine == "ray" or processes.size > 1):
+        raise StoreError(f"store {store!r} is in the memory of one process: others cannot write into it")
     if engine == "local":
         yield prepare, local.run
         return
@@ -334,7 +338,7 @@ def _give_up_damaged(extraction: Extraction, name: str) -> None:
     From where nothing is lost that was written, nothing is read: a listing says whether all of it is there.
     """
     if extraction.folder.keeps_what_it_has:
-        gone = np.flatnonzero(extraction.committed() & ~extraction.holds_blocks()).tolist()
+        gone = extraction.lacking()
         if gone:
             _log.warning(
                 "%s: row blocks %s are computed again: some of their chunks are missing", extraction.where, gone

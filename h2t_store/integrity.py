@@ -138,15 +138,13 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> Iterator[Da
             yield Damage(f"{name}/committed/c/{block}", "damaged: it holds another value", "block", block)
     except DamagedError as error:
         yield Damage(f"{name}/committed/c/{block}", _problem(error), "block", block)
-    failures, crcs = extraction.chunk_file("failures", block), None
+    failures, crcs = extraction.chunk_file("failures", block).exists(), None
     try:
         record = extraction.read_record(block)
+        failures, crcs = failures or extraction.tells_failures(record), record[1:].tolist()
     except DamagedError as error:
-        files = extraction.block_chunks(block, failures=failures.exists())
         yield Damage(f"{name}/checksums/c/{block}/0", _problem(error), "block", block)
-    else:
-        files = extraction.block_chunks(block, failures=extraction.tells_failures(record) or failures.exists())
-        crcs = record[1:].tolist()
+    files = extraction.block_chunks(block, failures=failures)
 
     def check(i: int) -> Damage | None:
         (path, index), crc = files[i], None if crcs is None else crcs[i]
@@ -189,7 +187,7 @@ def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> 
     groups = {damage.path for damage in damages if damage.kind in ("group", "header")}
     for path in groups - {f"{name}/zarr.json", f"{name}/features/zarr.json"}:
         attributes = {} if "/" in path else {"h2t_format": layout.FORMAT}
-        above = path.removesuffix("zarr.json").rstrip("/")
+        above = path.rpartition("/")[0]
         write_group(store.place / above if above else store.place, attributes, shared=True)
     header = _copied_header(folder) if f"{name}/zarr.json" in groups else Extraction(folder, where).header
     if header is None:

@@ -243,9 +243,10 @@ class Extraction:
                 flags[int(path)] = self.folder.keeps_what_it_has or self.is_committed(int(path))
         return flags
 
-    def holds_blocks(self) -> NDArray[np.bool_]:
-        """Which row blocks have all their files, of the size that they must have, as a listing tells; none is read."""
-        whole = self.committed()
+    def lacking(self) -> list[int]:
+        """Committed row blocks that lack a file, or have one of another size, as a listing tells."""
+        committed = self.committed()
+        whole = committed.copy()
         layers = [(layout.feature_path(layer), layer.n_chunks) for layer in self.header.layers]
 
         def count(job: tuple[str, int]) -> NDArray[np.bool_]:
@@ -271,7 +272,7 @@ class Extraction:
 
         blocks = np.flatnonzero(whole)
         whole[blocks] = in_threads(tells_truth, blocks.tolist(), self.folder.concurrency)
-        return whole
+        return np.flatnonzero(committed & ~whole).tolist()
 
     def is_committed(self, block: int) -> bool:
         """Whether a row block is on disk."""
@@ -503,7 +504,9 @@ class FeatureStore:
         folder = self.folder(name)
         if not _may_be_extraction(folder):
             self.finish_replacing(name)
-        return Extraction(folder, self.where(name)) if _may_be_extraction(folder) else None
+            if not _may_be_extraction(folder):
+                return None
+        return Extraction(folder, self.where(name))
 
     @contextmanager
     def lock(self, name: str) -> Iterator[Lost]:

@@ -73,3 +73,8 @@ def solved_ratios(monkeypatch):
 
     monkeypatch.setattr(solving, "group_lasso_path", counted)
     return calls
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

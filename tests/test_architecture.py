@@ -1,6 +1,7 @@
 """The two halves meet in a protocol only, and imports run downward only."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def test_the_halves_do_not_import_each_other(package, other):
     for path in FILES:
         if path.is_relative_to(ROOT / package):
             assert not any(name.split(".")[0] == other for name in imports(path)), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_what_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("h2t_store", "estimators"):
+            module = importlib.import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing or all(f"{node.module}.{name}" in known_modules() for name in missing), missing
+
+
+def known_modules() -> set[str]:
+    return {module_name(path) for path in FILES}
 
 
 def test_there_is_no_import_circle():

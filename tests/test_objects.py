@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 import zarr
-from conftest import MODELS
+from conftest import MODELS, files_below
 from object_server import FAULTS, KEY, SECRET, serving
 
 from h2t_store import extract, open_features, repair
@@ -75,12 +75,8 @@ def tree(place: Bucket) -> dict[str, bytes]:
     return {path: (place / path).read() for path, _ in place.files()}
 
 
-def local_tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def same(store: str, local: Path, name: str = "a/x") -> bool:
-    return tree(open_place(store) / name) == local_tree(local / name)
+    return tree(open_place(store) / name) == files_below(local / name)
 
 
 def chunks_of(matrix) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from conftest import MODELS
+from conftest import MODELS, files_below
 from object_server import serving
 
 from h2t_store import extract
@@ -74,8 +74,7 @@ def small_blocks(monkeypatch):
 
 def tree(store: Path, name: str) -> dict[str, bytes]:
     """Every file of an extraction."""
-    folder = store / name
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return files_below(store / name)
 
 
 def here(data, store: Path, **settings):

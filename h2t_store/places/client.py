@@ -10,7 +10,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any, TypeVar
 
-from h2t_store.errors import StoreError, UnreachableError
+from h2t_store.errors import H2TError, StoreError, UnreachableError
 
 __all__ = ["ask", "require_client"]
 
@@ -78,15 +78,14 @@ def require_client(url: str) -> None:
             obstore.head(client, "zarr.json")
 
     try:
-        try:
-            ask(url, "zarr.json", probe, retrying=_IMPATIENT)
-        except UnreachableError as error:
-            if "Server returned" not in str(error):
-                raise
-            ask(url, "zarr.json", probe)
+        ask(url, "zarr.json", probe, retrying=_IMPATIENT)
     except ImportError:
         raise StoreError(f"store {url!r} needs obstore: pip install 'head2toe[s3]'") from None
-    except UnreachableError:
+    except UnreachableError as error:
+        if "Server returned" not in str(error):
+            raise
+        ask(url, "zarr.json", probe)
+    except H2TError:
         raise
     except ValueError as error:  # a setting in the environment that is none
         raise StoreError(f"store {url!r}: {_one_line(error)}") from None

@@ -137,10 +137,9 @@ class Disk:
         try:
             lock.acquire()
         except Timeout:
-            try:
+            holder = "another process"
+            with suppress(OSError):
                 holder = self.path.read_text()
-            except OSError:
-                holder = "another process"
             raise LockedError(holder) from None
         try:
             self.path.write_text(who)
