@@ -16,7 +16,6 @@ transfer.py. Options for tasks and the network are those of transfer.py.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +106,10 @@ def layers(data: Any, seed: int) -> dict[str, Any]:
 def target_size(data: Any, seed: int) -> dict[str, Any]:
     rows: dict[str, list[float]] = {"all features, L2": [], "Head2ToeClassifierCV": []}
     widths = []
-    for size, pair in data.features.items():
-        one = replace(data, features={size: pair})
-        widths.append(pair[0].shape[1])
+    for size, (X, _) in data.features.items():
+        widths.append(X.shape[1])
         for name, method in (("all features, L2", all_l2), ("Head2ToeClassifierCV", head2toe)):
-            rows[name].append(method(one, seed).accuracy)
+            rows[name].append(method(data.at(size), seed).accuracy)
     return {"target_sizes": list(data.features), "n_features": widths, "accuracy": rows}
 
 
@@ -123,12 +121,7 @@ def samples(data: Any, seed: int) -> dict[str, Any]:
         chosen = np.arange(len(data.y))
         if count < len(data.y):
             chosen = np.sort(train_test_split(chosen, train_size=count, stratify=data.y, random_state=seed)[0])
-        part = replace(
-            data,
-            y=data.y[chosen],
-            probe=(data.probe[0][chosen], data.probe[1]),
-            features={size: (X[chosen], X_test) for size, (X, X_test) in data.features.items()},
-        )
+        part = data.rows(chosen)
         for name, method in methods.items():
             rows[name].append(method(part, seed).accuracy)
     return {"samples": counts, "accuracy": rows}

@@ -7,7 +7,7 @@ cross-validation, and whatever else a method draws.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,10 @@ class Data:
 
     Attributes
     ----------
+    whole : (FeatureMatrix, FeatureMatrix)
+        Features of the training and test images, pooled to all target sizes.
     features : dict of int to (FeatureMatrix, FeatureMatrix)
-        Training and test images by target size; the first is what methods use that do not choose.
+        By target size; the first is what methods use that do not choose.
     probe : (FeatureMatrix, FeatureMatrix)
         What enters the network's last layer.
     y, y_test : ndarray of str
@@ -55,6 +57,7 @@ class Data:
         What training the network may take.
     """
 
+    whole: Pair
     features: dict[int, Pair]
     probe: Pair
     y: NDArray[Any]
@@ -66,6 +69,16 @@ class Data:
     def pair(self) -> Pair:
         """Features of the first target size."""
         return next(iter(self.features.values()))
+
+    def at(self, size: int) -> "Data":
+        """With the features of one target size alone."""
+        return replace(self, whole=self.features[size], features={size: self.features[size]})
+
+    def rows(self, chosen: NDArray[np.int64]) -> "Data":
+        """With some of the training images alone."""
+        features = {size: (X[chosen], X_test) for size, (X, X_test) in self.features.items()}
+        whole, probe = ((X[chosen], X_test) for X, X_test in (self.whole, self.probe))
+        return replace(self, whole=whole, features=features, probe=probe, y=self.y[chosen])
 
 
 @dataclass
@@ -129,8 +142,12 @@ def linear_probe(data: Data, seed: int) -> Outcome:
 
 
 def all_l2(data: Data, seed: int) -> Outcome:
-    """All features, with L2."""
-    return ridge(data.pair, data, seed)
+    """All features of one target size, with L2; which size by cross-validation."""
+    outcomes = []
+    for size, pair in data.features.items():
+        outcomes.append(ridge(pair, data, seed))
+        outcomes[-1].params["target_size"] = size
+    return max(outcomes, key=lambda outcome: outcome.notes["cv_score"])
 
 
 def _best_fraction(data: Data, seed: int, order: Callable[[FeatureMatrix], NDArray[np.int64]]) -> Outcome:
@@ -249,11 +266,12 @@ def published(data: Data, seed: int) -> Outcome:
     return Outcome(accuracy, matrix.shape[1], len(kept), n_weights, params, notes)
 
 
-def head2toe(data: Data, seed: int, **others: Any) -> Outcome:
-    """`Head2ToeClassifierCV` as it comes, but for ``others``."""
-    X, X_test = data.pair
-    model = Head2ToeClassifierCV(cv=folds(seed), **others).fit(X, data.y)
-    n_weights = sum((len(one.selected_features_) + 1) * len(model.classes_) for one in model.estimators_)
+def head2toe(data: Data, seed: int) -> Outcome:
+    """`Head2ToeClassifierCV` as it comes."""
+    X, X_test = data.whole
+    model = Head2ToeClassifierCV(cv=folds(seed)).fit(X, data.y)
+    # Linear models added up are one.
+    n_weights = (len(model.selected_features_) + 1) * len(model.classes_)
     alone = float((model.best_estimator_.predict(X_test) == data.y_test).mean())
     notes = {"cv_score": model.best_score_, "best_alone": alone, "mixed": len(model.estimators_)}
     accuracy = float((model.predict(X_test) == data.y_test).mean())
@@ -351,7 +369,15 @@ def forward_flops(job: Job) -> float:
     return float(counter.get_total_flops())
 
 
-METHODS: dict[str, Callable[[Data, int], Outcome]] = {
+Method = Callable[[Data, int], Outcome]
+
+
+def at_one_size(method: Method, data: Data, seed: int) -> Outcome:
+    """A method that chooses its target size, given the first one only."""
+    return method(data.at(next(iter(data.features))), seed)
+
+
+METHODS: dict[str, Method] = {
     "linear probe": linear_probe,
     "all features, L2": all_l2,
     "all features, L1": all_l1,
@@ -359,10 +385,13 @@ METHODS: dict[str, Callable[[Data, int], Outcome]] = {
     "largest variance": largest_variance,
     "published Head2Toe": published,
     "Head2ToeClassifierCV": head2toe,
-    "its search without single layers": partial(head2toe, single_layers=0),
+    "all features, L2, one size": partial(at_one_size, all_l2),
+    "published Head2Toe, one size": partial(at_one_size, published),
+    "Head2ToeClassifierCV, one size": partial(at_one_size, head2toe),
     "fine-tuning": finetuning,
     "from scratch": from_scratch,
 }
+CHOOSE_SIZE = ("all features, L2", "published Head2Toe", "Head2ToeClassifierCV")
 SETTINGS: dict[str, Sequence[Any]] = {
     "linear probe": [L2_GRID],
     "all features, L2": [L2_GRID],
@@ -371,7 +400,9 @@ SETTINGS: dict[str, Sequence[Any]] = {
     "largest variance": [L2_GRID, FRACTIONS],
     "published Head2Toe": [PUBLISHED],
     "Head2ToeClassifierCV": [Head2ToeClassifierCV().get_params()],
-    "its search without single layers": [Head2ToeClassifierCV(single_layers=0).get_params()],
+    "all features, L2, one size": [L2_GRID],
+    "published Head2Toe, one size": [PUBLISHED],
+    "Head2ToeClassifierCV, one size": [Head2ToeClassifierCV().get_params()],
     "fine-tuning": [FINETUNING],
     "from scratch": [FINETUNING],
 }

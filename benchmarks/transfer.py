@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import HERE, RESNET56_TAPS, SUITE, SUITE_TASKS, VTAB_TASKS, WEIGHTS, machine, resnet56
-from methods import METHODS, SETTINGS, Data, forward_flops
+from methods import CHOOSE_SIZE, METHODS, SETTINGS, Data, forward_flops
 from numpy.typing import NDArray
 from report import write
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,8 +41,9 @@ from h2t_store import FeatureMatrix, extract
 from h2t_store.preparation import Job, prepare
 
 VTAB_FILES = {"train": "train800val200.txt", "test": "test.txt"}
+TARGET_SIZES = (512, 16)
 TRAINED = ("fine-tuning", "from scratch")
-USUAL = tuple(name for name in METHODS if name not in (*TRAINED, "its search without single layers"))
+USUAL = tuple(name for name in METHODS if name not in TRAINED and "one size" not in name)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_backbone_options(made)
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(USUAL), metavar="NAME",
-                      help=f"of {', '.join(METHODS)}; by default all but the last three")  # fmt: skip
+                      help=f"of {'; '.join(METHODS)}; by default those that do not train the network and may "
+                      "use all target sizes")  # fmt: skip
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--minutes", type=float, default=30.0, help="that training the network may take; default 30")
     made.add_argument("--rerun", action="store_true", help="compute cells that are there again")
@@ -120,8 +122,8 @@ def add_backbone_options(to: argparse.ArgumentParser) -> None:
     to.add_argument("--taps", default="activations")
     to.add_argument("--cls-token", default="pool", choices=["pool", "only", "keep"])
     to.add_argument("--probe", help="tap that a linear probe is given; by default the one before the last")
-    to.add_argument("--target-size", type=int, action="append", metavar="N", help="several: published Head2Toe chooses,"
-                    " the others take the first; default 512")  # fmt: skip
+    to.add_argument("--target-size", type=int, action="append", metavar="N", help=f"several: {', '.join(CHOOSE_SIZE)} "
+                    f"choose, the others take the first; default {' and '.join(map(str, TARGET_SIZES))}")  # fmt: skip
     to.add_argument("--work", type=Path, default=Path("transfer-features"), help="where features are kept")
     to.add_argument("--out", type=Path, default=HERE, help="folder of RESULTS.md and its cells")
 
@@ -153,7 +155,7 @@ def the_backbone(args: argparse.Namespace) -> Backbone:
         taps["taps"], probe = RESNET56_TAPS, "linear:in"
     elif args.model is None:
         settings["model"] = "h2t_resnet20"
-    taps["target_size"] = args.target_size or [512]
+    taps["target_size"] = args.target_size or list(TARGET_SIZES)
     args.work.mkdir(parents=True, exist_ok=True)
     return Backbone(settings, taps, probe, args.work)
 
@@ -173,7 +175,8 @@ def load(task: Task, backbone: Backbone, minutes: float) -> tuple[Data, dict[str
         )
     y, y_test = names(X), names(X_test)
     job = partial(backbone.job, task)
-    data = Data({size: (at(X, size, sizes), at(X_test, size, sizes)) for size in sizes}, probe, y, y_test, job, minutes)
+    features = {size: (X.select_target_size(size), X_test.select_target_size(size)) for size in sizes}
+    data = Data((X, X_test), features, probe, y, y_test, job, minutes)
     inputs = X.provenance["inputs"]
     per_image = forward_flops(job("train"))
     return data, {
@@ -183,16 +186,16 @@ def load(task: Task, backbone: Backbone, minutes: float) -> tuple[Data, dict[str
         "store_bytes": X.shape[0] * X.shape[1] * 2,
         "extraction_seconds": seconds,
         "extraction_flops": per_image * len(X),
-        "backbone": {key: inputs[key] for key in ("model", "weights_sha256", "cls_token", "target_size")},
-        "inputs": hashlib.sha256(
-            json.dumps([matrix.provenance["inputs"] for matrix in (X, X_test, *probe)], sort_keys=True).encode()
-        ).hexdigest(),
+        "backbone": {key: inputs[key] for key in ("model", "weights_sha256", "cls_token")},
+        "inputs": [matrix.provenance["inputs"] for matrix in (X, X_test, *probe)],
     }
 
 
-def at(X: FeatureMatrix, size: int, sizes: Sequence[int]) -> FeatureMatrix:
-    """The columns of one target size."""
-    return X if len(sizes) == 1 else X.select_target_size(size)
+def digest(inputs: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
+    """Of the features that a method is given: how they were made, but for target sizes that it does not use."""
+    whole, probe = inputs[:2], inputs[2:]
+    used = [{**one, "target_size": list(sizes)} for one in whole] + list(probe)
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
 
 def escaped(name: str) -> str:
@@ -207,10 +210,13 @@ def names(X: FeatureMatrix) -> NDArray[Any]:
 
 def run_task(task: Task, backbone: Backbone, args: argparse.Namespace) -> None:
     data, facts = load(task, backbone, args.minutes)
+    inputs, sizes = facts.pop("inputs"), backbone.taps["target_size"]
     for name in args.methods:
+        used = sizes if name in CHOOSE_SIZE else sizes[:1]
+        given = digest(inputs, used)
         for seed in args.seeds:
             path = args.out / "cells" / task.name / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
-            settings = json.loads(json.dumps([*SETTINGS[name], facts["inputs"]], default=str))
+            settings = json.loads(json.dumps([*SETTINGS[name], given], default=str))
             if not args.rerun and path.exists() and json.loads(path.read_text())["settings"] == settings:
                 continue
             start = time.perf_counter()
@@ -222,7 +228,8 @@ def run_task(task: Task, backbone: Backbone, args: argparse.Namespace) -> None:
                 "seconds": time.perf_counter() - start,
                 "flops": counter.get_total_flops() if counter else outcome.flops,
             }
-            cell |= {"task_facts": facts, "settings": settings, "machine": machine(torch.get_num_threads())}
+            cell |= {"target_sizes": used, "task_facts": facts, "settings": settings}
+            cell["machine"] = machine(torch.get_num_threads())
             cell["command"] = " ".join(["python benchmarks/transfer.py", *sys.argv[1:]])
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(cell, indent=1, default=float) + "\n")

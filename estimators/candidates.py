@@ -31,6 +31,7 @@ class Candidate:
     """What is tried; ``index`` is its place in ``cv_results_``."""
 
     index: int
+    target_size: int | None
     normalization: str | None
     alpha: float
     keep_fraction: float | None
@@ -53,7 +54,14 @@ class Candidate:
             "last_layers": self.last_layers,
             "layer": self.layer,
             "normalization": self.normalization,
+            "target_size": self.target_size,
         }
+
+    @property
+    def decides(self) -> tuple[Any, ...]:
+        """What the candidate's predictions depend on: those that keep whole layers are the same at every alpha."""
+        whole = self.layer is not None or self.last_layers is not None or self.keep_fraction == 1.0
+        return self.target_size, self.normalization, self.kept, self.C, None if whole else self.alpha
 
     def select(self, path: GroupLassoPath, layers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Features kept at the end of the path, sorted."""
@@ -73,41 +81,55 @@ class Fit:
 
 
 def fit_candidates(training: Training, candidates: Sequence[Candidate], options: PathOptions) -> Iterator[Fit]:
-    """Fit candidates: one path per normalization, one gathering of features per selection, C from small to large."""
-    device, limit = resolve_device(options.device), held_bytes(options.max_memory)
+    """Fit candidates: one path per target size and normalization, one gathering of features per selection.
+
+    C goes from small to large.
+    """
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
-    held = replace(training, features=in_memory(training.features, limit))
-    for normalization in dict.fromkeys(candidate.normalization for candidate in candidates):
-        group = [candidate for candidate in candidates if candidate.normalization == normalization]
-        alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
-        paths = dict(
-            zip(alphas, solve_path(training, alphas, replace(options, normalization=normalization)), strict=True)
-        )
-        scaling = kept_scaling(normalization)
-        selections: dict[bytes, list[Candidate]] = {}
-        # A head starts from that with the same share of features at the alpha above.
-        ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
-        for _, alike in itertools.groupby(ordered, key=lambda candidate: (candidate.kept, candidate.alpha)):
-            candidates_alike = list(alike)
-            selected = candidates_alike[0].select(paths[candidates_alike[0].alpha], training.layers)
-            selections.setdefault(selected.tobytes(), []).extend(candidates_alike)
-        solutions: dict[tuple[Any, float], RidgeSolution] = {}
-        for key, same in selections.items():
-            selected = np.frombuffer(key, dtype=np.int64)
-            head = None
-            if len(selected):
-                head = ridge_head(held, paths[same[0].alpha], selected, normalization, device, limit)
-            for C, alike in itertools.groupby(
-                sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
-            ):
-                like = (same[0].kept, C)
-                coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
-                if head is not None and head.solution is not None:
-                    solutions[like] = head.solution
-                for candidate in alike:
-                    yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
-                    if progress is not None:
-                        progress()
+    for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
+        part, limit = training.of_size(target_size), held_bytes(options.max_memory)
+        held = replace(part, features=in_memory(part.features, limit))
+        of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
+        for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
+            group = [candidate for candidate in of_size if candidate.normalization == normalization]
+            for fit in _fit_group(part, held, group, replace(options, normalization=normalization), limit):
+                if target_size is not None:
+                    fit = replace(fit, selected=training.sizes[target_size][fit.selected])
+                yield fit
+                if progress is not None:
+                    progress()
+
+
+def _fit_group(
+    training: Training, held: Training, group: Sequence[Candidate], options: PathOptions, limit: float
+) -> Iterator[Fit]:
+    """Fit candidates of one target size and normalization; ``held`` is the training set in memory where it fits."""
+    normalization, device = options.normalization, resolve_device(options.device)
+    alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
+    paths = dict(zip(alphas, solve_path(training, alphas, options), strict=True))
+    scaling = kept_scaling(normalization)
+    selections: dict[bytes, list[Candidate]] = {}
+    # A head starts from that with the same share of features at the alpha above.
+    ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
+    for _, alike in itertools.groupby(ordered, key=lambda candidate: (candidate.kept, candidate.alpha)):
+        candidates_alike = list(alike)
+        selected = candidates_alike[0].select(paths[candidates_alike[0].alpha], training.layers)
+        selections.setdefault(selected.tobytes(), []).extend(candidates_alike)
+    solutions: dict[tuple[Any, float], RidgeSolution] = {}
+    for key, same in selections.items():
+        selected = np.frombuffer(key, dtype=np.int64)
+        head = None
+        if len(selected):
+            head = ridge_head(held, paths[same[0].alpha], selected, normalization, device, limit)
+        for C, alike in itertools.groupby(
+            sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
+        ):
+            like = (same[0].kept, C)
+            coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
+            if head is not None and head.solution is not None:
+                solutions[like] = head.solution
+            for candidate in alike:
+                yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
 
 
 def _null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -145,8 +167,19 @@ def score_fold(
     score_params: dict[str, Any],
     class_weight: dict[Any, float] | str | None,
     options: PathOptions,
+    mixed: Sequence[int] = (),
+    step: int = 1,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """Scores of all candidates on one fold, how many features each kept, and the likelihood of the held-out labels."""
+    """Try all candidates on one fold.
+
+    Returns
+    -------
+    scores : ndarray of shape (n_candidates,), float64
+    n_features : ndarray of shape (n_candidates,), int64
+        That each kept.
+    log_probabilities : ndarray of shape (len(mixed), ceil(n_test / step), n_classes), float64
+        Predicted by the candidates ``mixed`` for every ``step``-th sample held out.
+    """
     part = replace(
         training,
         features=training.features[train],
@@ -159,11 +192,12 @@ def score_fold(
     part = class_weighted(part, class_weight)
     params = _check_method_params(training.features, params=score_params, indices=test)
     scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
-    likelihood = np.empty((len(candidates), len(test)))
+    places = {index: place for place, index in enumerate(mixed)}
+    log_probabilities = np.empty((len(mixed), len(test[::step]), len(training.classes)))
 
     def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
         answers = _Answers(training.classes, kept.scores(coef, intercept), held_out)
-        probabilities = answers.predict_proba(held_out)[np.arange(len(test)), training.codes[test]]
+        predicted = answers.predict_log_proba(held_out)[::step]
         try:
             score = float(scorer(answers, held_out, labels, **params))
         except Exception as error:
@@ -173,7 +207,7 @@ def score_fold(
                 UserWarning,
                 stacklevel=2,
             )
-        return score, probabilities
+        return score, predicted
 
     if len(np.unique(part.codes[part.sample_weight > 0])) < 2:
         warnings.warn(
@@ -183,9 +217,9 @@ def score_fold(
             stacklevel=2,
         )
         nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "", limit)
-        scores[:], likelihood[:] = judge(nothing, *_null_model(part))
+        scores[:], log_probabilities[:] = judge(nothing, *_null_model(part))
         n_features[:] = 0
-        return scores, n_features, likelihood
+        return scores, n_features, log_probabilities
     previous: NDArray[np.float64] | None = None
     for fit in fit_candidates(part, candidates, options):
         index = fit.candidate.index
@@ -193,6 +227,7 @@ def score_fold(
             previous = fit.coef
             kept = KeptFeatures(values, fit.selected, training.layers, fit.scaling, limit)
             judged = judge(kept, fit.coef, fit.intercept)
-        scores[index], likelihood[index] = judged
-        n_features[index] = len(fit.selected)
-    return scores, n_features, likelihood
+        scores[index], n_features[index] = judged[0], len(fit.selected)
+        if index in places:
+            log_probabilities[places[index]] = judged[1]
+    return scores, n_features, log_probabilities

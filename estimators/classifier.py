@@ -131,6 +131,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
     layer : int or None, default=None
         Keep all features of this one layer instead, counted from 0 in network order. Not with ``keep_fraction`` or
         ``last_layers``, nor with ``solver="adam"``.
+    target_size : int or None, default=None
+        Of a FeatureMatrix that was extracted for several target sizes, use the features of this one only, as
+        ``X.select_target_size`` gives them.
 
     Attributes
     ----------
@@ -179,6 +182,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         "keep_fraction": [Interval(Real, 0, 1, closed="right"), None],
         "last_layers": [Interval(Integral, 1, None, closed="left"), None],
         "layer": [Interval(Integral, 0, None, closed="left"), None],
+        "target_size": [Interval(Integral, 1, None, closed="left"), None],
         "normalization": [StrOptions(set(NORMALIZATIONS)), None],
         "solver": [StrOptions({"newton", "adam"})],
         "head": [StrOptions({"ridge", "path", "adam"})],
@@ -209,6 +213,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         max_memory: int | str | None = None,
         last_layers: int | None = None,
         layer: int | None = None,
+        target_size: int | None = None,
     ) -> None:
         self.alpha = alpha
         self.l1_ratio = l1_ratio
@@ -229,6 +234,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self.verbose = verbose
         self.last_layers = last_layers
         self.layer = layer
+        self.target_size = target_size
 
     def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Select features and fit the head.
@@ -264,7 +270,8 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         if self.layer is not None and self.layer >= n_layers:
             raise ValueError(f"layer={self.layer}: X has {n_layers} layers, counted from 0.")
         with cpu_threads(self.n_jobs):
-            self._fit(training)
+            self._fit(training.of_size(self.target_size))
+        self._widen(training, self.target_size)
         return self
 
     def _fit(self, training: Training) -> None:
@@ -275,7 +282,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         if self.solver == "adam" and self.keep_fraction is not None:
             self.duality_gap_, self.n_iter_ = math.nan, int(self.max_iter)
             self.feature_scores_ = self._train_scores(training, random)
-            count = count_kept(self.keep_fraction, self.n_features_in_)
+            count = count_kept(self.keep_fraction, path.n_features)
             self.selected_features_ = np.sort(np.argsort(-self.feature_scores_, kind="stable")[:count])
         if not len(self.selected_features_):
             warn_nothing_selected(self.alpha, self.alpha_max_, "predictions are the class frequencies")

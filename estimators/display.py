@@ -169,7 +169,8 @@ class Head2ToePathDisplay:
     n_features : array-like of shape (n_kept, n_alphas), float
         Mean over the folds.
     best_params : dict
-        ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C`` and ``normalization`` of the chosen candidate.
+        ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C``, ``normalization`` and ``target_size`` of the
+        chosen candidate.
     best_score, best_n_features : float
         Its means over the folds.
     score_name : str
@@ -214,7 +215,7 @@ class Head2ToePathDisplay:
 
     @classmethod
     def from_estimator(cls, estimator_cv: Any, *, ax: Any = None) -> Self:
-        """Plot the search of a fitted `Head2ToeClassifierCV`, within the normalization it chose.
+        """Plot the search of a fitted `Head2ToeClassifierCV`, within the normalization and target size it chose.
 
         Parameters
         ----------
@@ -240,10 +241,11 @@ class Head2ToePathDisplay:
             raise TypeError(f"estimator_cv must be a Head2ToeClassifierCV, got {type(estimator_cv).__name__}.")
         check_is_fitted(estimator_cv)
         results, best, scoring = estimator_cv.cv_results_, estimator_cv.best_params_, estimator_cv.scoring or "accuracy"
-        shown = [params for params in results["params"] if params["normalization"] == best["normalization"]]
-        alphas = sorted({params["alpha"] for params in shown}, reverse=True)
-        kept = _without_other_single_layers(results, best, list(dict.fromkeys(map(_kept, shown))))
-        over_C = _best_over_C(results, best["normalization"], alphas, kept)
+        shown = [index for index, params in enumerate(results["params"]) if _search(params) == _search(best)]
+        candidates = [results["params"][index] for index in shown]
+        alphas = sorted({params["alpha"] for params in candidates}, reverse=True)
+        kept = _without_other_single_layers(results, shown, best, list(dict.fromkeys(map(_kept, candidates))))
+        over_C = _best_over_C(results, shown, alphas, kept)
         return cls(
             alphas=np.array(alphas),
             kept=kept,
@@ -286,7 +288,9 @@ class Head2ToePathDisplay:
         for index, aside in enumerate(self._offsets(matplotlib)):
             self._draw_line(index, aside)
         score.set_ylabel(f"{self.score_name}\n(mean ± std over folds)")
-        _head(score, f"Best C at each point, normalization={self.best_params['normalization']!r}", 3)
+        normalization, target_size = _search(self.best_params)
+        chosen = "" if target_size is None else f", target_size={target_size}"
+        _head(score, f"Best C at each point, normalization={normalization!r}{chosen}", 3)
         return self
 
     def _offsets(self, matplotlib: Any) -> list[Any]:
@@ -394,27 +398,32 @@ def _head(ax: Any, title: str, n_columns: int) -> None:
 
 
 def _best_over_C(
-    results: dict[str, Any], normalization: str | None, alphas: Sequence[float], kept: Sequence[Kept]
+    results: dict[str, Any], shown: Sequence[int], alphas: Sequence[float], kept: Sequence[Kept]
 ) -> NDArray[np.int64]:
-    """Positions in ``cv_results_`` of the candidates with the best C, (n_kept, n_alphas)."""
+    """Positions in ``cv_results_`` of the candidates with the best C among those shown, (n_kept, n_alphas)."""
     best: dict[tuple[Any, Any], int] = {}
     means = np.nan_to_num(results["mean_test_score"], nan=-np.inf)
-    for index, params in enumerate(results["params"]):
-        point = _kept(params), params["alpha"]
-        if params["normalization"] == normalization and means[index] > means[best.setdefault(point, index)]:
+    for index in shown:
+        point = _kept(results["params"][index]), results["params"][index]["alpha"]
+        if means[index] > means[best.setdefault(point, index)]:
             best[point] = index
     return np.array([[best[keep, alpha] for alpha in alphas] for keep in kept])
 
 
 def _without_other_single_layers(
-    results: dict[str, Any], best_params: dict[str, Any], kept: Sequence[Kept]
+    results: dict[str, Any], shown: Sequence[int], best_params: dict[str, Any], kept: Sequence[Kept]
 ) -> list[Kept]:
     """Of the layers that were tried alone the best one: a line for each would hide the others."""
     means, layer = np.nan_to_num(results["mean_test_score"], nan=-np.inf), best_params["layer"]
-    single = [index for index, params in enumerate(results["params"]) if params["layer"] is not None]
+    single = [index for index in shown if results["params"][index]["layer"] is not None]
     if layer is None and single:
         layer = results["params"][max(single, key=lambda index: means[index])]["layer"]
     return [keep for keep in kept if keep[2] in (None, layer)]
+
+
+def _search(params: dict[str, Any]) -> tuple[str | None, int | None]:
+    """What shares a path."""
+    return params["normalization"], params["target_size"]
 
 
 def _kept(params: dict[str, Any]) -> Kept:

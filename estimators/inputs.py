@@ -15,7 +15,7 @@ from sklearn.utils.validation import column_or_1d, validate_data
 
 from estimators.group_lasso.path import check_sample_weight
 from estimators.group_lasso.sources import FeatureMatrix, is_feature_matrix
-from estimators.normalization import layer_index, layer_names
+from estimators.normalization import columns_by_size, layer_index, layer_names
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Training:
         ``classes[codes]`` are the labels.
     sample_weight : ndarray of shape (n_samples,), float64
         Class weights contained.
+    sizes : dict of int to ndarray of int64
+        Columns of each target size that the features hold.
     """
 
     features: FeatureMatrix | NDArray[Any]
@@ -42,6 +44,25 @@ class Training:
     classes: NDArray[Any]
     codes: NDArray[np.int64]
     sample_weight: NDArray[np.float64]
+    sizes: dict[int, NDArray[np.int64]]
+
+    def of_size(self, target_size: int | None) -> Training:
+        """With the features of one target size alone; all for None.
+
+        Raises
+        ------
+        ValueError
+            If the features hold no such size.
+        """
+        if target_size is None:
+            return self
+        if target_size not in self.sizes:
+            held = f"X holds {', '.join(map(str, self.sizes))}" if self.sizes else "X does not say which sizes it holds"
+            raise ValueError(f"target_size={target_size}: {held}.")
+        columns = self.sizes[target_size]
+        present, layers = np.unique(self.layers[columns], return_inverse=True)
+        names = self.layer_names[present]
+        return replace(self, features=self.features[:, columns], layers=layers, layer_names=names, sizes={})
 
 
 def check_training(
@@ -81,7 +102,8 @@ def check_training(
         raise ValueError(
             f"y must hold at least two classes with positive weight, got {len(learned)} class: {classes[learned]}."
         )
-    training = Training(features, layer_index(features), layer_names(features), classes, codes, weight)
+    layers, names = layer_index(features), layer_names(features)
+    training = Training(features, layers, names, classes, codes, weight, columns_by_size(features))
     return class_weighted(training, class_weight)
 
 

@@ -2,47 +2,135 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 
-_TOLERANCE = 1e-4
-_MAX_ITER = 2000
+_RATE = 5.0
 _LEAST_WEIGHT = 0.01
+_LEAST_LOG = -30.0
+_MAX_BYTES = 2**29
+_ROUGH_STEPS = 500
+_NEWTON_STEPS = 50
+_SMALLEST_STEP = 1e-6
+_DAMPING = 1e-12
+_TINY = 1e-12
+_CONVERGED = 1e-24
 
 
-def mixture_weights(likelihood: NDArray[np.float64], sample_weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Maximise sum_i s_i log(sum_m w_m L_mi) over weights w >= 0 that sum to one.
+def mixture_weights(
+    log_probabilities: NDArray[np.float64], codes: NDArray[np.int64], sample_weight: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Maximise sum_i s_i log softmax(sum_m w_m log P_mi)[y_i] - 5 sum_m w_m over weights w >= 0.
 
-    The problem is concave, and expectation-maximisation climbs: w_m grows by the factor g_m = mean_i L_mi / (w'L)_i.
-    No weights are better by more than log(max_m g_m) per sample, which ends the iterations at 1e-4 (or after 2000).
-    Weights below 1 % are then dropped.
+    This mixes probabilities as a product of their powers. For linear models that is a linear model again. The problem
+    is concave; the second term, the logarithm of an exponential prior, decides among many models where there are few
+    samples. Weights need not sum to one: where models are less sure than they should be, the sum is greater. Those
+    below 1 % of the sum are dropped, and the others fitted again.
 
     Parameters
     ----------
-    likelihood : ndarray of shape (n_models, n_samples), float64
-        Probability that each model gave the true class of a sample it was not fitted on.
+    log_probabilities : ndarray of shape (n_models, n_samples, n_classes), float64
+        Of samples that the models were not fitted on; what is below -30 counts as that.
+    codes : ndarray of shape (n_samples,), int64
+        The true classes.
     sample_weight : ndarray of shape (n_samples,), float64
         Non-negative.
 
     Returns
     -------
     ndarray of shape (n_models,), float64
-        Of models with equal likelihoods one has weight. Uniform if no model gives any sample of positive weight a
-        positive probability.
+        Of models that predict the same one has weight. Where no mixture is better than chance, the most likely model
+        has weight 1.
     """
-    # Models that are the same in all but name count once.
-    first = np.unique(likelihood, axis=0, return_index=True)[1]
-    weights = np.zeros(len(likelihood))
-    weights[first] = 1.0 / len(first)
-    seen = (sample_weight > 0) & (likelihood.max(axis=0) > 0)
+    seen, weights = sample_weight > 0, np.zeros(len(log_probabilities))
     if not seen.any():
+        weights[0] = 1.0
         return weights
-    held_out, share = likelihood[:, seen], sample_weight[seen] / sample_weight[seen].sum()
-    held_out = held_out / held_out.max(axis=0)
-    for _ in range(_MAX_ITER):
-        growth = held_out @ (share / (weights @ held_out))
-        if growth.max() <= 1.0 + _TOLERANCE:
+    held_out = np.maximum(log_probabilities[:, seen], _LEAST_LOG)
+    first = {model.tobytes(): number for number, model in reversed([*enumerate(held_out)])}
+    kept = np.array(sorted(first.values()))
+    problem = _Mixture(held_out[kept], codes[seen], sample_weight[seen])
+    found = _rough(problem)
+    while found.max() > 0 and not weights.any():
+        large = found >= _LEAST_WEIGHT * found.sum()
+        kept, problem = kept[large], problem.of(large)
+        found = _polished(problem, found[large])
+        if (found >= _LEAST_WEIGHT * found.sum()).all():
+            weights[kept] = found
+    if not weights.any():
+        weights[np.argmax(held_out[:, np.arange(len(problem.codes)), problem.codes] @ problem.sample_weight)] = 1.0
+    return weights
+
+
+def held_out_step(n_models: int, n_samples: int, n_classes: int) -> int:
+    """Every how many of the samples weights are fitted to, so that predictions of them take 512 MiB at most."""
+    return max(1, math.ceil(8 * n_models * n_samples * n_classes / _MAX_BYTES))
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """The problem of `mixture_weights`, divided by the sum of the sample weights, with its sign changed."""
+
+    held_out: NDArray[np.float64]
+    codes: NDArray[np.int64]
+    sample_weight: NDArray[np.float64]
+
+    def of(self, models: NDArray[np.bool_]) -> _Mixture:
+        return replace(self, held_out=self.held_out[models])
+
+    def evaluate(self, weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+        """Value, gradient (n_models,) and probabilities (n_samples, n_classes)."""
+        total = self.sample_weight.sum()
+        share, rows, rate = self.sample_weight / total, np.arange(len(self.codes)), _RATE / total
+        logarithms = log_softmax(np.tensordot(weights, self.held_out, 1), axis=1)
+        probabilities = np.exp(logarithms)
+        excess = share[:, None] * probabilities
+        excess[rows, self.codes] -= share
+        value = rate * weights.sum() - logarithms[rows, self.codes] @ share
+        return float(value), np.tensordot(self.held_out, excess, 2) + rate, probabilities
+
+    def hessian(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n_models, n_models), positive definite by a hair where models are the same."""
+        centred = self.held_out - (self.held_out * probabilities).sum(axis=2, keepdims=True)
+        share = self.sample_weight / self.sample_weight.sum()
+        root = (centred * np.sqrt(share[:, None] * probabilities)).reshape(len(self.held_out), -1)
+        hessian: NDArray[np.float64] = root @ root.T
+        hessian[np.diag_indices_from(hessian)] += _DAMPING * max(hessian.trace(), _TINY)
+        return hessian
+
+
+def _rough(problem: _Mixture) -> NDArray[np.float64]:
+    """About the best weights, many of them zero."""
+    found = minimize(
+        lambda weights: problem.evaluate(weights)[:2],
+        np.zeros(len(problem.held_out)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.0, None)] * len(problem.held_out),
+        options={"maxiter": _ROUGH_STEPS},
+    )
+    return np.asarray(found.x)
+
+
+def _polished(problem: _Mixture, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The best weights of any sign, by Newton's method: the same to many digits, whatever the start."""
+    value, gradient, probabilities = problem.evaluate(weights)
+    for _ in range(_NEWTON_STEPS):
+        direction = np.linalg.solve(problem.hessian(probabilities), -gradient)
+        slope, size = float(gradient @ direction), 1.0
+        if -slope <= _CONVERGED:
             break
-        weights *= growth
-    weights[weights < min(_LEAST_WEIGHT, weights.max())] = 0.0
-    return np.asarray(weights / weights.sum())
+        while size > _SMALLEST_STEP:
+            trial, *others = problem.evaluate(weights + size * direction)
+            if trial <= value + 1e-4 * size * slope:
+                break
+            size /= 2
+        if size <= _SMALLEST_STEP:
+            break
+        weights, value, (gradient, probabilities) = weights + size * direction, trial, others
+    return weights

@@ -18,6 +18,7 @@ from estimators.group_lasso.sources import (
     Columns,
     ColumnSource,
     FeatureMatrix,
+    Layer,
     is_feature_matrix,
     iterate_blocks,
 )
@@ -69,6 +70,32 @@ def layer_names(X: FeatureMatrix | NDArray[Any]) -> NDArray[Any]:
     """Names of the layers that `layer_index` numbers, (n_layers,) object; a plain array is the layer "X"."""
     names = dict.fromkeys(layer.name for layer in X.layers) if is_feature_matrix(X) else ["X"]
     return np.array(list(names), dtype=object)
+
+
+def columns_by_size(X: FeatureMatrix | NDArray[Any]) -> dict[int, NDArray[np.int64]]:
+    """Columns of X that belong to each target size, for the sizes that every activation was pooled to.
+
+    Returns
+    -------
+    dict of int to ndarray of int64
+        Sorted; empty where X does not say what it was pooled to.
+    """
+    pooled: dict[int, list[Layer]] = {}
+    for layer in X.layers if is_feature_matrix(X) else ():
+        for size in getattr(layer, "target_sizes", ()):
+            pooled.setdefault(size, []).append(layer)
+    names = {size: {_stem(layer) for layer in layers} for size, layers in pooled.items()}
+    most = max(map(len, names.values()), default=0)
+    return {
+        size: np.concatenate([np.arange(layer.start, layer.stop) for layer in pooled[size]])
+        for size in sorted(pooled)
+        if len(names[size]) == most
+    }
+
+
+def _stem(layer: Any) -> str:
+    """A layer's name without the "@size" that tells apart what one activation was pooled to."""
+    return str(layer.name.removesuffix(f"@{layer.target_sizes[0]}"))
 
 
 def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int64]) -> NDArray[np.float64]:

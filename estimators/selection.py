@@ -147,6 +147,15 @@ class SelectedFeatures:
         self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
         self.selected_features_ = kept_features(path, training.layers, keep_fraction, last_layers, layer)
 
+    def _widen(self, training: Training, target_size: int | None) -> None:
+        """Count features and layers as ``training`` does, where they were selected among those of one target size."""
+        if target_size is None:
+            return
+        columns, scores = training.sizes[target_size], np.zeros(len(training.layers))
+        scores[columns] = self.feature_scores_
+        self.feature_scores_, self.selected_features_ = scores, columns[self.selected_features_]
+        self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
+
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Names of the selected features, (n_selected,) object.
 

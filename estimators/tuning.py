@@ -1,4 +1,4 @@
-"""Head2Toe with its parameters chosen by cross-validation, at the price of one path per fold and normalization."""
+"""Head2Toe with its parameters chosen by cross-validation, at the price of a path per fold, target size and scaling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import log_softmax, logsumexp
 from scipy.stats import rankdata
 from sklearn import get_config
 from sklearn.base import BaseEstimator
@@ -29,16 +28,17 @@ from estimators.candidates import Candidate, Fit, fit_candidates, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
-from estimators.mixture import mixture_weights
+from estimators.mixture import held_out_step, mixture_weights
 from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.solving import PathOptions
 
 
 class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  # type: ignore[misc]
-    """Head2Toe with strength, number of features, penalty and normalization decided by cross-validation.
+    """Head2Toe with target size, strength, number of features, penalty and normalization decided by cross-validation.
 
     Every fold solves one group-lasso path per normalization, which serves all other candidates. Those that predict the
-    held-out samples best together are fitted again on all samples, and their probabilities mixed.
+    held-out samples best together are fitted again on all samples, and their scores added up with weights. Where X was
+    extracted for several target sizes, all of that is tried on the features of each.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         Strengths of the group lasso as fractions of alpha_max. The strongest keep a handful of features.
     keep_fractions : sequence of float in (0, 1] or None, default=(None, 0.02, 0.1, 0.3, 1.0)
         Tried at every strength. None keeps the features with nonzero weight, 1.0 keeps all.
-    Cs : sequence of float, default=(0.001, 0.01, 0.1, 1.0)
+    Cs : sequence of float, default=(0.01, 1.0, 100.0)
         Inverse penalties of the ridge head.
     normalizations : sequence of {"standard", "layer", "layer+standard"} or None, default=("standard",)
         As in `Head2ToeClassifier`.
@@ -59,10 +59,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         What a scorer of scikit-learn may be; None is accuracy. It may ask for predictions of the samples it is given
         only, and is given arrays, or a FeatureMatrix. Where it fails, the score is nan, with a warning.
     refit : {"mixture", "best", "one_standard_error"}, default="mixture"
-        What is fitted on all samples. "mixture" is those candidates, with those weights, whose mixed probabilities
-        make the held-out labels most likely (`mixture_weights`): one candidate chosen by its score is a matter of luck
-        where many are about as good. "best" is the candidate with the best mean score. "one_standard_error" is the one
-        with the fewest features among those within a standard error of the best.
+        What is fitted on all samples. "mixture" is those candidates, with those weights, whose summed scores make the
+        held-out labels most likely (`mixture_weights`): one candidate chosen by its score is a matter of luck where
+        many are about as good, and layers know different things. "best" is the candidate with the best mean score.
+        "one_standard_error" is the one with the fewest features among those within a standard error of the best.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes; they multiply ``sample_weight``.
     tol : float, default=1e-3
@@ -96,15 +96,15 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     best_index_ : int
         Place in ``cv_results_`` of the best candidate, or of the one that "one_standard_error" chose.
     best_params_ : dict
-        Its ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C`` and ``normalization``.
+        Its ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C``, ``normalization`` and ``target_size``.
     best_score_ : float
         Its mean score over the folds.
     best_estimator_ : Head2ToeClassifier
         That candidate alone, fitted on all samples.
     estimators_ : list of Head2ToeClassifier
         The candidates that predict, heaviest first: ``[best_estimator_]`` without a mixture.
-    weights_ : ndarray of shape (n_estimators,), float64
-        Their weights.
+    weights_ : ndarray of shape (n_estimators,), float64, positive
+        Of their scores; they need not sum to one.
     n_splits_ : int
     n_iter_ : int
         Most solver steps that any alpha took in the fits on all samples.
@@ -151,7 +151,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         self,
         alphas: Sequence[float] = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
         keep_fractions: Sequence[float | None] = (None, 0.02, 0.1, 0.3, 1.0),
-        Cs: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+        Cs: Sequence[float] = (0.01, 1.0, 100.0),
         normalizations: Sequence[str | None] = ("standard",),
         l1_ratio: float = 1.0,
         cv: Any = 5,
@@ -218,11 +218,15 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         """
         self._validate_params()
         training = check_training(self, X, y, sample_weight, None)
-        candidates = self._candidates(len(training.layer_names))
+        candidates = self._candidates(training)
         routed = self._route(sample_weight, params)
         splits = self._splits(training, routed.get("splitter", Bunch(split={})).split)
         scorer, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
         options = PathOptions.of(self, normalization=None)
+        mixed = []
+        if self.refit == "mixture":
+            mixed = list({candidate.decides: candidate.index for candidate in reversed(candidates)}.values())[::-1]
+        step = held_out_step(len(mixed), sum(len(test) for _, test in splits), len(training.classes))
         folds = Parallel(n_jobs=self.n_jobs)(
             delayed(score_fold)(
                 training,
@@ -233,6 +237,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 routed.scorer.score,
                 self.class_weight,
                 replace(options, label=f"fold {number}/{len(splits)}, "),
+                mixed,
+                step,
             )
             for number, (train, test) in enumerate(splits, 1)
         )
@@ -243,17 +249,17 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         training = class_weighted(training, self.class_weight)
         weights = np.zeros(len(candidates))
         if self.refit == "mixture":
-            held_out = np.concatenate([test for _, test in splits])
-            likelihood = np.concatenate([fold[2] for fold in folds], axis=1)
-            weights = mixture_weights(likelihood, training.sample_weight[held_out])
+            held_out = np.concatenate([test[::step] for _, test in splits])
+            predicted = np.concatenate([fold[2] for fold in folds], axis=1)
+            weights[mixed] = mixture_weights(predicted, training.codes[held_out], training.sample_weight[held_out])
         else:
             weights[self.best_index_] = 1.0
-        mixed = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist()
-        chosen = [candidates[index] for index in dict.fromkeys([*mixed, self.best_index_])]
+        heaviest = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist()
+        chosen = [candidates[index] for index in dict.fromkeys([*heaviest, self.best_index_])]
         fits = fit_candidates(training, chosen, replace(options, label="all samples, "))
         fitted = {fit.candidate.index: self._estimator(training, fit) for fit in fits}
         self.best_estimator_ = fitted[self.best_index_]
-        self.estimators_, self.weights_ = [fitted[index] for index in mixed], weights[mixed]
+        self.estimators_, self.weights_ = [fitted[index] for index in heaviest], weights[heaviest]
         self.classes_ = training.classes
         self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
         self.n_iter_ = max(estimator.n_iter_ for estimator in self.estimators_)
@@ -269,20 +275,24 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             )
         return self
 
-    def _candidates(self, n_layers: int) -> list[Candidate]:
+    def _candidates(self, training: Training) -> list[Candidate]:
         normalizations = self._grid("normalization", "normalizations")
         alphas, Cs = self._grid("alpha", "alphas"), self._grid("C", "Cs")
         fractions = self._grid("keep_fraction", "keep_fractions")
+        # Sizes that pool to the same columns are one.
+        columns = {held.tobytes(): size for size, held in reversed(training.sizes.items())}
+        target_sizes = sorted(columns.values()) if len(columns) > 1 else [None]
+        n_layers = len(training.of_size(target_sizes[0]).layer_names)
         probes = [number for number in self._grid("last_layers", "last_layers", least=0) if number < n_layers]
         kept = [
             *((fraction, None, None) for fraction in fractions),
             *((None, number, None) for number in probes),
             *((None, None, layer) for layer in self._spread(n_layers, probed=1 in probes)),
         ]
-        grid = itertools.product(normalizations, alphas, kept, Cs)
+        grid = itertools.product(target_sizes, normalizations, alphas, kept, Cs)
         return [
-            Candidate(index, normalization, alpha, *features, C)
-            for index, (normalization, alpha, features, C) in enumerate(grid)
+            Candidate(index, target_size, normalization, alpha, *features, C)
+            for index, (target_size, normalization, alpha, features, C) in enumerate(grid)
         ]
 
     def _spread(self, n_layers: int, *, probed: bool) -> list[int]:
@@ -400,7 +410,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         estimator.n_features_in_ = self.n_features_in_
         if hasattr(self, "feature_names_in_"):
             estimator.feature_names_in_ = self.feature_names_in_
-        estimator._take_path(training, fit.path)
+        target_size = fit.candidate.target_size
+        estimator._take_path(training.of_size(target_size), fit.path)
+        estimator._widen(training, target_size)
         estimator._set_linear(fit.coef, fit.intercept)
         return estimator
 
@@ -410,9 +422,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         return float(get_scorer(self.scoring or "accuracy")(self, X, y, **params))
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Logarithms of the mixed probabilities, or the scores of the only estimator.
+        """Scores of the classes: the weighted sum of those of ``estimators_``.
 
-        Where there are two classes, the score of the second over the first.
+        Of the second class only where there are two.
 
         Parameters
         ----------
@@ -433,15 +445,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         union = self.selected_features_
         kept = features if len(union) == features.shape[1] else features[:, union]
         columns, layers = in_memory(kept, held_bytes(self.max_memory)), self.feature_layers_[union]
-        scores = [
-            estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
-            for estimator in self.estimators_
-        ]
-        if len(self.classes_) == 2:
-            scores = [np.hstack([np.zeros_like(one), one]) for one in scores]
-        if len(scores) > 1:
-            logarithms = log_softmax(np.array(scores), axis=-1)
-            mixed = logsumexp(logarithms, axis=0, b=self.weights_[:, None, None])
-        else:
-            mixed = scores[0]
-        return np.asarray(mixed[:, 1] - mixed[:, 0] if len(self.classes_) == 2 else mixed)
+        scores = sum(
+            weight * estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
+            for weight, estimator in zip(self.weights_, self.estimators_, strict=True)
+        )
+        return np.asarray(scores[:, 0] if len(self.classes_) == 2 else scores)

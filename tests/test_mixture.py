@@ -3,61 +3,124 @@
 import cvxpy as cp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
-from estimators.mixture import mixture_weights
+from estimators.mixture import held_out_step, mixture_weights
+
+RATE = 5.0
 
 
-def likelihoods(seed, n_models=6, n_samples=80):
+def predictions(seed, n_models=6, n_samples=80, n_classes=3):
+    """Log-probabilities of models that are right more often than not, each in its own way; codes; weights."""
     rng = np.random.default_rng(seed)
-    return rng.beta(2, 1, (n_models, n_samples)), rng.uniform(0.1, 2.0, n_samples)
+    codes = rng.integers(0, n_classes, n_samples)
+    scores = rng.normal(size=(n_models, n_samples, n_classes)) + 1.5 * np.eye(n_classes)[codes]
+    scores *= rng.uniform(0.3, 2.0, (n_models, 1, 1))
+    return log_softmax(scores, axis=2), codes, rng.uniform(0.1, 2.0, n_samples)
 
 
-def mean_log(weights, likelihood, sample_weight):
-    return np.average(np.log(weights @ likelihood), weights=sample_weight)
+def objective(weights, log_probabilities, codes, sample_weight):
+    mixed = log_softmax(np.tensordot(weights, log_probabilities, 1), axis=1)
+    mean = np.average(mixed[np.arange(len(codes)), codes], weights=sample_weight)
+    return mean - RATE / sample_weight.sum() * weights.sum()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_no_other_weights_make_the_labels_more_likely(seed):
-    likelihood, sample_weight = likelihoods(seed)
-    variable = cp.Variable(len(likelihood), nonneg=True)
-    share = sample_weight / sample_weight.sum()
-    problem = cp.Problem(cp.Maximize(share @ cp.log(likelihood.T @ variable)), [cp.sum(variable) == 1])
+@pytest.mark.parametrize("n_classes", [2, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_weights_make_the_labels_more_likely(seed, n_classes):
+    log_probabilities, codes, sample_weight = predictions(seed, n_classes=n_classes)
+    variable = cp.Variable(len(log_probabilities), nonneg=True)
+    share, loss = sample_weight / sample_weight.sum(), 0
+    for sample, code in enumerate(codes):
+        scores = log_probabilities[:, sample].T @ variable
+        loss += share[sample] * (cp.log_sum_exp(scores) - scores[code])
+    problem = cp.Problem(cp.Minimize(loss + RATE / sample_weight.sum() * cp.sum(variable)))
     problem.solve(solver=cp.CLARABEL)
-    weights = mixture_weights(likelihood, sample_weight)
-    assert weights.sum() == pytest.approx(1)
-    assert mean_log(weights, likelihood, sample_weight) == pytest.approx(problem.value, abs=3e-4)
+    weights = mixture_weights(log_probabilities, codes, sample_weight)
+    assert objective(weights, log_probabilities, codes, sample_weight) == pytest.approx(-problem.value, abs=1e-3)
+    np.testing.assert_allclose(weights, variable.value, atol=0.03)
 
 
-def test_a_model_that_is_better_everywhere_gets_all_the_weight():
-    likelihood, sample_weight = likelihoods(4)
-    likelihood[2] = likelihood.max(axis=0) + 0.2
-    np.testing.assert_array_equal(mixture_weights(likelihood, sample_weight), np.eye(6)[2])
+def test_models_that_know_different_classes_share():
+    codes = np.repeat(np.arange(4), 100)
+    sure = np.full((2, 400, 4), 0.0)
+    # One tells the first two classes from each other and from the rest, the other the last two.
+    sure[0, np.arange(200), codes[:200]] = 4
+    sure[0, 200:, 2:] = 3
+    sure[1, np.arange(200, 400), codes[200:]] = 4
+    sure[1, :200, :2] = 3
+    chance = np.zeros((1, 400, 4))
+    weights = mixture_weights(log_softmax(np.concatenate([sure, chance]), axis=2), codes, np.ones(400))
+    assert weights[0] == pytest.approx(weights[1], rel=1e-3)
+    assert weights[0] > 0.5
+    assert weights[2] == 0
 
 
-def test_models_that_complement_each_other_share():
-    likelihood = np.array([[0.9, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.9], [0.3, 0.3, 0.3, 0.3]])
-    np.testing.assert_allclose(mixture_weights(likelihood, np.ones(4)), [0.5, 0.5, 0.0], atol=0.01)
-    assert mixture_weights(likelihood, np.array([3.0, 3.0, 1.0, 1.0]))[0] > 0.7
+def test_weights_sharpen_models_that_are_less_sure_than_right():
+    log_probabilities, codes, sample_weight = predictions(3, n_models=1, n_samples=2000)
+    flat = log_softmax(0.2 * log_probabilities, axis=2)
+    one, five = (mixture_weights(given, codes, sample_weight)[0] for given in (log_probabilities, flat))
+    assert five == pytest.approx(5 * one, rel=0.05)
 
 
 def test_copies_of_a_model_change_nothing():
-    likelihood, sample_weight = likelihoods(5)
-    weights = mixture_weights(likelihood, sample_weight)
-    again = mixture_weights(np.concatenate([likelihood, np.repeat(likelihood[:1], 40, axis=0)]), sample_weight)
-    assert np.count_nonzero(again) == np.count_nonzero(weights)
-    assert again[0] + again[6:].sum() == pytest.approx(weights[0])
-    np.testing.assert_allclose(again[1:6], weights[1:])
+    log_probabilities, codes, sample_weight = predictions(5)
+    weights = mixture_weights(log_probabilities, codes, sample_weight)
+    copies = np.concatenate([log_probabilities, np.repeat(log_probabilities[:1], 40, axis=0)])
+    again = mixture_weights(copies, codes, sample_weight)
+    np.testing.assert_array_equal(again, [*weights, *np.zeros(40)])
 
 
-def test_samples_that_no_model_explains_or_that_weigh_nothing_have_no_say():
-    likelihood, sample_weight = likelihoods(6)
-    expected = mixture_weights(likelihood[:, 2:], sample_weight[2:])
-    likelihood[:, 0], sample_weight[1] = 0.0, 0.0
-    np.testing.assert_allclose(mixture_weights(likelihood, sample_weight), expected)
-    np.testing.assert_allclose(mixture_weights(np.zeros((2, 3)), np.ones(3)).sum(), 1)
+def test_a_sample_given_twice_weighs_twice():
+    log_probabilities, codes, _ = predictions(2)
+    times = 1 + np.arange(80) % 3
+    repeated = np.repeat(log_probabilities, times, axis=1), np.repeat(codes, times), np.ones(times.sum())
+    weights = mixture_weights(log_probabilities, codes, times.astype(np.float64))
+    np.testing.assert_allclose(mixture_weights(*repeated), weights, rtol=1e-9)
+
+
+def test_the_order_of_models_samples_and_classes_does_not_matter():
+    log_probabilities, codes, sample_weight = predictions(6, n_classes=4)
+    weights = mixture_weights(log_probabilities, codes, sample_weight)
+    rng = np.random.default_rng(0)
+    models, rows, classes = rng.permutation(6), rng.permutation(80), rng.permutation(4)
+    moved = log_probabilities[models][:, rows][:, :, classes]
+    again = mixture_weights(moved, np.argsort(classes)[codes][rows], sample_weight[rows])
+    np.testing.assert_allclose(again, weights[models], rtol=1e-7)
+
+
+def test_samples_that_weigh_nothing_have_no_say():
+    log_probabilities, codes, sample_weight = predictions(7)
+    expected = mixture_weights(log_probabilities[:, 10:], codes[10:], sample_weight[10:])
+    sample_weight[:10] = 0.0
+    log_probabilities[:, :10] = np.nan
+    np.testing.assert_array_equal(mixture_weights(log_probabilities, codes, sample_weight), expected)
+    np.testing.assert_array_equal(mixture_weights(log_probabilities, codes, np.zeros(80)), np.eye(6)[0])
+
+
+@pytest.mark.parametrize("impossible", [-np.inf, -1e30, -745.0])
+def test_labels_that_nobody_thought_possible_are_borne(impossible):
+    log_probabilities, codes, sample_weight = predictions(8, n_samples=400)
+    log_probabilities[:, 0, codes[0]] = impossible
+    weights = mixture_weights(log_probabilities, codes, sample_weight)
+    assert np.isfinite(weights).all()
+    assert weights.sum() > 0.3
+
+
+def test_where_no_mixture_helps_the_most_likely_model_predicts():
+    codes = np.array([0, 1, 0, 1])
+    wrong = np.log(np.array([[[0.4, 0.6], [0.6, 0.4]] * 2, [[0.1, 0.9], [0.9, 0.1]] * 2]))
+    np.testing.assert_array_equal(mixture_weights(wrong, codes, np.ones(4)), [1, 0])
 
 
 def test_no_weight_is_below_a_hundredth():
-    rng = np.random.default_rng(7)
-    weights = mixture_weights(rng.beta(5, 1, (60, 400)), np.ones(400))
-    assert weights[weights > 0].min() >= 0.01
+    log_probabilities, codes, sample_weight = predictions(9, n_models=60, n_samples=3000)
+    weights = mixture_weights(log_probabilities, codes, sample_weight)
+    assert weights[weights > 0].min() >= 0.01 * weights.sum()
+
+
+def test_few_of_very_many_held_out_predictions_are_used():
+    assert held_out_step(300, 1000, 100) == 1
+    step = held_out_step(300, 100_000, 1000)
+    assert 300 * (100_000 / step) * 1000 * 8 <= 2**29 < 300 * (100_000 / (step - 1)) * 1000 * 8
+    assert held_out_step(0, 10, 3) == 1

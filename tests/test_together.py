@@ -7,19 +7,41 @@ import pytest
 from conftest import MODELS
 from sklearn.model_selection import GridSearchCV, cross_val_predict
 
-from estimators import Head2ToeClassifier
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToePathDisplay
+from estimators.normalization import inverse_layer_norms, layer_index
 from h2t_store import extract
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """Features of 120 images whose classes differ in brightness and in one colour."""
+def extracted(tmp_path_factory):
+    """Extracts 120 images whose classes differ in brightness and in one colour, pooled as asked."""
     rng = np.random.default_rng(0)
     y = np.arange(120) % 3
     images = rng.integers(0, 120, (120, 8, 8, 3)) + 40 * y[:, None, None, None]
     images[..., 0] += 30 * (y[:, None, None] == 1)
     path = tmp_path_factory.mktemp("together") / "s.zarr"
-    return extract((images.astype(np.uint8), y), model=f"{MODELS}:small_input", store=path, name="x", target_size=64)
+
+    def extracted(*target_size):
+        name = "-".join(map(str, target_size))
+        data = images.astype(np.uint8), y
+        return extract(data, model=f"{MODELS}:small_input", store=path, name=name, target_size=list(target_size))
+
+    return extracted
+
+
+@pytest.fixture(scope="module")
+def stored(extracted):
+    return extracted(64)
+
+
+@pytest.fixture(scope="module")
+def both(extracted):
+    """Pooled to 4, which is the mean of each channel, and to 64."""
+    return extracted(4, 64)
+
+
+def columns_of(matrix, size):
+    return np.concatenate([np.arange(v.start, v.stop) for v in matrix.layers if size in v.target_sizes])
 
 
 @pytest.mark.parametrize("normalization", ["standard", None])
@@ -69,3 +91,97 @@ def test_a_fitted_model_holds_no_store(stored):
     assert b"h2t_store" not in data
     assert b"s.zarr" not in data
     np.testing.assert_array_equal(pickle.loads(data).predict(stored), model.predict(stored))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"normalization": "layer", "keep_fraction": 0.2},
+        {"layer": 1},
+        {"head": "path", "alpha": 0.2},
+        {"solver": "adam", "head": "adam", "keep_fraction": 0.3, "max_iter": 20, "random_state": 0},
+    ],
+)
+def test_a_target_size_among_several_is_that_size_alone(both, params):
+    model = Head2ToeClassifier(target_size=4, **params).fit(both, both.y)
+    pooled, columns = both.select_target_size(4), columns_of(both, 4)
+    alone = Head2ToeClassifier(**params).fit(pooled, both.y)
+    assert 0 < len(columns) < both.shape[1]
+    np.testing.assert_array_equal(model.selected_features_, columns[alone.selected_features_])
+    np.testing.assert_array_equal(model.feature_scores_[columns], alone.feature_scores_)
+    assert model.feature_scores_.sum() == pytest.approx(alone.feature_scores_.sum())
+    np.testing.assert_allclose(model.predict_proba(both), alone.predict_proba(pooled), rtol=1e-6, atol=1e-9)
+    summary, expected = model.layer_summary(), alone.layer_summary()
+    assert summary["n_selected"][summary["n_selected"] > 0].to_dict() == {
+        name: count for name, count in expected["n_selected"].items() if count
+    }
+
+
+@pytest.mark.parametrize("refit", ["mixture", "best"])
+def test_a_search_tries_every_target_size_by_itself(both, solved_ratios, refit):
+    grid = dict(
+        alphas=(0.5, 0.1), keep_fractions=(None, 0.3), Cs=(0.01, 1.0), cv=3, refit=refit, scoring="neg_log_loss"
+    )
+    search = Head2ToeClassifierCV(**grid).fit(both, both.y)
+    assert len(solved_ratios) == 3 * 2 + len({one.target_size for one in [*search.estimators_, search.best_estimator_]})
+    apart = [Head2ToeClassifierCV(**grid).fit(both.select_target_size(size), both.y) for size in (4, 64)]
+    half = len(apart[0].cv_results_["params"])
+    assert [params["target_size"] for params in search.cv_results_["params"]] == [4] * half + [64] * half
+    for name in ("mean_test_score", "mean_n_features"):
+        together = np.concatenate([one.cv_results_[name] for one in apart])
+        np.testing.assert_allclose(search.cv_results_[name], together, rtol=1e-6, err_msg=name)
+    best = max(apart, key=lambda one: one.best_score_)
+    assert search.best_params_ == {**best.best_params_, "target_size": (4, 64)[apart.index(best)]}
+    alone = Head2ToeClassifier(**search.best_params_).fit(both, both.y)
+    np.testing.assert_array_equal(search.best_estimator_.selected_features_, alone.selected_features_)
+    np.testing.assert_array_equal(search.best_estimator_.feature_layers_, alone.feature_layers_)
+    np.testing.assert_allclose(search.best_estimator_.predict_proba(both), alone.predict_proba(both), atol=1e-4)
+    mixed = sum(w * one.decision_function(both) for w, one in zip(search.weights_, search.estimators_, strict=True))
+    np.testing.assert_allclose(search.decision_function(both), mixed, atol=1e-9)
+    assert search.feature_scores_.shape == (both.shape[1],)
+
+
+def test_what_a_search_shows_is_the_target_size_it_chose(both):
+    pytest.importorskip("matplotlib").use("Agg")
+    search = Head2ToeClassifierCV(alphas=(0.5, 0.1), keep_fractions=(None, 0.3), cv=3).fit(both, both.y)
+    display, best = Head2ToePathDisplay.from_estimator(search), search.best_params_
+    row = display.kept.index((best["keep_fraction"], best["last_layers"], best["layer"]))
+    assert display.mean_scores[row][[0.5, 0.1].index(best["alpha"])] == search.best_score_
+    pooled = both.select_target_size(best["target_size"])
+    alone = Head2ToeClassifierCV(alphas=(0.5, 0.1), keep_fractions=(None, 0.3), cv=3).fit(pooled, both.y)
+    np.testing.assert_allclose(display.n_features, Head2ToePathDisplay.from_estimator(alone).n_features)
+    assert f"target_size={best['target_size']}" in display.ax_[0].get_title(loc="left")
+
+
+def test_sizes_that_pool_alike_are_one(extracted):
+    alike = extracted(64, 65)
+    assert alike.shape == extracted(64).shape
+    search = Head2ToeClassifierCV(alphas=(0.5,), cv=3).fit(alike, alike.y)
+    assert search.best_params_["target_size"] is None
+    one = Head2ToeClassifier(target_size=65).fit(alike, alike.y)
+    np.testing.assert_array_equal(one.selected_features_, Head2ToeClassifier().fit(alike, alike.y).selected_features_)
+
+
+def test_a_size_that_some_layers_lack_is_not_tried(both):
+    """What two sizes share is left where one of them is taken."""
+    one = both.select_target_size(64)
+    assert any(4 in layer.target_sizes for layer in one.layers)
+    search = Head2ToeClassifierCV(alphas=(0.5,), cv=3).fit(one, both.y)
+    assert search.best_params_["target_size"] is None
+
+
+def test_a_target_size_that_is_not_there_is_named(both):
+    with pytest.raises(ValueError, match="target_size=16: X holds 4, 64"):
+        Head2ToeClassifier(target_size=16).fit(both, both.y)
+    with pytest.raises(ValueError, match="target_size=16: X does not say which sizes it holds"):
+        Head2ToeClassifier(target_size=16).fit(np.asarray(both), both.y)
+
+
+def test_columns_of_several_sizes_have_names_and_norms_of_their_own(both):
+    assert len(set(both.feature_names)) == both.shape[1]
+    shuffled = both[:, np.random.default_rng(0).permutation(both.shape[1])]
+    for matrix in (both, shuffled):
+        layers = layer_index(matrix)
+        of_values = inverse_layer_norms(np.asarray(matrix), layers)
+        np.testing.assert_allclose(inverse_layer_norms(matrix, layers), of_values, rtol=1e-5)

@@ -119,9 +119,11 @@ def intercept_hessian(problem: Problem, probabilities: Tensor) -> Tensor:
     -------
     Tensor of shape (n_classes, n_classes), float64
     """
-    weighted = problem.weights * probabilities
-    hessian = torch.diag(weighted.sum(1)) - probabilities @ weighted.T
-    mean = hessian.diagonal().mean().clamp_min(1e-300)
+    # A graph's Laplacian: its diagonal from what is next to it has no rounding errors where P is saturated.
+    hessian = -probabilities @ (problem.weights * probabilities).T
+    hessian.fill_diagonal_(0.0)
+    hessian.diagonal().sub_(hessian.sum(1))
+    mean = hessian.diagonal().mean().clamp_min(1e-200)
     hessian += mean / len(hessian)
     hessian.diagonal().add_(1e-13 * mean)
     return hessian
