@@ -20,6 +20,7 @@ matrices and convolutions). RESULTS.md in --out is written anew from all cells, 
 import argparse
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -194,7 +195,10 @@ def load(task: Task, backbone: Backbone, minutes: float) -> tuple[Data, dict[str
 def digest(inputs: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
     """Of the features that a method is given: how they were made, but for target sizes that it does not use."""
     whole, probe = inputs[:2], inputs[2:]
-    used = [{**one, "target_size": list(sizes)} for one in whole] + list(probe)
+    if list(sizes) != whole[0]["target_size"]:
+        taps = list(dict.fromkeys(re.sub(r"@\d+$", "", tap) for tap in whole[0]["taps"]))
+        whole = [{**one, "target_size": list(sizes), "taps": taps} for one in whole]
+    used = [*whole, *probe]
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
 
