@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from estimators import Head2ToeClassifierCV
 from estimators.group_lasso import group_lasso_path
@@ -376,6 +377,28 @@ def at_one_size(method: Method, data: Data, seed: int) -> Outcome:
     """A method that chooses its target size, given the first one only."""
     return method(data.at(next(iter(data.features))), seed)
 
+
+class MatrixFlops(TorchFunctionMode):
+    """Counts the floating-point operations of products of matrices and vectors, in ``total``.
+
+    It sees calls of torch's functions, not what these call: torch's own counter does, which takes several times as long
+    as what it counts, where that is many small products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        first = PRODUCTS.get(func.__name__)
+        if first is not None:
+            self.total += 2 * out.numel() * args[first].shape[-1]
+        return out
+
+
+# Which argument of a product is its left factor.
+PRODUCTS = {"matmul": 0, "__rmatmul__": 0, "mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
 
 METHODS: dict[str, Method] = {
     "linear probe": linear_probe,

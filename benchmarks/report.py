@@ -227,7 +227,7 @@ def _costs(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
     note = (
         "Means over tasks and seeds, but for the seconds of training: of those the least of a task's seeds, which the "
         "machine disturbed least. Training includes tuning (fine-tuning has one setting) and predicting test images. "
-        "FLOP are those of products of matrices and convolutions, counted by torch. Storage is what a task adds to the "
+        "FLOP are those of products of matrices and convolutions. Storage is what a task adds to the "
         "network: float32 weights, and which features they belong to."
     )
     stores = [next(cell for cell in cells if cell["task"] == task)["task_facts"] for task in tasks]

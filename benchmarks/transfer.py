@@ -13,8 +13,8 @@ train800val200.txt and test.txt, as VTAB-1k comes, and "digits", scikit-learn's.
 ResNet-56 of CIFAR-10 where --suite has its weights beside it, else h2t_resnet20, which comes along.
 
 A cell that is there already, made with the same features and settings, is not computed again; --rerun does. Features
-are extracted once per task into --work. Figures of training are counted under torch's FlopCounterMode (products of
-matrices and convolutions). RESULTS.md in --out is written anew from all cells, which lie in its folder ``cells``.
+are extracted once per task into --work. FLOP of training are those of products of matrices and, where the network is
+trained, of convolutions. RESULTS.md in --out is written anew from all cells, which lie in its folder ``cells``.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,10 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 from common import HERE, RESNET56_TAPS, SUITE, SUITE_TASKS, VTAB_TASKS, WEIGHTS, machine, resnet56
-from methods import CHOOSE_SIZE, METHODS, SETTINGS, Data, forward_flops
+from methods import CHOOSE_SIZE, METHODS, SETTINGS, Data, MatrixFlops, forward_flops
 from numpy.typing import NDArray
 from report import write
-from torch.utils.flop_counter import FlopCounterMode
 
 from h2t_store import FeatureMatrix, extract
 from h2t_store.preparation import Job, prepare
@@ -224,13 +222,12 @@ def run_task(task: Task, backbone: Backbone, args: argparse.Namespace) -> None:
             if not args.rerun and path.exists() and json.loads(path.read_text())["settings"] == settings:
                 continue
             start = time.perf_counter()
-            # Methods that know their figures are not counted: that would keep what a training has had in memory.
-            with nullcontext() if name in TRAINED else FlopCounterMode(display=False) as counter:
+            with MatrixFlops() as counter:
                 outcome = METHODS[name](data, seed)
             cell = {"task": task.name, "method": name, "seed": seed, **asdict(outcome)}
             cell |= {
                 "seconds": time.perf_counter() - start,
-                "flops": counter.get_total_flops() if counter else outcome.flops,
+                "flops": counter.total if outcome.flops is None else outcome.flops,
             }
             cell |= {"target_sizes": used, "task_facts": facts, "settings": settings}
             cell["machine"] = machine(torch.get_num_threads())

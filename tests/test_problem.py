@@ -14,6 +14,7 @@ from estimators.group_lasso.problem import (
     alpha_max,
     dual_value,
     evaluate,
+    intercept_hessian,
     loss,
     null_objective,
     null_probabilities,
@@ -37,6 +38,24 @@ def test_intercept_is_exact_for_any_scores_and_start(seed, k, scale, offset):
     np.testing.assert_allclose(found.residual, problem.weights * (found.probabilities - problem.targets), atol=1e-15)
     nudged = found.intercept + 1e-3 * torch.as_tensor(rng.normal(size=k))
     assert loss(problem, products + nudged[:, None]) >= found.loss - 1e-12 * (1 + scale)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e8])
+@pytest.mark.parametrize("k", [2, 5, 16])
+def test_saturated_probabilities_have_a_definite_hessian(k, scale):
+    """Where every sample is sure of a class, right or wrong, the curvature all but vanishes."""
+    rng = np.random.default_rng(k)
+    y = np.arange(10 * k) % k
+    guesses = np.where(np.arange(10 * k) % 7 == 0, (y + 1) % k, y)
+    products = torch.as_tensor(scale * np.eye(k)[:, guesses] + 1e-3 * rng.normal(size=(k, 10 * k)))
+    problem = as_problem(y, np.ones(10 * k))
+    probabilities = torch.softmax(products, 0)
+    hessian = intercept_hessian(problem, probabilities)
+    assert (hessian.diagonal() > 0).all()
+    assert torch.isfinite(torch.linalg.inv(hessian)).all()
+    found = evaluate(problem, products, torch.zeros(k).double())
+    assert np.isfinite(found.loss)
+    assert found.loss <= loss(problem, products) + 1e-12
 
 
 def test_without_intercept_it_stays_zero_and_needs_no_condition():

@@ -87,6 +87,32 @@ def test_cells_are_computed_once_and_the_tables_say_what_they_do(run, vtab, tmp_
     assert [one[key] for key in same] == [other[key] for key in same]
 
 
+def test_methods_that_choose_are_given_all_target_sizes(run, vtab, tmp_path):
+    out = tmp_path / "out"
+    args = ("--vtab-root", vtab, "--tasks", "eurosat", "--model", f"{MODELS}:small_input", "--out", out, "--seeds", 0)
+    choose = ("all features, L2", "published Head2Toe", "Head2ToeClassifierCV")
+    methods = ("--methods", "linear probe", *choose, *(f"{name}, one size" for name in choose))
+    two, other = ((*args, "--target-size", 64, "--target-size", size) for size in (4, 9))
+    run("transfer", *two, "--work", tmp_path / "two", *methods)
+    cells = {cell["method"]: cell for cell in read(out / "cells").values()}
+    widths = cells["linear probe"]["task_facts"]["features"]
+    assert 0 < widths["4"] < widths["64"]
+    for name in choose:
+        assert cells[name]["target_sizes"] == [64, 4]
+        assert cells[f"{name}, one size"]["target_sizes"] == [64]
+        assert cells[f"{name}, one size"]["n_features"] == widths["64"]
+        assert cells[name]["params"]["target_size"] in (4, 64)
+    assert widths["64"] < cells["Head2ToeClassifierCV"]["n_features"] < widths["64"] + widths["4"]
+    page = (out / "RESULTS.md").read_text()
+    assert "- Target size 64: linear probe" in page
+    assert f"- Target size 64 and 4: {'; '.join(choose)}" in page
+
+    # Another second size changes nothing for those that are given the first.
+    again = run("transfer", *other, "--work", tmp_path / "other", *methods)
+    computed = [line[22:46].strip() for line in again.splitlines() if "seed 0" in line]
+    assert computed == list(choose)
+
+
 def test_ablations_draw_their_pictures(run, vtab, tmp_path):
     out = tmp_path / "out"
     args = ("--vtab-root", vtab, "--tasks", "eurosat", "--model", f"{MODELS}:small_input", "--out", out)
