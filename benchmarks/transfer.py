@@ -165,8 +165,10 @@ def load(task: Task, backbone: Backbone, minutes: float) -> tuple[Data, dict[str
         backbone.features(task, split, backbone.taps, f"{task.name}/{split}") for split in ("train", "test")
     )
     sizes = backbone.taps["target_size"]
+    features = {size: (X.select_target_size(size), X_test.select_target_size(size)) for size in sizes}
     if backbone.probe is None:
-        probe = tuple(matrix.select_layers(escaped(matrix.layers[-2].name)) for matrix in (X, X_test))
+        first = features[sizes[0]]
+        probe = tuple(matrix.select_layers(escaped(matrix.layers[-2].name)) for matrix in first)
     else:
         probe_taps = {"taps": backbone.probe, "target_size": 1}
         probe = tuple(
@@ -174,7 +176,6 @@ def load(task: Task, backbone: Backbone, minutes: float) -> tuple[Data, dict[str
         )
     y, y_test = names(X), names(X_test)
     job = partial(backbone.job, task)
-    features = {size: (X.select_target_size(size), X_test.select_target_size(size)) for size in sizes}
     data = Data((X, X_test), features, probe, y, y_test, job, minutes)
     inputs = X.provenance["inputs"]
     per_image = forward_flops(job("train"))
@@ -192,11 +193,12 @@ def load(task: Task, backbone: Backbone, minutes: float) -> tuple[Data, dict[str
 
 def digest(inputs: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
     """Of the features that a method is given: how they were made, but for target sizes that it does not use."""
-    whole, probe = inputs[:2], inputs[2:]
-    if list(sizes) != whole[0]["target_size"]:
-        taps = list(dict.fromkeys(re.sub(r"@\d+$", "", tap) for tap in whole[0]["taps"]))
-        whole = [{**one, "target_size": list(sizes), "taps": taps} for one in whole]
-    used = [*whole, *probe]
+    used = []
+    for one in inputs:
+        if {*sizes} < {*one["target_size"]}:
+            taps = list(dict.fromkeys(re.sub(r"@\d+$", "", tap) for tap in one["taps"]))
+            one = {**one, "target_size": list(sizes), "taps": taps}
+        used.append(one)
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
 
