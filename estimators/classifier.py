@@ -266,11 +266,12 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         self._validate_params()
         self._check_combination()
         training = check_training(self, X, y, sample_weight, self.class_weight)
-        n_layers = len(training.layer_names)
+        part = training.of_size(self.target_size)
+        n_layers = len(part.layer_names)
         if self.layer is not None and self.layer >= n_layers:
             raise ValueError(f"layer={self.layer}: X has {n_layers} layers, counted from 0.")
         with cpu_threads(self.n_jobs):
-            self._fit(training.of_size(self.target_size))
+            self._fit(part)
         self._widen(training, self.target_size)
         return self
 

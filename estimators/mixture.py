@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from scipy.special import log_softmax
 _RATE = 5.0
 _LEAST_WEIGHT = 0.01
 _LEAST_LOG = -30.0
-_MAX_BYTES = 2**29
+_MAX_BYTES = 2**28
 _ROUGH_STEPS = 500
 _NEWTON_STEPS = 50
 _SMALLEST_STEP = 1e-6
@@ -29,8 +30,9 @@ def mixture_weights(
 
     This mixes probabilities as a product of their powers. For linear models that is a linear model again. The problem
     is concave; the second term, the logarithm of an exponential prior, decides among many models where there are few
-    samples. Weights need not sum to one: where models are less sure than they should be, the sum is greater. Those
-    below 1 % of the sum are dropped, and the others fitted again.
+    samples, and weighs, as C does, against the sum of the sample weights. Weights need not sum to one: where models are
+    less sure than they should be, the sum is greater. Those below 1 % of the sum are dropped, and the others fitted
+    again.
 
     Parameters
     ----------
@@ -51,16 +53,17 @@ def mixture_weights(
     if not seen.any():
         weights[0] = 1.0
         return weights
-    held_out = np.maximum(log_probabilities[:, seen], _LEAST_LOG)
-    first = {model.tobytes(): number for number, model in reversed([*enumerate(held_out)])}
+    held_out = np.ascontiguousarray(log_probabilities[:, seen])
+    np.maximum(held_out, _LEAST_LOG, out=held_out)
+    first = {sha256(held_out[number]).digest(): number for number in reversed(range(len(held_out)))}
     kept = np.array(sorted(first.values()))
     problem = _Mixture(held_out[kept], codes[seen], sample_weight[seen])
     found = _rough(problem)
     while found.max() > 0 and not weights.any():
-        large = found >= _LEAST_WEIGHT * found.sum()
+        large = _large(found)
         kept, problem = kept[large], problem.of(large)
         found = _polished(problem, found[large])
-        if (found >= _LEAST_WEIGHT * found.sum()).all():
+        if _large(found).all():
             weights[kept] = found
     if not weights.any():
         weights[np.argmax(held_out[:, np.arange(len(problem.codes)), problem.codes] @ problem.sample_weight)] = 1.0
@@ -68,8 +71,12 @@ def mixture_weights(
 
 
 def held_out_step(n_models: int, n_samples: int, n_classes: int) -> int:
-    """Every how many of the samples weights are fitted to, so that predictions of them take 512 MiB at most."""
+    """Every how many of the samples weights are fitted to, so that predictions of them take 256 MiB at most."""
     return max(1, math.ceil(8 * n_models * n_samples * n_classes / _MAX_BYTES))
+
+
+def _large(weights: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.asarray(weights >= _LEAST_WEIGHT * np.maximum(weights, 0.0).sum())
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,15 @@ def test_where_no_mixture_helps_the_most_likely_model_predicts():
     np.testing.assert_array_equal(mixture_weights(wrong, codes, np.ones(4)), [1, 0])
 
 
+def test_a_model_that_says_nothing_gets_nothing():
+    """Though any negative weight of it would do."""
+    log_probabilities, codes, sample_weight = predictions(10)
+    nothing = np.full((1, 80, 3), np.log(1 / 3))
+    weights = mixture_weights(np.concatenate([nothing, log_probabilities]), codes, sample_weight)
+    np.testing.assert_allclose(weights, [0, *mixture_weights(log_probabilities, codes, sample_weight)], rtol=1e-9)
+    np.testing.assert_array_equal(mixture_weights(nothing, codes, sample_weight), [1])
+
+
 def test_no_weight_is_below_a_hundredth():
     log_probabilities, codes, sample_weight = predictions(9, n_models=60, n_samples=3000)
     weights = mixture_weights(log_probabilities, codes, sample_weight)
@@ -122,5 +131,5 @@ def test_no_weight_is_below_a_hundredth():
 def test_few_of_very_many_held_out_predictions_are_used():
     assert held_out_step(300, 1000, 100) == 1
     step = held_out_step(300, 100_000, 1000)
-    assert 300 * (100_000 / step) * 1000 * 8 <= 2**29 < 300 * (100_000 / (step - 1)) * 1000 * 8
+    assert 300 * (100_000 / step) * 1000 * 8 <= 2**28 < 300 * (100_000 / (step - 1)) * 1000 * 8
     assert held_out_step(0, 10, 3) == 1

@@ -171,6 +171,12 @@ def test_a_size_that_some_layers_lack_is_not_tried(both):
     assert search.best_params_["target_size"] is None
 
 
+def test_layers_are_counted_within_the_target_size(both):
+    n_layers = len(both.select_target_size(4).layers)
+    with pytest.raises(ValueError, match=f"layer={n_layers}: X has {n_layers} layers"):
+        Head2ToeClassifier(target_size=4, layer=n_layers).fit(both, both.y)
+
+
 def test_a_target_size_that_is_not_there_is_named(both):
     with pytest.raises(ValueError, match="target_size=16: X holds 4, 64"):
         Head2ToeClassifier(target_size=16).fit(both, both.y)

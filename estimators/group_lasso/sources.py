@@ -16,7 +16,11 @@ Columns: TypeAlias = slice | NDArray[np.int64]
 
 
 class Layer(Protocol):
-    """One layer of a network: the columns ``[start, stop)`` of a feature matrix."""
+    """One layer of a network: the columns ``[start, stop)`` of a feature matrix.
+
+    ``target_sizes``, the sizes it was pooled to, tell what belongs together where there are several; the name then ends
+    in "@" and the first of them.
+    """
 
     @property
     def name(self) -> str: ...
