@@ -23,7 +23,7 @@ ALL_L2, SCRATCH = "all features, L2", "from scratch"
 ORDER = (
     PROBE, ALL_L2, "all features, L1", "random features", "largest variance", PUBLISHED, OURS, FINETUNING, SCRATCH,
 )  # fmt: skip
-# Cells of "before" are not computed again: they say which revision made them.
+# Cells of "before" are not computed again; they say which revision made them.
 STEPS = (
     f"{ALL_L2}, one size", ALL_L2, f"{PUBLISHED}, one size", PUBLISHED, f"{OURS} before, no single layers",
     f"{OURS} before", f"{OURS}, one size", OURS,
@@ -84,6 +84,11 @@ def _mean(cells: Sequence[Cell], method: str, task: str, figure: str = "accuracy
 
 def _seconds(cells: Sequence[Cell], method: str, task: str) -> float:
     return float(min(_of(cells, method, task, "seconds"), default=np.nan))
+
+
+def _revisions(cells: Sequence[Cell]) -> str:
+    """Of cells that are kept from before."""
+    return ", ".join(sorted({cell["revision"] for cell in cells if "revision" in cell}))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -165,9 +170,9 @@ def _steps(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
         means = [_mean(cells, method, task) for task in tasks]
         rows.append([method, *map(_number, means), _number(float(np.mean(means)))])
     note = "One size is the first."
-    if revisions := sorted({cell["revision"] for cell in cells if "revision" in cell}):
+    if revisions := _revisions(cells):
         note += (
-            f" Before (revision {', '.join(revisions)}), {OURS} had one size, C of 0.001, 0.01, 0.1 and 1, and mixed "
+            f" Before (revision {revisions}), {OURS} had one size, C of 0.001, 0.01, 0.1 and 1, and mixed "
             "probabilities instead of scores."
         )
     return f"## What target sizes and defaults bring\n\n{note}\n\n{_table(['', *tasks, 'mean'], rows)}"
@@ -311,6 +316,8 @@ def _pictures(folder: Path, cells: Sequence[Cell], ablations: Sequence[Cell], ta
         axes[0][0].set_ylabel("share of the features" if name == "layers" else "test accuracy", fontsize=8)
         if name == "offset":
             caption += f" {_falls(rows, shown)}"
+        if revisions := _revisions(rows):
+            caption += f" With the defaults of revision {revisions}."
         parts.append(_save(folder, figure, f"results_{name}", title, caption))
     gains = _draw_gains(cells, tasks)
     if gains is not None:
