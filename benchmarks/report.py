@@ -224,15 +224,16 @@ def _costs(cells: Sequence[Cell], tasks: Sequence[str]) -> str:
         size = np.mean([4 * cell["n_weights"] + 4 * cell["n_selected"] for cell in of])
         selected = np.mean([cell["n_selected"] for cell in of])
         rows.append(
-            [method, f"{extraction:.1f}", f"{seconds:.1f}", f"{more / 1e12:.2f}", f"{flops / 1e12:.2f}",
-             "-" if trains else f"{selected:.0f}", f"{size / 1e6:.2f}"]
+            [method, f"{extraction:.1f}", f"{'≤ ' if _revisions(of) else ''}{seconds:.1f}",
+             f"{more / 1e12:.2f}", f"{flops / 1e12:.2f}", "-" if trains else f"{selected:.0f}", f"{size / 1e6:.2f}"]
         )  # fmt: skip
     head = ["", "s of extraction", "s of training", "TFLOP of extraction", "TFLOP of training"]
     head += ["features read", "MB per task"]
     note = (
         "Means over tasks and seeds, but for the seconds of training: of those the least of a task's seeds, which the "
         "machine disturbed least. Training includes tuning (fine-tuning has one setting) and predicting test images. "
-        "FLOP are those of products of matrices and convolutions. Storage is what a task adds to the "
+        "FLOP are those of products of matrices and convolutions; ≤ is with what counting them took, which used to be "
+        "much. Storage is what a task adds to the "
         "network: float32 weights, and which features they belong to."
     )
     stores = [next(cell for cell in cells if cell["task"] == task)["task_facts"] for task in tasks]

@@ -123,7 +123,7 @@ def intercept_hessian(problem: Problem, probabilities: Tensor) -> Tensor:
     hessian = -probabilities @ (problem.weights * probabilities).T
     hessian.fill_diagonal_(0.0)
     hessian.diagonal().sub_(hessian.sum(1))
-    mean = hessian.diagonal().mean().clamp_min(1e-200)
+    mean = hessian.diagonal().mean().clamp_min(1e-20)
     hessian += mean / len(hessian)
     hessian.diagonal().add_(1e-13 * mean)
     return hessian
