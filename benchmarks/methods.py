@@ -398,7 +398,7 @@ class MatrixFlops(TorchFunctionMode):
 
 
 # Which argument of a product is its left factor.
-PRODUCTS = {"matmul": 0, "__rmatmul__": 0, "mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
+PRODUCTS = {"matmul": 0, "mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
 
 METHODS: dict[str, Method] = {
     "linear probe": linear_probe,

@@ -20,6 +20,7 @@ from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
 from estimators.inputs import Training, class_weighted
 from estimators.kept import KeptFeatures, held_bytes, in_memory
+from estimators.mixture import drawn
 from estimators.normalization import kept_scaling
 from estimators.refit import ridge_head
 from estimators.selection import kept_features
@@ -167,8 +168,8 @@ def score_fold(
     score_params: dict[str, Any],
     class_weight: dict[Any, float] | str | None,
     options: PathOptions,
-    mixed: Sequence[int] = (),
-    step: int = 1,
+    mixed: Sequence[int],
+    share: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
     """Try all candidates on one fold.
 
@@ -177,8 +178,8 @@ def score_fold(
     scores : ndarray of shape (n_candidates,), float64
     n_features : ndarray of shape (n_candidates,), int64
         That each kept.
-    log_probabilities : ndarray of shape (len(mixed), ceil(n_test / step), n_classes), float64
-        Predicted by the candidates ``mixed`` for every ``step``-th sample held out.
+    log_probabilities : ndarray of shape (len(mixed), n_drawn, n_classes), float64
+        Predicted by the candidates ``mixed`` for that ``share`` of the samples held out.
     """
     part = replace(
         training,
@@ -193,11 +194,12 @@ def score_fold(
     params = _check_method_params(training.features, params=score_params, indices=test)
     scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
     places = {index: place for place, index in enumerate(mixed)}
-    log_probabilities = np.empty((len(mixed), len(test[::step]), len(training.classes)))
+    shown = drawn(np.arange(len(test)), share)
+    log_probabilities = np.empty((len(mixed), len(shown), len(training.classes)))
 
     def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
         answers = _Answers(training.classes, kept.scores(coef, intercept), held_out)
-        predicted = answers.predict_log_proba(held_out)[::step]
+        predicted = answers.predict_log_proba(held_out)[shown]
         try:
             score = float(scorer(answers, held_out, labels, **params))
         except Exception as error:

@@ -133,7 +133,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         ``last_layers``, nor with ``solver="adam"``.
     target_size : int or None, default=None
         Of a FeatureMatrix that was extracted for several target sizes, use the features of this one only, as
-        ``X.select_target_size`` gives them.
+        ``X.select_target_size`` gives them. ``keep_fraction``, ``last_layers`` and ``layer`` count within it.
 
     Attributes
     ----------

@@ -315,7 +315,10 @@ def _newton_direction(
     """Minus the inverse Hessian times the gradient, roughly, and how many products it took."""
     work = space.matrix.dtype
     likely, weighted = probabilities.to(work), (problem.weights * probabilities).to(work)
-    balance = torch.linalg.inv(intercept_hessian(problem, probabilities)).to(work)
+    hessian = intercept_hessian(problem, probabilities)
+    # Classes that every sample is sure about: what float32 makes of them would be divided by nothing.
+    hessian.diagonal().add_(torch.finfo(torch.float64).eps)
+    balance = torch.linalg.inv(hessian).to(work)
 
     def bend(scores: Tensor) -> Tensor:
         """The loss's Hessian times scores whose intercept follows."""

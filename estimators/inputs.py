@@ -57,8 +57,10 @@ class Training:
         if target_size is None:
             return self
         if target_size not in self.sizes:
-            held = f"X holds {', '.join(map(str, self.sizes))}" if self.sizes else "X does not say which sizes it holds"
-            raise ValueError(f"target_size={target_size}: {held}.")
+            held = f"X has all layers at {', '.join(map(str, self.sizes))}"
+            raise ValueError(
+                f"target_size={target_size}: {held if self.sizes else 'X has no size for all its layers'}."
+            )
         columns = self.sizes[target_size]
         present, layers = np.unique(self.layers[columns], return_inverse=True)
         names = self.layer_names[present]

@@ -8,15 +8,17 @@ from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 from scipy.special import log_softmax
 
 _RATE = 5.0
 _LEAST_WEIGHT = 0.01
 _LEAST_LOG = -30.0
+_DIGITS = 9
 _MAX_BYTES = 2**28
 _ROUGH_STEPS = 500
 _NEWTON_STEPS = 50
+_NNLS_STEPS = 30
 _SMALLEST_STEP = 1e-6
 _DAMPING = 1e-12
 _TINY = 1e-12
@@ -37,7 +39,8 @@ def mixture_weights(
     Parameters
     ----------
     log_probabilities : ndarray of shape (n_models, n_samples, n_classes), float64
-        Of samples that the models were not fitted on; what is below -30 counts as that.
+        Of samples that the models were not fitted on. What is below -30 counts as that; samples whose class no model
+        thinks more likely are left out.
     codes : ndarray of shape (n_samples,), int64
         The true classes.
     sample_weight : ndarray of shape (n_samples,), float64
@@ -46,16 +49,18 @@ def mixture_weights(
     Returns
     -------
     ndarray of shape (n_models,), float64
-        Of models that predict the same one has weight. Where no mixture is better than chance, the most likely model
-        has weight 1.
+        Of models that predict the same to nine digits one has weight. Where no mixture is worth its weights, the most
+        likely model has weight 1.
     """
-    seen, weights = sample_weight > 0, np.zeros(len(log_probabilities))
+    weights, right = np.zeros(len(log_probabilities)), log_probabilities[:, np.arange(len(codes)), codes]
+    # A class that no model has met says nothing about any of them.
+    seen = (sample_weight > 0) & (right.max(axis=0) > _LEAST_LOG)
     if not seen.any():
         weights[0] = 1.0
         return weights
     held_out = np.ascontiguousarray(log_probabilities[:, seen])
     np.maximum(held_out, _LEAST_LOG, out=held_out)
-    first = {sha256(held_out[number]).digest(): number for number in reversed(range(len(held_out)))}
+    first = {sha256(np.round(held_out[number], _DIGITS)).digest(): number for number in reversed(range(len(held_out)))}
     kept = np.array(sorted(first.values()))
     problem = _Mixture(held_out[kept], codes[seen], sample_weight[seen])
     found = _rough(problem)
@@ -70,13 +75,19 @@ def mixture_weights(
     return weights
 
 
-def held_out_step(n_models: int, n_samples: int, n_classes: int) -> int:
-    """Every how many of the samples weights are fitted to, so that predictions of them take 256 MiB at most."""
-    return max(1, math.ceil(8 * n_models * n_samples * n_classes / _MAX_BYTES))
+def share_to_predict(n_models: int, n_samples: int, n_classes: int) -> float:
+    """What share of the samples weights are fitted to, so that predictions of them take about 256 MiB at most."""
+    return min(1.0, _MAX_BYTES / max(1, 8 * n_models * n_samples * n_classes))
+
+
+def drawn(rows: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+    """That share of the rows, at random and always the same, in their order: labels may follow a pattern."""
+    count = math.ceil(share * len(rows))
+    return rows if share == 1.0 else rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:count])]
 
 
 def _large(weights: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return np.asarray(weights >= _LEAST_WEIGHT * np.maximum(weights, 0.0).sum())
+    return np.asarray(weights >= min(_LEAST_WEIGHT * weights.sum(), weights.max()))
 
 
 @dataclass(frozen=True)
@@ -119,16 +130,19 @@ def _rough(problem: _Mixture) -> NDArray[np.float64]:
         jac=True,
         method="L-BFGS-B",
         bounds=[(0.0, None)] * len(problem.held_out),
-        options={"maxiter": _ROUGH_STEPS},
+        options={"maxiter": _ROUGH_STEPS, "ftol": 1e-12, "gtol": 1e-8},
     )
     return np.asarray(found.x)
 
 
 def _polished(problem: _Mixture, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The best weights of any sign, by Newton's method: the same to many digits, whatever the start."""
+    """The best weights, by Newton's method with w >= 0: the same to many digits, whatever the start."""
     value, gradient, probabilities = problem.evaluate(weights)
     for _ in range(_NEWTON_STEPS):
-        direction = np.linalg.solve(problem.hessian(probabilities), -gradient)
+        # The quadratic model's best point w >= 0 is a least-squares problem in its root.
+        root = np.linalg.cholesky(problem.hessian(probabilities)).T
+        goal = root @ weights - np.linalg.solve(root.T, gradient)
+        direction = nnls(root, goal, maxiter=_NNLS_STEPS * len(weights))[0] - weights
         slope, size = float(gradient @ direction), 1.0
         if -slope <= _CONVERGED:
             break

@@ -85,11 +85,11 @@ def columns_by_size(X: FeatureMatrix | NDArray[Any]) -> dict[int, NDArray[np.int
         for size in getattr(layer, "target_sizes", ()):
             pooled.setdefault(size, []).append(layer)
     names = {size: {_stem(layer) for layer in layers} for size, layers in pooled.items()}
-    most = max(map(len, names.values()), default=0)
+    every = set().union(*names.values())
     return {
         size: np.concatenate([np.arange(layer.start, layer.stop) for layer in pooled[size]])
         for size in sorted(pooled)
-        if len(names[size]) == most
+        if names[size] == every
     }
 
 

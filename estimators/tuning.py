@@ -28,7 +28,7 @@ from estimators.candidates import Candidate, Fit, fit_candidates, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
-from estimators.mixture import held_out_step, mixture_weights
+from estimators.mixture import drawn, mixture_weights, share_to_predict
 from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.solving import PathOptions
 
@@ -36,9 +36,9 @@ from estimators.solving import PathOptions
 class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  # type: ignore[misc]
     """Head2Toe with target size, strength, number of features, penalty and normalization decided by cross-validation.
 
-    Every fold solves one group-lasso path per normalization, which serves all other candidates. Those that predict the
-    held-out samples best together are fitted again on all samples, and their scores added up with weights. Where X was
-    extracted for several target sizes, all of that is tried on the features of each.
+    Every fold solves one group-lasso path per target size and normalization, which serves all other candidates. Those
+    that predict the held-out samples best together are fitted again on all samples, and their scores added up with
+    weights. Where X was extracted for several target sizes, all of that is tried on the features of each.
 
     Parameters
     ----------
@@ -96,7 +96,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     best_index_ : int
         Place in ``cv_results_`` of the best candidate, or of the one that "one_standard_error" chose.
     best_params_ : dict
-        Its ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C``, ``normalization`` and ``target_size``.
+        Its ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C``, ``normalization`` and ``target_size``, as
+        `Head2ToeClassifier` takes them.
     best_score_ : float
         Its mean score over the folds.
     best_estimator_ : Head2ToeClassifier
@@ -226,7 +227,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         mixed = []
         if self.refit == "mixture":
             mixed = list({candidate.decides: candidate.index for candidate in reversed(candidates)}.values())[::-1]
-        step = held_out_step(len(mixed), sum(len(test) for _, test in splits), len(training.classes))
+        share = share_to_predict(len(mixed), sum(len(test) for _, test in splits), len(training.classes))
         folds = Parallel(n_jobs=self.n_jobs)(
             delayed(score_fold)(
                 training,
@@ -238,7 +239,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 self.class_weight,
                 replace(options, label=f"fold {number}/{len(splits)}, "),
                 mixed,
-                step,
+                share,
             )
             for number, (train, test) in enumerate(splits, 1)
         )
@@ -249,9 +250,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         training = class_weighted(training, self.class_weight)
         weights = np.zeros(len(candidates))
         if self.refit == "mixture":
-            held_out = np.concatenate([test[::step] for _, test in splits])
+            held_out = np.concatenate([drawn(test, share) for _, test in splits])
             predicted = np.concatenate([fold[2] for fold in folds], axis=1)
-            weights[mixed] = mixture_weights(predicted, training.codes[held_out], training.sample_weight[held_out])
+            each = training.sample_weight[held_out] / share
+            weights[mixed] = mixture_weights(predicted, training.codes[held_out], each)
         else:
             weights[self.best_index_] = 1.0
         heaviest = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from estimators.mixture import held_out_step, mixture_weights
+from estimators.mixture import drawn, mixture_weights, share_to_predict
 
 RATE = 5.0
 
@@ -99,12 +99,24 @@ def test_samples_that_weigh_nothing_have_no_say():
 
 
 @pytest.mark.parametrize("impossible", [-np.inf, -1e30, -745.0])
-def test_labels_that_nobody_thought_possible_are_borne(impossible):
+def test_classes_that_no_model_has_met_have_no_say(impossible):
     log_probabilities, codes, sample_weight = predictions(8, n_samples=400)
-    log_probabilities[:, 0, codes[0]] = impossible
+    log_probabilities[:, :40][:, np.arange(40), codes[:40]] = impossible
     weights = mixture_weights(log_probabilities, codes, sample_weight)
-    assert np.isfinite(weights).all()
-    assert weights.sum() > 0.3
+    np.testing.assert_array_equal(weights, mixture_weights(log_probabilities[:, 40:], codes[40:], sample_weight[40:]))
+    one_knows = log_probabilities.copy()
+    one_knows[2, :40] = log_probabilities[2, 40:80]
+    assert np.isfinite(mixture_weights(one_knows, codes, sample_weight)).all()
+
+
+def test_of_very_many_weak_models_some_have_weight():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 3, 3000)
+    scores = rng.normal(size=(150, 3000, 3)) + 0.05 * np.eye(3)[codes]
+    weak = log_softmax(scores, axis=2)
+    weights = mixture_weights(weak, codes, np.ones(3000))
+    singles = [objective(one, weak, codes, np.ones(3000)) for one in np.eye(150)]
+    assert objective(weights, weak, codes, np.ones(3000)) > max(singles)
 
 
 def test_where_no_mixture_helps_the_most_likely_model_predicts():
@@ -128,8 +140,34 @@ def test_no_weight_is_below_a_hundredth():
     assert weights[weights > 0].min() >= 0.01 * weights.sum()
 
 
+@pytest.mark.parametrize("apart", [1e-3, 1e-5, 1e-7])
+def test_models_that_are_almost_the_same_share_what_one_would_have(apart):
+    log_probabilities, codes, sample_weight = predictions(11, n_samples=300, n_classes=4)
+    noise = apart * np.random.default_rng(0).normal(size=log_probabilities.shape)
+    twice = np.concatenate([log_probabilities, log_softmax(log_probabilities + noise, axis=2)])
+    weights, alone = (mixture_weights(given, codes, sample_weight) for given in (twice, log_probabilities))
+    assert (weights >= 0).all()
+    np.testing.assert_allclose(weights[:6] + weights[6:], alone, atol=0.02)
+    assert (
+        objective(weights, twice, codes, sample_weight)
+        >= objective(alone, log_probabilities, codes, sample_weight) - 1e-3
+    )
+
+
 def test_few_of_very_many_held_out_predictions_are_used():
-    assert held_out_step(300, 1000, 100) == 1
-    step = held_out_step(300, 100_000, 1000)
-    assert 300 * (100_000 / step) * 1000 * 8 <= 2**28 < 300 * (100_000 / (step - 1)) * 1000 * 8
-    assert held_out_step(0, 10, 3) == 1
+    assert share_to_predict(300, 1000, 100) == 1
+    share = share_to_predict(300, 100_000, 1000)
+    assert 300 * share * 100_000 * 1000 * 8 == pytest.approx(2**28)
+    assert share_to_predict(0, 10, 3) == 1
+
+
+def test_samples_are_drawn_whatever_pattern_their_labels_follow():
+    labels = np.arange(4000) % 40
+    rows = np.arange(100, 3900)
+    few = drawn(rows, 1 / 20)
+    assert len(few) == 190
+    assert (np.diff(few) > 0).all()
+    assert set(few) <= set(rows)
+    assert len(np.unique(labels[few])) > 35
+    np.testing.assert_array_equal(drawn(rows, 1 / 20), few)
+    np.testing.assert_array_equal(drawn(rows, 1.0), rows)

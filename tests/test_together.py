@@ -178,9 +178,9 @@ def test_layers_are_counted_within_the_target_size(both):
 
 
 def test_a_target_size_that_is_not_there_is_named(both):
-    with pytest.raises(ValueError, match="target_size=16: X holds 4, 64"):
+    with pytest.raises(ValueError, match="target_size=16: X has all layers at 4, 64"):
         Head2ToeClassifier(target_size=16).fit(both, both.y)
-    with pytest.raises(ValueError, match="target_size=16: X does not say which sizes it holds"):
+    with pytest.raises(ValueError, match="target_size=16: X has no size for all its layers"):
         Head2ToeClassifier(target_size=16).fit(np.asarray(both), both.y)
 
 

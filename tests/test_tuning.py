@@ -16,7 +16,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSpli
 from sklearn.utils.estimator_checks import check_estimator
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, tuning
-from estimators.mixture import mixture_weights
+from estimators.mixture import drawn, mixture_weights
 
 SMALL = dict(alphas=(0.5, 0.2), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
 N = 60
@@ -217,24 +217,24 @@ def test_the_mixture_makes_the_held_out_labels_most_likely():
 
 @pytest.mark.parametrize("scored", ["mixture", "best"])
 def test_weights_need_not_see_every_held_out_sample(monkeypatch, scored):
-    """Where there are too many: here every third of each fold."""
+    """Where there are too many: here a third of each fold."""
     X, y, _ = problem(5, n=120)
-    steps = []
+    asked = []
 
     def third(*sizes):
-        steps.append(sizes)
-        return 3
+        asked.append(sizes)
+        return 1 / 3
 
     def weights_of(log_probabilities, codes, sample_weight):
-        rows = np.concatenate([test[::3] for _, test in StratifiedKFold(3).split(X, y)])
+        rows = np.concatenate([drawn(test, 1 / 3) for _, test in StratifiedKFold(3).split(X, y)])
         np.testing.assert_array_equal(codes, y[rows])
         assert log_probabilities.shape == (8, 42, 3)
         return mixture_weights(log_probabilities, codes, sample_weight)
 
-    monkeypatch.setattr(tuning, "held_out_step", third)
+    monkeypatch.setattr(tuning, "share_to_predict", third)
     monkeypatch.setattr(tuning, "mixture_weights", weights_of)
     model = Head2ToeClassifierCV(**SMALL, refit=scored).fit(X, y)
-    assert steps == [(8 if scored == "mixture" else 0, 120, 3)]
+    assert asked == [(8 if scored == "mixture" else 0, 120, 3)]
     assert model.score(X, y) > 0.6
 
 
