@@ -408,13 +408,9 @@ METHODS: dict[str, Method] = {
     "largest variance": largest_variance,
     "published Head2Toe": published,
     "Head2ToeClassifierCV": head2toe,
-    "all features, L2, one size": partial(at_one_size, all_l2),
-    "published Head2Toe, one size": partial(at_one_size, published),
-    "Head2ToeClassifierCV, one size": partial(at_one_size, head2toe),
     "fine-tuning": finetuning,
     "from scratch": from_scratch,
 }
-CHOOSE_SIZE = ("all features, L2", "published Head2Toe", "Head2ToeClassifierCV")
 SETTINGS: dict[str, Sequence[Any]] = {
     "linear probe": [L2_GRID],
     "all features, L2": [L2_GRID],
@@ -423,9 +419,9 @@ SETTINGS: dict[str, Sequence[Any]] = {
     "largest variance": [L2_GRID, FRACTIONS],
     "published Head2Toe": [PUBLISHED],
     "Head2ToeClassifierCV": [Head2ToeClassifierCV().get_params()],
-    "all features, L2, one size": [L2_GRID],
-    "published Head2Toe, one size": [PUBLISHED],
-    "Head2ToeClassifierCV, one size": [Head2ToeClassifierCV().get_params()],
     "fine-tuning": [FINETUNING],
     "from scratch": [FINETUNING],
 }
+CHOOSE_SIZE = ("all features, L2", "published Head2Toe", "Head2ToeClassifierCV")
+METHODS |= {f"{name}, one size": partial(at_one_size, METHODS[name]) for name in CHOOSE_SIZE}
+SETTINGS |= {f"{name}, one size": SETTINGS[name] for name in CHOOSE_SIZE}

@@ -71,7 +71,7 @@ def mixture_weights(
         if _large(found).all():
             weights[kept] = found
     if not weights.any():
-        weights[np.argmax(held_out[:, np.arange(len(problem.codes)), problem.codes] @ problem.sample_weight)] = 1.0
+        weights[np.argmax(np.maximum(right[:, seen], _LEAST_LOG) @ problem.sample_weight)] = 1.0
     return weights
 
 
@@ -98,13 +98,17 @@ class _Mixture:
     codes: NDArray[np.int64]
     sample_weight: NDArray[np.float64]
 
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """Of each sample in the sum of the weights."""
+        return np.asarray(self.sample_weight / self.sample_weight.sum())
+
     def of(self, models: NDArray[np.bool_]) -> _Mixture:
         return replace(self, held_out=self.held_out[models])
 
     def evaluate(self, weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
         """Value, gradient (n_models,) and probabilities (n_samples, n_classes)."""
-        total = self.sample_weight.sum()
-        share, rows, rate = self.sample_weight / total, np.arange(len(self.codes)), _RATE / total
+        share, rows, rate = self.share, np.arange(len(self.codes)), _RATE / self.sample_weight.sum()
         logarithms = log_softmax(np.tensordot(weights, self.held_out, 1), axis=1)
         probabilities = np.exp(logarithms)
         excess = share[:, None] * probabilities
@@ -115,8 +119,7 @@ class _Mixture:
     def hessian(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n_models, n_models), positive definite by a hair where models are the same."""
         centred = self.held_out - (self.held_out * probabilities).sum(axis=2, keepdims=True)
-        share = self.sample_weight / self.sample_weight.sum()
-        root = (centred * np.sqrt(share[:, None] * probabilities)).reshape(len(self.held_out), -1)
+        root = (centred * np.sqrt(self.share[:, None] * probabilities)).reshape(len(self.held_out), -1)
         hessian: NDArray[np.float64] = root @ root.T
         hessian[np.diag_indices_from(hessian)] += _DAMPING * max(hessian.trace(), _TINY)
         return hessian
