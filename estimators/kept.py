@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from estimators.group_lasso.operators import column_moments, memory_limit, stored_precision
 from estimators.group_lasso.path import full_precision
