@@ -81,10 +81,12 @@ class Fit:
     intercept: NDArray[np.float64]
 
 
-def fit_candidates(training: Training, candidates: Sequence[Candidate], options: PathOptions) -> Iterator[Fit]:
+def fit_candidates(
+    training: Training, candidates: Sequence[Candidate], options: PathOptions, polish: bool
+) -> Iterator[Fit]:
     """Fit candidates: one path per target size and normalization, one gathering of features per selection.
 
-    C goes from small to large.
+    C goes from small to large; ``polish`` as in `RidgeHead.fit`.
     """
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
     for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
@@ -93,7 +95,7 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
         of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
         for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
             group = [candidate for candidate in of_size if candidate.normalization == normalization]
-            for fit in _fit_group(part, held, group, replace(options, normalization=normalization), limit):
+            for fit in _fit_group(part, held, group, replace(options, normalization=normalization), limit, polish):
                 if target_size is not None:
                     fit = replace(fit, selected=training.sizes[target_size][fit.selected])
                 yield fit
@@ -102,7 +104,12 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
 
 
 def _fit_group(
-    training: Training, held: Training, group: Sequence[Candidate], options: PathOptions, limit: float
+    training: Training,
+    held: Training,
+    group: Sequence[Candidate],
+    options: PathOptions,
+    limit: float,
+    polish: bool,
 ) -> Iterator[Fit]:
     """Fit candidates of one target size and normalization; ``held`` is the training set in memory where it fits."""
     normalization, device = options.normalization, resolve_device(options.device)
@@ -126,7 +133,7 @@ def _fit_group(
             sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
         ):
             like = (same[0].kept, C)
-            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like))
+            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like), polish)
             if head is not None and head.solution is not None:
                 solutions[like] = head.solution
             for candidate in alike:
@@ -226,7 +233,7 @@ def score_fold(
         n_features[:] = 0
         return scores, n_features, log_probabilities, log_frequencies
     previous: NDArray[np.float64] | None = None
-    for fit in fit_candidates(part, candidates, options):
+    for fit in fit_candidates(part, candidates, options, polish=False):
         index = fit.candidate.index
         if previous is not fit.coef:
             previous = fit.coef

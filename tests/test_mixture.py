@@ -34,7 +34,7 @@ def objective(weights, log_probabilities, codes, sample_weight, base=None):
     base = frequencies(codes, log_probabilities.shape[2]) if base is None else base
     mixed = log_softmax(base + np.tensordot(weights, log_probabilities - base, 1), axis=1)
     mean = np.average(mixed[np.arange(len(codes)), codes], weights=sample_weight)
-    return mean - RATE / sample_weight.sum() * weights.sum()
+    return mean - RATE / sample_weight.sum() * (weights.sum() + 0.01 * weights @ weights)
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
@@ -47,7 +47,8 @@ def test_no_other_weights_make_the_labels_more_likely(seed, n_classes):
     for sample, code in enumerate(codes):
         scores = base[sample] + (log_probabilities[:, sample] - base[sample]).T @ variable
         loss += share[sample] * (cp.log_sum_exp(scores) - scores[code])
-    problem = cp.Problem(cp.Minimize(loss + RATE / sample_weight.sum() * cp.sum(variable)))
+    prior = cp.sum(variable) + 0.01 * cp.sum_squares(variable)
+    problem = cp.Problem(cp.Minimize(loss + RATE / sample_weight.sum() * prior))
     problem.solve(solver=cp.CLARABEL)
     weights = weights_of(log_probabilities, codes, sample_weight, base)
     assert objective(weights, log_probabilities, codes, sample_weight, base) == pytest.approx(-problem.value, abs=1e-3)
