@@ -20,6 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from estimators.group_lasso.problem import (
+    INTERCEPT_TOLERANCE,
     Problem,
     evaluate,
     intercept_hessian,
@@ -35,7 +36,7 @@ _STALE = 20
 _FORCING = 0.2
 _LOOSEST = 0.5
 _SMALLEST_STEP = 1e-6
-_PATIENCE = 3
+_PATIENCE = 2
 _STRONGEST = 1e200
 _LEAST_CURVATURE = 1e-6
 _LARGEST_INVERSE = 4096
@@ -257,22 +258,20 @@ def fit_ridge_head(
     strength = (2.0 if len(targets) == 2 else 1.0) / min(max(C * total, 1.0 / _STRONGEST), _STRONGEST)
     null = null_objective(problem)
     coordinates, products, intercept = _first_guess(space, problem, strength, start, similar)
-    point = evaluate(problem, products, intercept)
+    finest = 0.0 if polish else INTERCEPT_TOLERANCE
+    point = evaluate(problem, products, intercept, finest)
     rough = space.to(work)
     preconditioner: _Preconditioner | None = None
     n_products, gap, best, lowest, stalled = _STALE, math.inf, math.inf, math.inf, 0
     for _ in range(_MAX_ITER):
         gradient = space.pull(point.residual) + strength * coordinates
-        # With the best intercept, what remains is strongly convex in V: no optimum is further below than this.
-        previous = gap
+        # With the best intercept, what remains is strongly convex in V: the optimum is no further below than this.
         gap = float(gradient.square().sum()) / (2.0 * strength) if point.exact else math.inf
-        solved = gap <= _TOLERANCE * null
-        if solved and (not polish or (rough is space and gap > 0.5 * previous)):
-            break
         value = point.loss + _ridge(coordinates, strength)
         better = gap < 0.5 * best or value < lowest - _TOLERANCE * null
         best, lowest, stalled = min(gap, best), min(value, lowest), 0 if better else stalled + 1
-        if stalled > _PATIENCE and rough is space:
+        solved = gap <= _TOLERANCE * null
+        if (solved and not polish) or (rough is space and stalled > _PATIENCE):
             break
         if rough is not space and (solved or stalled > _PATIENCE):
             rough, n_products, stalled = space, _STALE, 0
@@ -294,7 +293,7 @@ def fit_ridge_head(
         slope = float((gradient * direction).sum())
         while step > _SMALLEST_STEP:
             trial, trial_products = coordinates + step * direction, products + step * moved
-            reached = evaluate(problem, trial_products, point.intercept)
+            reached = evaluate(problem, trial_products, point.intercept, finest)
             trial_value = reached.loss + _ridge(trial, strength)
             if trial_value <= value + 1e-4 * step * slope + 1e-14:
                 break

@@ -129,7 +129,7 @@ def intercept_hessian(problem: Problem, probabilities: Tensor) -> Tensor:
     return hessian
 
 
-def evaluate(problem: Problem, products: Tensor, start: Tensor) -> Evaluation:
+def evaluate(problem: Problem, products: Tensor, start: Tensor, finest: float = INTERCEPT_TOLERANCE) -> Evaluation:
     """Minimise the loss over the intercept by damped Newton steps and return everything that follows from it.
 
     Parameters
@@ -139,6 +139,8 @@ def evaluate(problem: Problem, products: Tensor, start: Tensor) -> Evaluation:
         XW.
     start : Tensor of shape (n_classes,), float64
         Where to start; the intercept of a nearby W saves steps.
+    finest : float, default=1e-12
+        Where to stop, at most 1e-12; steps that gain no more end it before.
 
     Returns
     -------
@@ -151,12 +153,13 @@ def evaluate(problem: Problem, products: Tensor, start: Tensor) -> Evaluation:
         intercept = intercept - intercept.mean()
     probabilities, value = _predict(problem, products + intercept[:, None])
     reach = 1.0 + 2.0 * float(products.abs().max())
-    slack = 4 * _EPS * reach
+    slack, imbalance = 4 * _EPS * reach, math.inf
     for step_index in range(101):
         residual = problem.weights * (probabilities - problem.targets)
         slope = residual.sum(1)
-        exact = not problem.fit_intercept or float(slope.abs().max()) <= INTERCEPT_TOLERANCE
-        if exact or step_index == 100:
+        before, imbalance = imbalance, float(slope.abs().max()) if problem.fit_intercept else 0.0
+        exact = imbalance <= INTERCEPT_TOLERANCE
+        if imbalance <= finest or (exact and imbalance > 0.5 * before) or step_index == 100:
             break
         direction = -torch.linalg.solve(intercept_hessian(problem, probabilities), slope)
         direction -= direction.mean()
