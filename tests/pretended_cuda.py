@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 N_CARDS = 2
 _CPU = torch.device("cpu")
@@ -127,7 +126,8 @@ class Event:
 
 def _join(clock: Clock, other: Clock) -> None:
     for stream, count in other.items():
-        clock[stream] = max(count, clock.get(stream, 0))
+        if count > clock.get(stream, 0):
+            clock[stream] = count
 
 
 def _covers(clock: Clock, other: Clock) -> bool:
@@ -357,7 +357,8 @@ class Gpu:
         if _on_the_cpu(kwargs.get("generator")):
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         by_values = {id(a.values): a for a, _ in used if isinstance(a, CardTensor)}
-        plain_args, plain = tree_map_only(CardTensor, lambda a: a.values, (args, kwargs))
+        plain_args = [_nested(_values, part) for part in args]
+        plain = {key: _nested(_values, part) for key, part in kwargs.items()}
         if plain.get("device") is not None:
             plain["device"] = _CPU
         result = _ON_THE_CPU.get(name, func)(*plain_args, **plain)
@@ -370,8 +371,8 @@ class Gpu:
         for tensor, writes in used:
             if isinstance(tensor, CardTensor):
                 self.memory_of(tensor.values, device).use(stream, count, writes=writes)
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and id(made) not in by_values:
+        for made in _tensors(result):
+            if id(made) not in by_values:
                 self.memory_of(made, device).use(stream, count, writes=True)
         for _ in range(masks + (name in _WAITING) + _fetches_an_index(name, used)):
             self.wait(stream.clock)
@@ -419,9 +420,23 @@ def _uses(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                yield leaf, writes
+        for tensor in _tensors(value):
+            yield tensor, writes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _nested(change: Any, value: Any) -> Any:
+    """What becomes of the tensors in a value."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_nested(change, part) for part in value) if type(value) in (list, tuple) else value
 
 
 def _device_of_all(func: Any, name: str, used: list[tuple[Tensor, bool]]) -> torch.device | None:
@@ -443,7 +458,7 @@ def _fetches_an_index(name: str, used: list[tuple[Tensor, bool]]) -> int:
 
 
 def _on_card(result: Any, device: torch.device, known: dict[int, CardTensor]) -> Any:
-    return tree_map_only(Tensor, lambda a: known[id(a)] if id(a) in known else CardTensor(a, device), result)
+    return _nested(lambda a: known[id(a)] if id(a) in known else CardTensor(a, device), result)
 
 
 def _values(tensor: Tensor) -> Tensor:
