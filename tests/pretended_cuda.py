@@ -364,17 +364,17 @@ class Gpu:
         result = _ON_THE_CPU.get(name, func)(*plain_args, **plain)
         if func.is_view:
             return _on_card(result, device, by_values)
-        masks = sum(a.dtype == torch.bool for a, _ in used[1:]) if name in _INDEXED else 0
         stream = self.stream(device)
-        n_launches = 0 if name in _NO_LAUNCH else _LAUNCHES.get(name, 1) + _LAUNCHES_PER_MASK * masks
-        count = self.launch(stream, n_launches)
-        for tensor, writes in used:
+        masks, waits = _cost_of_indices(name, used)
+        count = self.launch(stream, 0 if name in _NO_LAUNCH else _LAUNCHES.get(name, 1) + _LAUNCHES_PER_MASK * masks)
+        makes_its_own = name.startswith("new_") or name.endswith("_like")
+        for tensor, writes in () if makes_its_own else used:
             if isinstance(tensor, CardTensor):
                 self.memory_of(tensor.values, device).use(stream, count, writes=writes)
         for made in _tensors(result):
             if id(made) not in by_values:
                 self.memory_of(made, device).use(stream, count, writes=True)
-        for _ in range(masks + (name in _WAITING) + _fetches_an_index(name, used)):
+        for _ in range(waits + (name in _WAITING)):
             self.wait(stream.clock)
         return _on_card(result, device, by_values)
 
@@ -453,8 +453,18 @@ def _device_of_all(func: Any, name: str, used: list[tuple[Tensor, bool]]) -> tor
     return devices.pop() if devices else None
 
 
-def _fetches_an_index(name: str, used: list[tuple[Tensor, bool]]) -> int:
-    return sum(not isinstance(a, CardTensor) for a, _ in used) if name in _INDEXED else 0
+def _cost_of_indices(name: str, used: list[tuple[Tensor, bool]]) -> tuple[int, int]:
+    """How many masks become indices, and how often that, and what is still on the host, makes the host wait.
+
+    Where a mask says where to put a number, nothing does.
+    """
+    if name not in _INDEXED:
+        return 0, 0
+    masks = sum(a.dtype == torch.bool for a, _ in used[1:])
+    from_host = [a for a, _ in used if not isinstance(a, CardTensor)]
+    if masks and "put" in name and from_host and from_host[-1].ndim == 0:
+        return 0, 0
+    return masks, masks + len(from_host)
 
 
 def _on_card(result: Any, device: torch.device, known: dict[int, CardTensor]) -> Any:

@@ -320,8 +320,7 @@ class StreamedOperator:
 
     def _read_columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Columns as held, and which they are, picked out before they go to the device."""
-        wanted = torch.zeros(self.shape[1], dtype=torch.bool)
-        wanted[index.cpu()] = True
+        wanted = torch.zeros(self.shape[1], dtype=torch.bool).index_fill_(0, index.cpu(), True)
         found, columns = [], []
         with closing(self._reader.where_stored()) as blocks:
             for at, block in blocks:
@@ -336,8 +335,7 @@ class StreamedOperator:
         norms = torch.empty(self.shape[1], dtype=torch.float64, device=residual.device)
         factor = residual.to(work)
         total = factor.double().sum(1).to(work)
-        wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=residual.device)
-        wanted[keep] = True
+        wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=residual.device).index_fill_(0, keep, True)
         most = max(self._most_columns, len(keep))
         found: list[tuple[Tensor, Tensor]] = []
         with closing(self._reader.on_device()) as blocks:
