@@ -509,6 +509,10 @@ def _site() -> str:
 class _Operations(TorchDispatchMode):
     """Every operation that is not made of others."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing to skip, and it takes seconds to load
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
@@ -551,7 +555,7 @@ class _Calls(TorchFunctionMode):
 
     def _to(self, func: Any, this: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
         like = next((a for a in (*args, kwargs.get("other")) if isinstance(a, Tensor)), None)
-        named = [a for a in (*args, kwargs.get("device")) if isinstance(a, str | torch.device | int)]
+        named = [a for a in (*args, kwargs.get("device")) if isinstance(a, str | torch.device)]
         device = like.device if like is not None else torch.device(named[0]) if named else this.device
         dtype = next((a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)), None)
         flags = [a for a in args if isinstance(a, bool)]
