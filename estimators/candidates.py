@@ -126,15 +126,15 @@ def _fit_group(
             sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
         ):
             like = (same[0].kept, C)
-            coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
+            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like))
             if head is not None and head.solution is not None:
                 solutions[like] = head.solution
             for candidate in alike:
                 yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
 
 
-def _null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """No features: the class frequencies."""
+def null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """No features: coefficients (0, n_classes), and the logarithms of the class frequencies, (n_classes,)."""
     counts = np.bincount(training.codes, training.sample_weight, len(training.classes)).astype(np.float64)
     if not counts.any():
         counts = np.ones(len(training.classes))
@@ -170,7 +170,7 @@ def score_fold(
     options: PathOptions,
     mixed: Sequence[int],
     share: float,
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Try all candidates on one fold.
 
     Returns
@@ -180,6 +180,8 @@ def score_fold(
         That each kept.
     log_probabilities : ndarray of shape (len(mixed), n_drawn, n_classes), float64
         Predicted by the candidates ``mixed`` for that ``share`` of the samples held out.
+    log_frequencies : ndarray of shape (n_drawn, n_classes), float64
+        Of the classes in what they were fitted on.
     """
     part = replace(
         training,
@@ -196,6 +198,7 @@ def score_fold(
     places = {index: place for place, index in enumerate(mixed)}
     shown = drawn(np.arange(len(test)), share)
     log_probabilities = np.empty((len(mixed), len(shown), len(training.classes)))
+    log_frequencies = np.tile(null_model(part)[1], (len(shown), 1))
 
     def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
         answers = _Answers(training.classes, kept.scores(coef, intercept), held_out)
@@ -219,9 +222,9 @@ def score_fold(
             stacklevel=2,
         )
         nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "", limit)
-        scores[:], log_probabilities[:] = judge(nothing, *_null_model(part))
+        scores[:], log_probabilities[:] = judge(nothing, *null_model(part))
         n_features[:] = 0
-        return scores, n_features, log_probabilities
+        return scores, n_features, log_probabilities, log_frequencies
     previous: NDArray[np.float64] | None = None
     for fit in fit_candidates(part, candidates, options):
         index = fit.candidate.index
@@ -232,4 +235,4 @@ def score_fold(
         scores[index], n_features[index] = judged[0], len(fit.selected)
         if index in places:
             log_probabilities[places[index]] = judged[1]
-    return scores, n_features, log_probabilities
+    return scores, n_features, log_probabilities, log_frequencies

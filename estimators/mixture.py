@@ -23,24 +23,34 @@ _SMALLEST_STEP = 1e-6
 _DAMPING = 1e-12
 _TINY = 1e-12
 _CONVERGED = 1e-24
+_NOTICEABLE = 1e-9
 
 
 def mixture_weights(
-    log_probabilities: NDArray[np.float64], codes: NDArray[np.int64], sample_weight: NDArray[np.float64]
+    log_probabilities: NDArray[np.float64],
+    log_frequencies: NDArray[np.float64],
+    codes: NDArray[np.int64],
+    sample_weight: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Maximise sum_i s_i log softmax(sum_m w_m log P_mi)[y_i] - 5 sum_m w_m over weights w >= 0.
+    """Weights w >= 0 with which models predict best together what they were not fitted on.
 
-    This mixes probabilities as a product of their powers. For linear models that is a linear model again. The problem
-    is concave; the second term, the logarithm of an exponential prior, decides among many models where there are few
-    samples, and weighs, as C does, against the sum of the sample weights. Weights need not sum to one: where models are
-    less sure than they should be, the sum is greater. Those below 1 % of the sum are dropped, and the others fitted
-    again.
+    They maximise, for the class frequencies f that the models know,
+
+        sum_i s_i log softmax(log f_i + sum_m w_m (log P_mi - log f_i))[y_i] - 5 sum_m w_m
+
+    so that models without weight leave the class frequencies. This mixes probabilities as a product of their powers;
+    for linear models that is a linear model again. The problem is concave. The second term, the logarithm of an
+    exponential prior, decides among many models where there are few samples, and weighs, as C does, against the sum of
+    the sample weights. Weights need not sum to one: where models are less sure than they should be, the sum is greater.
+    Those below 1 % of the sum are dropped, and the others fitted again.
 
     Parameters
     ----------
     log_probabilities : ndarray of shape (n_models, n_samples, n_classes), float64
         Of samples that the models were not fitted on. What is below -30 counts as that; samples whose class no model
         thinks more likely are left out.
+    log_frequencies : ndarray of shape (n_samples, n_classes), float64
+        Logarithms of the class frequencies in what each sample's models were fitted on.
     codes : ndarray of shape (n_samples,), int64
         The true classes.
     sample_weight : ndarray of shape (n_samples,), float64
@@ -50,7 +60,7 @@ def mixture_weights(
     -------
     ndarray of shape (n_models,), float64
         Of models that predict the same to nine digits one has weight. Where no mixture is worth its weights, the most
-        likely model has weight 1.
+        likely model has weight 1 if it is more likely than the class frequencies; else all are 0.
     """
     weights, right = np.zeros(len(log_probabilities)), log_probabilities[:, np.arange(len(codes)), codes]
     # A class that no model has met says nothing about any of them.
@@ -58,11 +68,13 @@ def mixture_weights(
     if not seen.any():
         weights[0] = 1.0
         return weights
+    base = np.maximum(log_frequencies[seen], _LEAST_LOG)
     held_out = np.ascontiguousarray(log_probabilities[:, seen])
     np.maximum(held_out, _LEAST_LOG, out=held_out)
+    held_out -= base
     first = {sha256(np.round(held_out[number], _DIGITS)).digest(): number for number in reversed(range(len(held_out)))}
     kept = np.array(sorted(first.values()))
-    problem = _Mixture(held_out[kept], codes[seen], sample_weight[seen])
+    problem = _Mixture(held_out[kept], base, codes[seen], sample_weight[seen])
     found = _rough(problem)
     while found.max() > 0 and not weights.any():
         large = _large(found)
@@ -71,7 +83,10 @@ def mixture_weights(
         if _large(found).all():
             weights[kept] = found
     if not weights.any():
-        weights[np.argmax(np.maximum(right[:, seen], _LEAST_LOG) @ problem.sample_weight)] = 1.0
+        rows, share = np.arange(len(base)), problem.share
+        likelihoods = np.maximum(right[:, seen], _LEAST_LOG) @ share
+        if likelihoods.max() > base[rows, problem.codes] @ share + _NOTICEABLE:
+            weights[np.argmax(likelihoods)] = 1.0
     return weights
 
 
@@ -92,9 +107,13 @@ def _large(weights: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Mixture:
-    """The problem of `mixture_weights`, divided by the sum of the sample weights, with its sign changed."""
+    """The problem of `mixture_weights`, divided by the sum of the sample weights, with its sign changed.
+
+    ``held_out`` are log P - log f, ``base`` is log f.
+    """
 
     held_out: NDArray[np.float64]
+    base: NDArray[np.float64]
     codes: NDArray[np.int64]
     sample_weight: NDArray[np.float64]
 
@@ -109,7 +128,7 @@ class _Mixture:
     def evaluate(self, weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
         """Value, gradient (n_models,) and probabilities (n_samples, n_classes)."""
         share, rows, rate = self.share, np.arange(len(self.codes)), _RATE / self.sample_weight.sum()
-        logarithms = log_softmax(np.tensordot(weights, self.held_out, 1), axis=1)
+        logarithms = log_softmax(self.base + np.tensordot(weights, self.held_out, 1), axis=1)
         probabilities = np.exp(logarithms)
         excess = share[:, None] * probabilities
         excess[rows, self.codes] -= share

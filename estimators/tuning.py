@@ -24,7 +24,7 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, proces
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
 
-from estimators.candidates import Candidate, Fit, fit_candidates, score_fold
+from estimators.candidates import Candidate, Fit, fit_candidates, null_model, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
@@ -104,8 +104,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         That candidate alone, fitted on all samples.
     estimators_ : list of Head2ToeClassifier
         The candidates that predict, heaviest first: ``[best_estimator_]`` without a mixture.
-    weights_ : ndarray of shape (n_estimators,), float64, positive
-        Of their scores; they need not sum to one.
+    weights_ : ndarray of shape (n_estimators,), float64, non-negative
+        Of their scores; they need not sum to one. 0 where no candidate predicts held-out samples better than the class
+        frequencies.
+    offset_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
+        What is added to the sum of the scores: ``1 - weights_.sum()`` times the logarithms of the class frequencies.
     n_splits_ : int
     n_iter_ : int
         Most solver steps that any alpha took in the fits on all samples.
@@ -251,22 +254,29 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         weights = np.zeros(len(candidates))
         if self.refit == "mixture":
             held_out = np.concatenate([drawn(test, share) for _, test in splits])
-            predicted = np.concatenate([fold[2] for fold in folds], axis=1)
+            predicted, frequencies = np.concatenate([fold[2] for fold in folds], axis=1), [fold[3] for fold in folds]
             each = training.sample_weight[held_out] / share
-            weights[mixed] = mixture_weights(predicted, training.codes[held_out], each)
+            weights[mixed] = mixture_weights(predicted, np.concatenate(frequencies), training.codes[held_out], each)
         else:
             weights[self.best_index_] = 1.0
-        heaviest = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist()
+        heaviest = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist() or [self.best_index_]
         chosen = [candidates[index] for index in dict.fromkeys([*heaviest, self.best_index_])]
         fits = fit_candidates(training, chosen, replace(options, label="all samples, "))
         fitted = {fit.candidate.index: self._estimator(training, fit) for fit in fits}
         self.best_estimator_ = fitted[self.best_index_]
         self.estimators_, self.weights_ = [fitted[index] for index in heaviest], weights[heaviest]
+        # What the weights leave over goes to the class frequencies; a class without weight has a score of -inf anyway.
+        _, log_frequencies = null_model(training)
+        self.offset_ = (1.0 - self.weights_.sum()) * np.nan_to_num(log_frequencies, neginf=0.0)
+        if len(training.classes) == 2:
+            self.offset_ = np.diff(self.offset_)
         self.classes_ = training.classes
         self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
         self.n_iter_ = max(estimator.n_iter_ for estimator in self.estimators_)
         self.feature_scores_ = np.average(
-            [estimator.feature_scores_ for estimator in self.estimators_], axis=0, weights=self.weights_
+            [estimator.feature_scores_ for estimator in self.estimators_],
+            axis=0,
+            weights=self.weights_ if self.weights_.any() else None,
         )
         self.selected_features_ = np.unique(
             np.concatenate([estimator.selected_features_ for estimator in self.estimators_])
@@ -274,6 +284,13 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         if not len(self.selected_features_):
             warn_nothing_selected(
                 self.best_params_["alpha"], self.best_estimator_.alpha_max_, "predictions are the class frequencies"
+            )
+        elif not self.weights_.any():
+            warnings.warn(
+                "No candidate predicts held-out samples better than the class frequencies do: predictions are the "
+                "class frequencies.",
+                UserWarning,
+                stacklevel=2,
             )
         return self
 
@@ -424,7 +441,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         return float(get_scorer(self.scoring or "accuracy")(self, X, y, **params))
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Scores of the classes: the weighted sum of those of ``estimators_``.
+        """Scores of the classes: the weighted sum of those of ``estimators_``, and ``offset_``.
 
         Of the second class only where there are two.
 
@@ -451,4 +468,5 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             weight * estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
             for weight, estimator in zip(self.weights_, self.estimators_, strict=True)
         )
+        scores += self.offset_
         return np.asarray(scores[:, 0] if len(self.classes_) == 2 else scores)
