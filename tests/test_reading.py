@@ -64,10 +64,14 @@ def test_an_error_comes_after_the_items_before_it(error_at):
 
 def test_an_error_of_the_reader_of_blocks_stops_the_thread():
     source, before = Source(n=100), threading.enumerate()
-    with pytest.raises(KeyboardInterrupt):
+
+    def read():
         for item in ahead(source.items()):
             if item == 2:
                 raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
     assert threading.enumerate() == before
     assert source.closed
     assert source.made <= 4
