@@ -199,8 +199,8 @@ class Gpu:
         Waits by the line of code they are in, ``"estimators/x.py:12"``.
     pinned_bytes : int
         Pinned memory that was asked for, whether or not it was given back since.
-    peak : dict of torch.device to int
-        Most memory that was in use at once.
+    allocated, peak, reserved : Counter of torch.device
+        Bytes that tensors are in, the most of them at once, and those that torch has taken from a card.
     """
 
     def __init__(self, memory: int) -> None:
@@ -209,6 +209,7 @@ class Gpu:
         self.sites: Counter[str] = Counter()
         self.allocated: Counter[torch.device] = Counter()
         self.peak: Counter[torch.device] = Counter()
+        self.reserved: Counter[torch.device] = Counter()
         self.errors: list[str] = []
         self.known: Clock = {}
         self.in_flight: list[_Copy] = []
@@ -272,6 +273,10 @@ class Gpu:
             raise torch.OutOfMemoryError(f"CUDA out of memory: {size} bytes on pretended {device}")
         self.allocated[device] += size
         self.peak[device] = max(self.peak[device], self.allocated[device])
+        self.reserved[device] = max(self.reserved[device], self.allocated[device])
+
+    def empty_cache(self) -> None:
+        self.reserved = Counter(self.allocated)
 
     def memory_of(self, values: Tensor, device: torch.device) -> Memory:
         storage: Any = values.untyped_storage()
@@ -643,13 +648,14 @@ def pretended_cuda(memory: int = 80 * 2**30) -> Iterator[Gpu]:
         "current_stream": gpu.stream,
         "default_stream": gpu.default_stream,
         "synchronize": gpu.synchronize,
-        "mem_get_info": lambda device=None: (memory - gpu.allocated[gpu.resolve(device or "cuda")], memory),
+        "mem_get_info": lambda device=None: (memory - gpu.reserved[gpu.resolve(device or "cuda")], memory),
+        "memory_reserved": lambda device=None: gpu.reserved[gpu.resolve(device or "cuda")],
         "memory_allocated": lambda device=None: gpu.allocated[gpu.resolve(device or "cuda")],
         "max_memory_allocated": lambda device=None: gpu.peak[gpu.resolve(device or "cuda")],
         "reset_peak_memory_stats": lambda device=None: gpu.peak.update(
             {(at := gpu.resolve(device or "cuda")): gpu.allocated[at] - gpu.peak[at]}
         ),
-        "empty_cache": lambda: None,
+        "empty_cache": gpu.empty_cache,
         "is_bf16_supported": lambda *_, **__: True,
         "is_current_stream_capturing": lambda: False,
         "get_device_name": lambda device=None: f"pretended card {gpu.resolve(device or 'cuda').index}",

@@ -28,7 +28,7 @@ def extracted(store, images, **options):
         dict(batch_size=40, target_size=[4, 16]),
         dict(device="cuda:1"),
         dict(model="h2t_resnet20", batch_size=20),
-        dict(model="vit_tiny_patch16_224", img_size=32, pretrained=False, batch_size=20),
+        dict(model="vit_tiny_patch16_224", img_size=32, pretrained=False, batch_size=20, taps="blocks"),
     ],
 )
 def test_features_are_those_of_the_cpu(tmp_path, images, options):

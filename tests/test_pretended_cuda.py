@@ -237,9 +237,12 @@ def test_memory_is_limited():
         with pytest.raises(torch.OutOfMemoryError):
             a + 1
         torch.zeros(200, device="cuda:1")
-        assert torch.cuda.mem_get_info(torch.device("cuda", 1)) == (1000, 1000)
+        assert torch.cuda.mem_get_info(torch.device("cuda", 1)) == (200, 1000)
         del a
         assert torch.cuda.memory_allocated() == 0
+        assert torch.cuda.memory_reserved() == 800
+        torch.cuda.empty_cache()
+        assert torch.cuda.mem_get_info() == (1000, 1000)
         assert torch.cuda.max_memory_allocated() == gpu.peak[torch.device("cuda", 0)] == 800
         torch.cuda.reset_peak_memory_stats()
         assert torch.cuda.max_memory_allocated() == 0

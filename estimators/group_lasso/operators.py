@@ -146,7 +146,9 @@ def stored_precision(X: Features) -> float:
 def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
     if max_memory is None:
         if device.type == "cuda":
-            return int(0.8 * torch.cuda.mem_get_info(device)[0])
+            # What torch has taken from the card, but no tensor is in, is free as well.
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return int(0.8 * (torch.cuda.mem_get_info(device)[0] + kept))
         return int(0.8 * _free_memory())
     size = float("nan")
     if isinstance(max_memory, str):
