@@ -212,8 +212,7 @@ def test_the_classifier_is_that_of_the_cpu(gpu, options):
 def test_the_selector_and_the_search_are_those_of_the_cpu(gpu):
     X, y = problem()
     selected = [
-        Head2ToeSelector(alpha=0.95, device=device).fit(X, y).get_support().tolist()
-        for device in ("cuda", "cpu")
+        Head2ToeSelector(alpha=0.95, device=device).fit(X, y).get_support().tolist() for device in ("cuda", "cpu")
     ]
     assert selected[0] == selected[1]
     search = Head2ToeClassifierCV(alphas=[0.95], keep_fractions=[0.5], Cs=[1.0], cv=2)
