@@ -152,6 +152,7 @@ def extract(
     if batch_size == "auto":
         batch_size = _batch_size_begun(store, name) or "auto"
     with (
+        _current_card_kept(device),
         ranks() as processes,
         _engine(engine, processes, store, ray_address, num_gpus_per_worker, device) as (prepared, run),
     ):
@@ -190,6 +191,13 @@ def extract(
                 processes=processes,
                 run=run,
             )
+
+
+def _current_card_kept(device: str | torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Put back at the end which CUDA device is the current one: an extraction makes it its own."""
+    if str(device) == "cpu" or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return torch.cuda.device(torch.cuda.current_device())
 
 
 @contextlib.contextmanager

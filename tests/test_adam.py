@@ -202,7 +202,8 @@ def test_other_errors_say_what_is_wrong():
     for value in (np.nan, np.inf, 1e300):
         broken = X.copy()
         broken[3, 6] = value
-        for standardized in (False, True):
+        # What is finite fits into float32 once it is standardised.
+        for standardized in (False, True) if value != 1e300 else (False,):
             with pytest.raises(ValueError, match=r"NaN or infinity \(in float32\) in column 6"):
                 train(broken.astype(np.float32) if np.isnan(value) else broken, y, 3, standardize=standardized, seed=0)
     features = FakeFeatures(X, (4, 6))

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from torch import Tensor
 
-from estimators.group_lasso.operators import column_moments, resolve_device
+from estimators.group_lasso.operators import column_moments, resolve_device, storage_dtype, stored_precision
 from estimators.group_lasso.path import check_sample_weight
 from estimators.group_lasso.sources import Features, as_features, iterate_blocks
 
@@ -180,17 +180,17 @@ def _load(
     """
     data = torch.full((len(order), X.shape[1]), torch.nan, device=device)
     constant = torch.zeros(X.shape[1], dtype=torch.bool, device=device)
-    narrow = str(X.dtype).removeprefix("torch.") in ("float32", "float16", "bfloat16")
-    precision = torch.finfo(torch.float32 if narrow else torch.float64).eps
+    wide = np.float32 if storage_dtype(X, None) == torch.float32 else np.float64
+    rows = torch.as_tensor(order, device=X.device) if isinstance(X, Tensor) else None
     for columns, block in iterate_blocks(X):
         index = columns if isinstance(columns, slice) else torch.as_tensor(columns, device=device)
         if isinstance(block, Tensor):
-            values = block[torch.as_tensor(order, device=block.device)].to(device)
+            values = block[rows].to(device)
         else:
-            values = torch.from_numpy(np.asarray(block[order], np.float32 if narrow else np.float64)).to(device)
+            values = torch.from_numpy(np.asarray(block[order], wide)).to(device)
         if standardize:
             values = values.double()
-            mean, sd = column_moments(values.T, weights, precision)
+            mean, sd = column_moments(values.T, weights, stored_precision(X))
             constant[index] = sd == 0
             values = torch.where(sd == 0, 0.0, (values - mean) / torch.where(sd.isfinite(), sd, torch.nan))
         data[:, index] = values.float()

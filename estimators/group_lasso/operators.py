@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from estimators.group_lasso.sources import READ_BYTES, Features, iterate_blocks
+from estimators.group_lasso.reading import BlockReader, Index, positions, sent
+from estimators.group_lasso.sources import READ_BYTES, Features
 
 _DELICATE = 100.0
 _TINY_SD = 1e-140
@@ -149,7 +146,9 @@ def stored_precision(X: Features) -> float:
 def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
     if max_memory is None:
         if device.type == "cuda":
-            return int(0.8 * torch.cuda.mem_get_info(device)[0])
+            # What torch has taken from the card, but no tensor is in, is free as well.
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return int(0.8 * (torch.cuda.mem_get_info(device)[0] + kept))
         return int(0.8 * _free_memory())
     size = float("nan")
     if isinstance(max_memory, str):
@@ -286,7 +285,7 @@ class DenseOperator:
         padded = -(-n_features // _TILE) * _TILE
         self._columns = torch.empty((padded, n_samples), dtype=held, device=moments.weights.device)
         self._columns[n_features:] = 0.0
-        for index, block in _blocks(X, rows, READ_BYTES):
+        for index, block in BlockReader(X, rows, READ_BYTES, self._columns.device).plain():
             values = self._columns[index]
             _store(values, block.T, index)
             moments.add(index, values, max(torch.finfo(held).eps, stored_precision(X)))
@@ -330,71 +329,63 @@ class StreamedOperator:
     ) -> None:
         self.shape = (len(rows), X.shape[1])
         self.single = not double and held != torch.float64
-        self._source, self._rows, self._held = X, rows, held
-        self._block_bytes = max(2**20, min(READ_BYTES, limit // 16))
+        self._held, self._device = held, moments.weights.device
+        self._reader = BlockReader(X, rows, max(2**20, min(READ_BYTES, limit // 16)), self._device)
         self._most_columns = max(1, limit // (24 * len(rows) * held.itemsize))
-        self._device = moments.weights.device
-        for index, block in self._read():
-            values = torch.empty((block.shape[1], len(rows)), dtype=held, device=self._device)
-            _store(values, block.T, index)
-            moments.add(index, values, max(torch.finfo(held).eps, stored_precision(X)))
-        self.center, self.inverse_scale, self._delicate = moments.finish()
+        with closing(self._reader.on_device()) as blocks:
+            for index, block in blocks:
+                values = torch.empty((block.shape[1], len(rows)), dtype=held, device=self._device)
+                _store(values, block.T, index)
+                moments.add(index, values, max(torch.finfo(held).eps, stored_precision(X)))
+        self.center, self.inverse_scale, delicate = moments.finish()
+        self._delicate = delicate.cpu()
         self._index = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._columns = torch.zeros((0, len(rows)), dtype=held, device=self._device)
-
-    def _read(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        """Blocks of columns on the device, the next one being read and copied while one is used."""
-        if self._device.type != "cuda":
-            yield from _ahead(_blocks(self._source, self._rows, self._block_bytes))
-            return
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-
-        def copied() -> Iterator[tuple[slice | Tensor, Tensor, torch.cuda.Event]]:
-            for index, block in _blocks(self._source, self._rows, self._block_bytes):
-                with torch.cuda.stream(side):
-                    there = block.pin_memory().to(self._device, non_blocking=True)
-                    yield index, there, side.record_event()
-
-        for index, there, event in _ahead(copied()):
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(event)
-            there.record_stream(current)
-            yield index, there
 
     def columns(self, index: Tensor) -> Tensor:
         place = torch.searchsorted(self._index, index).clamp_max(max(0, len(self._index) - 1))
         missing = index if not len(self._index) else index[self._index[place] != index]
         if len(missing):
-            wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=self._device)
-            wanted[missing] = True
-            found = [(_absolute(at)[wanted[at]], block.T[wanted[at]].to(self._held)) for at, block in self._read()]
-            self._hold([(self._index, self._columns), *found])
+            self._hold([(self._index, self._columns), self._read_columns(missing)])
             place = torch.searchsorted(self._index, index)
         return _standardized(self, self._columns[place], index)
+
+    def _read_columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns as held, and which they are, picked out before they go to the device."""
+        wanted = torch.zeros(self.shape[1], dtype=torch.bool).index_fill_(0, index.cpu(), True)
+        found, columns = [], []
+        with closing(self._reader.where_stored()) as blocks:
+            for at, block in blocks:
+                chosen = wanted[at].nonzero().flatten()
+                if len(chosen):
+                    found.append(positions(at, chosen.device)[chosen])
+                    columns.append(block.T.index_select(0, chosen.to(block.device)).to(self._held))
+        return torch.cat(found).to(self._device), torch.cat(columns).to(self._device)
 
     def correlate(self, residual: Tensor, keep: Tensor, watch: float) -> Tensor:
         work = torch.float32 if self.single else torch.float64
         norms = torch.empty(self.shape[1], dtype=torch.float64, device=residual.device)
         factor = residual.to(work)
         total = factor.double().sum(1).to(work)
-        wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=residual.device)
-        wanted[keep] = True
-        room = max(0, self._most_columns - len(keep))
+        wanted = torch.zeros(self.shape[1], dtype=torch.bool, device=residual.device).index_fill_(0, keep, True)
+        most = max(self._most_columns, len(keep))
         found: list[tuple[Tensor, Tensor]] = []
-        for index, block in self._read():
-            held = block.to(self._held)
-            product = (factor @ held.to(work)).sub_(torch.outer(total, self.center[index].to(work)))
-            norms[index] = product.mul_(self.inverse_scale[index].to(work)).norm(dim=0).double()
-            at, columns = _absolute(index, self._device), held.T
-            if self.single and bool(self._delicate[index].any()):
-                chosen = self._delicate[index]
-                exact = _standardized(self, columns[chosen], at[chosen])
-                norms[at[chosen]] = (residual @ exact.T).norm(dim=0)
-            chosen = wanted[at] | (norms[at] >= watch)
-            found.append((at[chosen], columns[chosen]))
-            if sum(len(part) for part, _ in found) - len(keep) > 2 * room:
-                found = [_strongest(found, norms, wanted, room)]
-        self._hold([_strongest(found, norms, wanted, room)])
+        with closing(self._reader.on_device()) as blocks:
+            for index, block in blocks:
+                held, at = block.to(self._held), positions(index, self._device)
+                product = (factor @ held.to(work)).sub_(torch.outer(total, self.center[at].to(work)))
+                norms[at] = product.mul_(self.inverse_scale[at].to(work)).norm(dim=0).double()
+                columns = held.T
+                delicate = self._delicate[index].nonzero().flatten()
+                if self.single and len(delicate):
+                    chosen = sent(delicate, self._device)
+                    exact = _standardized(self, columns[chosen], at[chosen])
+                    norms[at[chosen]] = (residual @ exact.T).norm(dim=0)
+                chosen = _to_hold(torch.where(wanted[at], torch.inf, norms[at]), watch, most)
+                found.append((at[chosen], columns[chosen]))
+                if sum(len(part) for part, _ in found) > 2 * most:
+                    found = [_strongest(found, norms, wanted, most)]
+        self._hold([_strongest(found, norms, wanted, most)])
         return norms
 
     def _hold(self, parts: list[tuple[Tensor, Tensor]]) -> None:
@@ -402,50 +393,26 @@ class StreamedOperator:
         self._index, self._columns = index, torch.cat([columns for _, columns in parts])[order]
 
 
-def _strongest(parts: list[tuple[Tensor, Tensor]], norms: Tensor, wanted: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Of indexed columns, those wanted and the ``room`` others of largest norm."""
+def _to_hold(rank: Tensor, watch: float, most: int) -> Tensor:
+    """Places in a block of columns to hold: those that reach ``watch``.
+
+    To count them is to wait for the device: on CUDA the strongest are taken, as many as may be held at all.
+    """
+    if rank.is_cuda:
+        return rank.topk(min(most, len(rank))).indices
+    return (rank >= watch).nonzero().flatten()
+
+
+def _strongest(parts: list[tuple[Tensor, Tensor]], norms: Tensor, wanted: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Of indexed columns, those wanted and the others of largest norm, ``most`` in all."""
     index, columns = torch.cat([index for index, _ in parts]), torch.cat([columns for _, columns in parts])
-    rank = torch.where(wanted[index], torch.inf, norms[index])
-    most = min(len(index), room + int(wanted[index].sum()))
-    if most == len(index):
+    if len(index) <= most:
         return index, columns
-    chosen = rank.topk(most).indices
+    chosen = torch.where(wanted[index], torch.inf, norms[index]).topk(most).indices
     return index[chosen], columns[chosen]
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, each made in a thread while the one before is used."""
-    with ThreadPoolExecutor(1) as reader:
-        end = object()
-        coming = reader.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = reader.submit(next, items, end)
-            yield item
-            del item
-
-
-def _blocks(X: Features, rows: Tensor, max_bytes: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Blocks of the chosen rows, (n_samples, width), and which columns they are."""
-    whole = len(rows) == X.shape[0]
-    for columns, block in iterate_blocks(X, max_bytes):
-        index = columns if isinstance(columns, slice) else torch.as_tensor(columns, dtype=torch.int64)
-        with warnings.catch_warnings():
-            # Read-only arrays, as joblib's memory maps are, are only read here.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensor = block if isinstance(block, Tensor) else torch.from_numpy(_native(block))
-        yield index, tensor if whole else tensor[rows.to(tensor.device)]
-
-
-def _native(block: NDArray[Any]) -> NDArray[Any]:
-    """In a dtype, byte order and direction that torch knows."""
-    if any(stride < 0 for stride in block.strides):
-        block = np.ascontiguousarray(block)
-    if block.dtype.kind == "f" and block.dtype.itemsize in (2, 4, 8):
-        return block.astype(block.dtype.newbyteorder("="), copy=False)
-    return block.astype(np.float64)
-
-
-def _store(values: Tensor, block: Tensor, index: slice | Tensor) -> None:
+def _store(values: Tensor, block: Tensor, index: Index) -> None:
     """Copy a block into the dtype X is held in, which only float32 may round."""
     values.copy_(block)
     if values.dtype.itemsize == 2 and block.dtype != values.dtype:
@@ -484,10 +451,5 @@ def _pass_norms(factor: Tensor, columns: Tensor, center: Tensor, scale: Tensor) 
     return norms.view(-1)[:width]
 
 
-def _absolute(index: slice | Tensor, device: torch.device | None = None) -> Tensor:
-    chosen = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
-    return chosen if device is None else chosen.to(device)
-
-
-def _name(index: slice | Tensor, bad: Tensor) -> str:
-    return f"column {int(_absolute(index)[bad.cpu()][0])}"
+def _name(index: Index, bad: Tensor) -> str:
+    return f"column {int(positions(index, torch.device('cpu'))[bad.cpu()][0])}"

@@ -239,8 +239,7 @@ def _start_copying(forward: Forward, layers: list[Tensor], batch: _Batch) -> _Fe
         return _Features(layers, [part.cpu() for part in stored], norms.cpu(), batch.n, batch.failed, None)
     whole = torch.cat(stored, dim=1).to("cpu", non_blocking=True)
     norms = norms.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    copied = torch.cuda.current_stream(forward.device).record_event()
     parts = torch.split(whole, [part.shape[1] for part in stored], dim=1)
     return _Features(layers, list(parts), norms, batch.n, batch.failed, copied)
 
