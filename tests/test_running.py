@@ -58,7 +58,7 @@ def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, f
         raise MemoryError("no room")
 
     images = local._Images(prepare(folder, model=MODEL).source, fails)
-    assert images[1] == f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"
+    assert images[1].image == f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"
     assert len(extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)) == 40
 
 
@@ -80,16 +80,16 @@ def test_an_extraction_without_any_image_is_an_error(tmp_path, folder):
 
 
 def test_a_worker_that_is_killed_is_not_blamed_on_the_network_or_a_picture(tmp_path, images, monkeypatch):
-    real = ArraySource.image
+    real = ArraySource.picture
 
-    def image(self, row):
+    def picture(self, row):
         if row == 20:  # as the system does with one that is too large for the memory
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, row)
 
-    monkeypatch.setattr(ArraySource, "image", image)
+    monkeypatch.setattr(ArraySource, "picture", picture)
     job = prepare((images, None), model=MODEL, batch_size=4)
-    with pytest.raises(DataError, match=r"^a process that decodes images failed: DataLoader worker .*fewer workers"):
+    with pytest.raises(DataError, match=r"^a process that decodes images failed: .*fewer workers"):
         extract_job(job, FeatureStore(tmp_path / "s", create=True), "x", workers=1)
     assert FeatureStore(tmp_path / "s").open("x").committed().tolist() == [True, False, False]
 
