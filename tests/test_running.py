@@ -62,6 +62,31 @@ def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, f
     assert len(extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)) == 40
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_lost_or_guessed_in_pictures_is_said_once_with_a_count_and_an_example(
+    tmp_path, folder, caplog, workers
+):
+    for i in (3, 7, 39):
+        Image.new("RGBA", (8, 8), (i, 0, 0, 0)).save(folder / "d" / f"{i:02}.png")
+    Image.new("LA", (8, 8), (9, 0)).save(folder / "b" / "01.png")
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(folder / "a" / "00.png")
+    extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=workers, batch_size=4)
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "1 images are 16-bit grey without a value above 4095: taken for 12-bit (if that is wrong, convert to 8 bits): "
+        f"such as {folder}/a/00.png",
+        "4 images are transparent in part: transparency is dropped and the colours under it are used, as in timm: "
+        f"such as {folder}/b/01.png",
+    ]
+
+
+def test_it_is_said_also_of_an_extraction_that_fails(tmp_path, folder, caplog):
+    Image.new("LA", (8, 8), (9, 0)).save(folder / "a" / "00.png")
+    (folder / "d" / "39.png").write_text("no image")
+    with pytest.raises(DataError, match="not an image"):
+        extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)
+    assert "1 images are transparent in part" in caplog.text
+
+
 def test_a_picture_that_is_listed_twice_is_skipped_twice(tmp_path, folder):
     (folder / "a/00.png").write_text("no image")
     (folder / "list.txt").write_text("a/00.png 0\nb/01.png 1\na/00.png 0\n")
