@@ -152,7 +152,7 @@ def _extract(
             metavar="SPLIT",
             help="Part of the data: of a folder or .tar, the folder of that name in it; of wds/, a split in its "
             "_info.json, or shards and their number of samples: 'x-{0000..0001}.tar|2000'.",
-            show_default="train; a folder or .tar with several must be told",
+            show_default="train; of a folder or .tar, what is there: several must be named",
             rich_help_panel="Data",
         ),
     ] = None,

@@ -349,6 +349,8 @@ def test_one_transparent_colour_is_a_remark_where_it_occurs():
         assert remarks_on(content) == [TRANSPARENT]
     assert remarks_on(grey_png([5000, 40_000], tRNS=b"\x9c\x40")) == [TRANSPARENT]
     assert remarks_on(grey_png([5000, 40_001], tRNS=b"\x9c\x40")) == []
+    assert remarks_on(png(4, 1, 2, 0, b"\0\x80", tRNS=b"\0\2")) == [TRANSPARENT]
+    assert remarks_on(png(1, 1, 16, 2, b"\0" + b"\x10\0" * 3, tRNS=b"\x10\0" * 3)) == [TRANSPARENT]
 
 
 def boxes(brand: bytes) -> bytes:

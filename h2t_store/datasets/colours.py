@@ -47,7 +47,7 @@ def as_rgb(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[str]
     narrow = bits is not None and 8 < bits < 16
     if narrow and image.format == "TIFF":
         raise ValueError(f"{bits}-bit colour in 16 bits; {_ACCEPTED}")
-    remarks = _transparency(image)
+    remarks = _transparency(image, bits)
     while image.mode in _MODES_BEFORE_RGB:
         image = image.convert(_MODES_BEFORE_RGB[image.mode])
     image = image.convert("RGB")
@@ -74,9 +74,11 @@ def _from_grey(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[
     return Image.fromarray((values >> (found - 8)).astype(np.uint8)).convert("RGB"), remarks
 
 
-def _transparency(image: Image.Image) -> list[str]:
+def _transparency(image: Image.Image, bits: int | None) -> list[str]:
     if image.mode not in _WITH_ALPHA and "transparency" not in image.info:
         return []
+    if image.mode in ("L", "RGB") and bits != 8:
+        return [_TRANSPARENT]  # PIL scales the pixels, but not the transparent colour
     while image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     lowest = image.convert("RGBA").getchannel("A").getextrema()[0]

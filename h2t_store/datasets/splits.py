@@ -4,6 +4,7 @@ Paths here have slashes and no leading one; folders end in none, and the top is 
 """
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -79,14 +80,14 @@ def choose_split(images: Iterable[str], where: str) -> tuple[str, list[str]]:
             raise DataError(_choose(names, where if folder == fork else f"{where}, {shown(folder)!r},", folder == fork))
     names = [name for name in sorted(folders_in[fork]) if _kind(name) is not None]
     if names:
-        if fork in with_images or any(folders_in.get(_below(fork, name)) for name in folders_in[fork]):
+        if any(folders_in.get(_below(fork, name)) for name in names):
             raise DataError(_choose(names, where, True))
         notes.append(f"{_listed(names)} are read as classes: to read one alone, name it as split")
     return chosen, notes
 
 
 def _choose(names: list[str], where: str, can_be_chosen: bool) -> str:
-    choices = ", ".join(f"--split {name}" for name in names)
+    choices = ", ".join(f"--split {shlex.quote(name)}" for name in names)
     return (
         f"{where} has folders named like splits, {_listed(names)}, which are not read together or with others: "
         f"{f'choose one ({choices})' if can_be_chosen else 'name a folder of one split'}; if they are classes, rename "
