@@ -358,30 +358,48 @@ def overwrite(path, content: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
 
 
-@pytest.mark.parametrize("kind", ["folder", "list", "tar", "wds", "hfds", "arrays"])
+def opened(kind, root, contents):
+    """Two pictures as a source of that kind, and the file that holds the first."""
+    path = root / "data/train/a/1.png"
+    path.parent.mkdir(parents=True)
+    for number, content in enumerate(contents, 1):
+        path.with_name(f"{number}.png").write_bytes(content)
+    if kind == "folder":
+        return open_source(root / "data"), path
+    if kind == "list":
+        (root / "list.txt").write_text("data/train/a/1.png x\ndata/train/a/2.png x\n")
+        return open_source(root / "list.txt"), path
+    if kind == "hfds":
+        pytest.importorskip("datasets")
+        return open_source(f"hfds/{root / 'data'}", data_dir=root / "cache"), path
+    with tarfile.open(root / "x.tar", "w") as archive:
+        archive.add(path.parent, "a")
+    return open_source(root / "x.tar") if kind == "tar" else open_source(f"wds/{root}", "x.tar"), root / "x.tar"
+
+
+KINDS = ["folder", "list", "tar", "wds", "hfds"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_come_the_right_way_up_wherever_they_lie(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(np.rot90(IMAGES[0])).save(file, "PNG", exif=exif)
+    source, _ = opened(kind, tmp_path, [file.getvalue(), as_png(IMAGES[1])])
+    np.testing.assert_array_equal(np.asarray(source.image(0)), IMAGES[0])
+    np.testing.assert_array_equal(np.asarray(source.image(1)), IMAGES[1])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "arrays"])
 @pytest.mark.parametrize("in_worker", [False, True])
 @pytest.mark.usefixtures("limit")
 def test_a_picture_that_changes_after_it_was_described_is_not_read(tmp_path, kind, in_worker):
     images = IMAGES[:2].copy()
-    path = tmp_path / "data/train/a/1.png"
-    path.parent.mkdir(parents=True)
-    for number, pixels in enumerate(images, 1):
-        path.with_name(f"{number}.png").write_bytes(as_png(pixels))
-    if kind == "folder":
-        source = open_source(tmp_path / "data")
-    elif kind == "list":
-        (tmp_path / "list.txt").write_text("data/train/a/1.png x\ndata/train/a/2.png x\n")
-        source = open_source(tmp_path / "list.txt")
-    elif kind == "hfds":
-        pytest.importorskip("datasets")
-        source = open_source(f"hfds/{tmp_path / 'data'}", data_dir=tmp_path / "cache")
-    elif kind == "arrays":
+    if kind == "arrays":
         source = open_source((images, None))
     else:
-        path = tmp_path / "x.tar"
-        with tarfile.open(path, "w") as archive:
-            archive.add(tmp_path / "data/train/a", "a")
-        source = open_source(path) if kind == "tar" else open_source(f"wds/{tmp_path}", "x.tar")
+        source, path = opened(kind, tmp_path, map(as_png, images))
     _ = source.description
     source = source.take(np.array([1, 0]))
     np.testing.assert_array_equal(np.asarray(source.image(1)), IMAGES[0])

@@ -9,7 +9,7 @@ import pytest
 from conftest import raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 
 from h2t_store.datasets import open_source
 from h2t_store.datasets.pictures import decode
@@ -125,8 +125,8 @@ def exif_of(orientation: int, kind: int = 3, order: str = "<") -> bytes:
 @pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_as_their_exif_says(form, orientation):
-    if form not in Image.SAVE and form not in (Image.init() or Image.SAVE):
-        pytest.skip(f"this Pillow cannot write {form}")
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if form == "WEBP" else {"quality": 100} if form in ("JPEG", "AVIF") else {}

@@ -27,7 +27,7 @@ def declared_bits(image: Image.Image, content: bytes) -> int | None:
     if image.format == "PNG":
         return _of_png(content)
     if image.format == "PPM":
-        args = image.tile[0].args  # type: ignore[attr-defined]  # of the decoder; the last is the largest value
+        args = image.tile[0][3]  # type: ignore[attr-defined]  # what the decoder is told, at the end the largest value
         return None if args in ("I;16B", ("I;16B", 0, 1)) or args[-1] == 65535 else _MOST
     if image.format == "JPEG2000":
         return None if precision(content) == _MOST else _MOST

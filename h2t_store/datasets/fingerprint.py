@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from h2t_store.datasets.names import Names
 
-__all__ = ["Digests", "Stamp", "digest_of_rows", "read_file", "stamp", "stamps_of_files"]
+__all__ = ["Digests", "Stamp", "as_stamps", "digest_of_rows", "read_file", "stamp", "stamps_of_files"]
 
 _BYTES = 16
 _ROWS_AT_ONCE = 10_000
@@ -83,7 +83,12 @@ def stamp(status: os.stat_result) -> Stamp:
 
 def stamps_of_files(paths: Iterable[str]) -> NDArray[np.int64]:
     """Stamps (n, 2) of files."""
-    return np.array([stamp(os.stat(path)) for path in paths], dtype=np.int64).reshape(-1, 2)
+    return as_stamps(stamp(os.stat(path)) for path in paths)
+
+
+def as_stamps(stamps: Iterable[Stamp]) -> NDArray[np.int64]:
+    """An array (n, 2) of them."""
+    return np.fromiter((number for pair in stamps for number in pair), dtype=np.int64).reshape(-1, 2)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[bytes, Stamp]:

@@ -162,8 +162,11 @@ def _list(root: Path, folder: str, above: frozenset[_Identity], found: Found) ->
 
 
 def _folders_in(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+    except OSError as error:
+        _cannot_read(error)
 
 
 def _cannot_read(error: OSError) -> NoReturn:

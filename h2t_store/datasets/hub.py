@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from h2t_store.connection import why_unreachable
 from h2t_store.datasets.factory import create
-from h2t_store.datasets.fingerprint import Digests, read_file, stamp
+from h2t_store.datasets.fingerprint import Digests, as_stamps, read_file, stamp
 from h2t_store.datasets.folder import walk
 from h2t_store.datasets.foreign import left_out
 from h2t_store.datasets.labels import encode
@@ -69,8 +69,7 @@ class HubSource(Source):
         version = int.from_bytes(hashlib.blake2b(self.table._fingerprint.encode(), digest_size=7).digest(), "big")
         try:
             chosen = ((lengths[i], paths[i]) for i in self.numbers.tolist())
-            found = [(n, version) if n or not path else stamp(os.stat(path)) for n, path in chosen]
-            return np.array([(n or 0, time) for n, time in found], dtype=np.int64).reshape(-1, 2)
+            return as_stamps((n or 0, version) if n or not path else stamp(os.stat(path)) for n, path in chosen)
         except OSError as error:
             raise DataError(f"{self.name}: {shown(error.filename)}: {error.strerror}") from error
 
