@@ -39,7 +39,7 @@ class Source(ABC):
     numbers : ndarray of shape (n,), int64
         Number of each row's image in the data as it was opened.
     digests : Digests
-        And stamps, of all images as opened, shared by every selection of rows.
+        Digests and stamps of all images as opened, shared by every selection of rows.
     in_memory : bool
         Whether reading an image costs nothing.
     """
