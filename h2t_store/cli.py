@@ -150,9 +150,9 @@ def _extract(
         str | None,
         typer.Option(
             metavar="SPLIT",
-            help="Part of the data: train or test; of wds/, shards and their number of samples: "
-            "'x-{0000..0001}.tar|2000'.",
-            show_default="train, where there are parts",
+            help="Part of the data: of a folder or .tar, the folder of that name in it; of wds/, a split in its "
+            "_info.json, or shards and their number of samples: 'x-{0000..0001}.tar|2000'.",
+            show_default="train; of a folder or .tar, what is there: several must be named",
             rich_help_panel="Data",
         ),
     ] = None,

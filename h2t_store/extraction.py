@@ -18,6 +18,7 @@ from h2t_store.engines import local
 from h2t_store.engines.blocks import Plan
 from h2t_store.engines.interface import Engine
 from h2t_store.engines.ranks import ALONE, Ranks, ranks
+from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import DataError, H2TError, StoreError, one_line
 from h2t_store.integrity import damaged_chunks
 from h2t_store.layout import ExtractionHeader, check_name
@@ -455,6 +456,7 @@ def _compute(
             progress(done, total, whole * row_bytes)
 
     advance(0)
+    remarks = Remarks()
     try:
         run(
             job.forward,
@@ -467,11 +469,14 @@ def _compute(
             before=before,
             stopped=stopped,
             progress=advance,
+            remark=remarks.add,
         )
     except OSError as error:
         raise StoreError(
             f"{extraction.where} cannot be written: {error.strerror or one_line(error)}; finished row blocks are stored"
         ) from error
+    finally:
+        remarks.log()
 
 
 def expected_seconds(job: Job, workers: int | None = None) -> float:

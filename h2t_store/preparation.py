@@ -24,6 +24,7 @@ from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load
 from h2t_store.backbones.taps import exact_convolutions
 from h2t_store.chunks import CRC_BYTES
 from h2t_store.datasets import Source, open_source
+from h2t_store.datasets.pictures import DECODING
 from h2t_store.engines.blocks import rows_per_block
 from h2t_store.engines.interface import Forward
 from h2t_store.engines.local import choose_batch_size
@@ -78,7 +79,7 @@ class Job:
             "data": source.description,
             "model": self.backbone.name,
             "weights_sha256": self.backbone.weights_sha256,
-            "preprocessing": {key: _plain(value) for key, value in self.backbone.data_config.items()},
+            "preprocessing": {key: _plain(value) for key, value in self.backbone.data_config.items()} | DECODING,
             "taps": [layer.name for layer in layers],
             "target_size": self.environment["arguments"]["target_size"],
             "cls_token": self.environment["arguments"]["cls_token"],

@@ -38,13 +38,13 @@ def grow(folder, images):
 @pytest.fixture
 def decoded(monkeypatch):
     """Identifiers of the images that were read."""
-    seen, read = [], Source.image
+    seen, read = [], Source.picture
 
-    def image(self, row):
+    def picture(self, row):
         seen.append(str(self.sample_ids[row]))
         return read(self, row)
 
-    monkeypatch.setattr(Source, "image", image)
+    monkeypatch.setattr(Source, "picture", picture)
     return seen
 
 

@@ -1,10 +1,13 @@
+import io
 import os
 import pickle
+import shutil
+import tarfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import raises_with
+from conftest import as_png, raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -129,13 +132,120 @@ def test_a_folder_is_read_by_split_under_any_name_that_timm_takes_for_it(folder)
         open_source(parent, "train")
 
 
-def test_folders_of_splits_that_are_read_as_classes_are_noted(folder):
-    (folder.parent / "all" / "test").mkdir(parents=True)
-    folder.rename(folder.parent / "all" / "train")
-    (folder.parent / "all" / "train" / "a").rename(folder.parent / "all" / "test" / "a")
-    source = open_source(folder.parent / "all")
-    assert source.classes == ("test/a", "train/b", "train/c", "train/d")
-    assert "the folders test, train look like splits" in source.notes[-1]
+def pictures_in(root, names):
+    """The same small picture under each name below ``root``, in a folder or, where that ends in .tar, in a tar."""
+    if root.suffix == ".tar":
+        with tarfile.open(root, "w") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                content = as_png(IMAGES[0])
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return root
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(as_png(IMAGES[0]))
+    return root
+
+
+@pytest.fixture(params=["data", "data.tar"])
+def data(request, tmp_path):
+    return lambda *names: pictures_in(tmp_path / request.param, names)
+
+
+@pytest.mark.parametrize(
+    ("names", "choices"),
+    [
+        (["train/cat/1.png", "test/cat/1.png"], "test, train"),
+        (["Train/cat/1.png", "TEST/cat/1.png", "misc/1.png"], "TEST, Train"),
+        (["train/cat/1.png", "validation/cat/1.png", "docs/logo/x/1.png"], "train, validation"),
+        (["training_set/cat/1.png", "test_set/cat/1.png"], "test_set, training_set"),
+        (["train2017/1.png", "val2017/1.png"], "train2017, val2017"),
+        (["train/1.png", "test/1.png"], "test, train"),
+        (["inner/train/cat/1.png", "inner/test/cat/1.png"], "test, train"),
+        (["a/b/Training/cat/1.png", "a/b/Testing/cat/1.png", "a/b/x/1.png"], "Testing, Training"),
+        (["train/cat/1.png", "misc/1.png"], "train"),
+        (["train2014/cat/1.png", "train2017/cat/1.png"], "train2014, train2017"),
+    ],
+)
+def test_folders_named_like_splits_are_never_mixed(data, names, choices):
+    path = data(*names)
+    with raises_with(f"has folders named like splits, {choices}, which are not read together") as caught:
+        open_source(path)
+    for name in choices.split(", "):
+        assert f"--split {name}" in str(caught.value)
+        assert len(open_source(path, name)) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cat/train/1.png", "cat/test/1.png", "dog/train/1.png"],
+        ["a/train/x/1.png", "a/test/x/1.png", "b/c/1.png"],
+    ],
+)
+def test_splits_within_classes_are_not_mixed_either(data, names):
+    with raises_with("named like splits, test, train, which are not read together or with others: name a folder"):
+        open_source(data(*names))
+
+
+@pytest.mark.parametrize("split", ["train", "training", "TRAIN"])
+def test_a_split_is_found_in_any_case_under_like_names_and_below_a_folder(data, split):
+    path = data("set/Train/cat/1.png", "set/Train/dog/2.png", "set/test/cat/3.png", "set/val/cat/4.png")
+    source = open_source(path, split)
+    assert source.classes == ("cat", "dog")
+    assert len(source) == 2
+    assert len(open_source(path, "validation")) == 1
+    with raises_with("has no such folder (did you mean 'Train'?)"):
+        open_source(path, "Trian")
+
+
+def test_a_split_that_several_folders_go_by_is_named_in_full(data):
+    path = data("train2014/cat/1.png", "train2017/dog/1.png", "val2017/cat/1.png")
+    with raises_with("split 'train'") as caught:
+        open_source(path, "train")
+    assert "has train2014, train2017: name one of them" in str(caught.value)
+    assert open_source(path, "train2017").sample_ids[0].endswith("dog/1.png")
+    assert len(open_source(path, "val")) == 1
+
+
+@pytest.mark.parametrize("top", ["train", "TEST", "set/validation", "train/train"])
+def test_the_folder_of_a_split_that_is_alone_is_read_as_one(data, top):
+    path = data(f"{top}/cat/1.png", f"{top}/dog/2.png")
+    source = open_source(path)
+    assert source.classes == ("cat", "dog")
+    assert source.notes == [f"the folder {top} is read as a split"]
+    split = open_source(path, top.split("/")[-1])
+    assert (split.classes, split.description) == (source.classes, source.description)
+    with raises_with("has no such folder; it has"):
+        open_source(path, "dev" if "validation" not in top else "test")
+
+
+def test_images_at_the_top_of_a_split_are_unlabelled(data):
+    source = open_source(data("test/1.png", "test/2.png"))
+    assert source.classes == ()
+    assert source.y.tolist() == [-1, -1]
+
+
+def test_classes_that_are_called_like_one_split_are_classes(data):
+    source = open_source(data("bus/1.png", "car/2.png", "train/3.png", "train2/4.png"))
+    assert source.classes == ("bus", "car", "train", "train2")
+    assert source.notes == ["train, train2 are read as classes: to read one alone, name it as split"]
+
+
+def test_names_that_only_begin_like_splits_are_classes(data):
+    names = ["train_station/a/1.png", "test_tube/b/1.png", "valley/c/1.png", "trainer/d/1.png", "developer/1.png"]
+    source = open_source(data(*names))
+    assert len(source.classes) == 5
+    assert source.notes == []
+
+
+def test_lists_of_splits_beside_each_other_are_lists(tmp_path):
+    root = pictures_in(tmp_path / "data", ["train/1.png", "test/2.png"])
+    (root / "train.txt").write_text("train/1.png cat\n")
+    (root / "test.txt").write_text("test/2.png cat\n")
+    assert open_source(root / "train.txt").sample_ids.tolist() == ["train/1.png"]
+    assert open_source(root / "train.txt").notes == []
 
 
 @pytest.mark.parametrize(
@@ -229,13 +339,116 @@ def test_the_description_is_of_the_content_and_not_of_the_place(folder, images):
     assert open_source(folder.parent / "moved").description != before
 
 
-def test_beyond_the_limit_the_description_is_of_sizes(folder, monkeypatch):
+@pytest.fixture(params=[1 << 30, 0], ids=["digested", "beyond the limit"])
+def limit(request, monkeypatch):
+    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", request.param)
+
+
+def changed(content: bytes) -> bytes:
+    """Another picture of the same size in bytes."""
+    with Image.open(io.BytesIO(content)) as image:
+        other = as_png(np.rot90(np.asarray(image), 2))
+    return other if len(other) == len(content) else content[:-1] + b"x"
+
+
+def overwrite(path, content: bytes) -> None:
+    """In place, and later as far as the file system can tell."""
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def opened(kind, root, contents):
+    """Two pictures as a source of that kind, and the file that holds the first."""
+    path = root / "data/train/a/1.png"
+    path.parent.mkdir(parents=True)
+    for number, content in enumerate(contents, 1):
+        path.with_name(f"{number}.png").write_bytes(content)
+    if kind == "folder":
+        return open_source(root / "data"), path
+    if kind == "list":
+        (root / "list.txt").write_text("data/train/a/1.png x\ndata/train/a/2.png x\n")
+        return open_source(root / "list.txt"), path
+    if kind == "hfds":
+        pytest.importorskip("datasets")
+        return open_source(f"hfds/{root / 'data'}", data_dir=root / "cache"), path
+    with tarfile.open(root / "x.tar", "w") as archive:
+        archive.add(path.parent, "a")
+    return open_source(root / "x.tar") if kind == "tar" else open_source(f"wds/{root}", "x.tar"), root / "x.tar"
+
+
+KINDS = ["folder", "list", "tar", "wds", "hfds"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_come_the_right_way_up_wherever_they_lie(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(np.rot90(IMAGES[0])).save(file, "PNG", exif=exif)
+    source, _ = opened(kind, tmp_path, [file.getvalue(), as_png(IMAGES[1])])
+    np.testing.assert_array_equal(np.asarray(source.image(0)), IMAGES[0])
+    np.testing.assert_array_equal(np.asarray(source.image(1)), IMAGES[1])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "arrays"])
+@pytest.mark.parametrize("in_worker", [False, True])
+@pytest.mark.usefixtures("limit")
+def test_a_picture_that_changes_after_it_was_described_is_not_read(tmp_path, kind, in_worker):
+    images = IMAGES[:2].copy()
+    if kind == "arrays":
+        source = open_source((images, None))
+    else:
+        source, path = opened(kind, tmp_path, map(as_png, images))
+    _ = source.description
+    source = source.take(np.array([1, 0]))
+    np.testing.assert_array_equal(np.asarray(source.image(1)), IMAGES[0])
+    if kind == "arrays":
+        images[0] += 1
+    else:
+        before = as_png(IMAGES[0])
+        overwrite(path, path.read_bytes().replace(before, changed(before)))
+    if in_worker:
+        source = pickle.loads(pickle.dumps(source))
+    with raises_with("it has changed since"):
+        source.image(1)
+
+
+def test_beyond_the_limit_the_description_is_of_sizes_and_times(folder, monkeypatch):
     monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", 5000)
     source = open_source(folder)
-    assert "paths_and_sizes_sha256" in source.description
+    assert "paths_sizes_and_times_sha256" in source.description
     assert "contents_sha256" in source.take(np.arange(3)).description
-    (folder / "a" / "00.png").write_bytes(b"x")
+    shutil.copytree(folder, folder.parent / "copy")
+    assert open_source(folder.parent / "copy").description == source.description
+    path = folder / "a" / "00.png"
+    overwrite(path, path.read_bytes()[:-1] + b"x")
     assert open_source(folder).description != source.description
+
+
+def test_beyond_the_limit_a_table_that_was_written_again_is_another_one(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", 0)
+    path = tmp_path / "p" / "train.parquet"
+
+    def described(pixels, time, cache):
+        rows = {"image": [{"bytes": as_png(pixels), "path": None}]}
+        datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image())).to_parquet(path)
+        os.utime(path, ns=(0, time))
+        return open_source(f"hfds/{path.parent}", data_dir=tmp_path / cache).description
+
+    path.parent.mkdir()
+    first = described(IMAGES[0], 1_000_000_000, "a")
+    assert described(IMAGES[0], 1_000_000_000, "b") == first
+    assert described(np.rot90(IMAGES[0], 2), 2_000_000_000, "a") != first
+
+
+def test_a_file_that_is_only_touched_is_still_read_where_contents_are_digested(folder):
+    source = open_source(folder)
+    _ = source.description
+    path = folder / "a" / "00.png"
+    overwrite(path, path.read_bytes())
+    assert source.image(0).size == (8, 8)
 
 
 rows_of_40 = st.lists(st.integers(0, 39), min_size=1, max_size=60)
@@ -279,11 +492,12 @@ def test_each_image_is_digested_once(folder, monkeypatch):
     assert len(read) == 40
 
 
-def test_a_source_pickles_without_its_digests(folder):
+def test_a_source_pickles_with_what_it_was_found_to_be(folder):
     source = open_source(folder)
     description = source.description
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(np.asarray(copy.image(3)), np.asarray(source.image(3)))
+    shutil.rmtree(folder)
     assert copy.take(np.arange(40)).description == description
 
 

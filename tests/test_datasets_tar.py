@@ -181,8 +181,6 @@ def test_a_tar_is_known_by_its_content_too(tmp_path, files):
         open_source(write_tar(tmp_path / "y.tar", {"a.txt": b""}))
     with raises_with("holds class folders and 1 images beside them"):
         open_source(write_tar(tmp_path / "z.tar", {**files, "loose.png": b""}))
-    with raises_with("split 'train': a tar has no splits"):
-        open_source(tmp_path / "images", "train")
 
 
 def test_a_tar_that_changes_after_it_was_opened_is_not_read(tmp_path, files):

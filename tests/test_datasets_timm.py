@@ -187,7 +187,8 @@ def test_files_that_datasets_leaves_out_are_named(image_folder, images, tmp_path
     source = open_source(f"hfds/{image_folder}", data_dir=tmp_path / "cache")
     assert len(source) == 20
     assert source.notes == [
-        "2 files are read in no split: more/a/99.png, train/a/x.svg",
+        "1 files were left out: SVG is not read: draw it as PNG (rsvg-convert): train/a/x.svg",
+        "1 files are read in no split: more/a/99.png",
         "1 hidden files and folders were left out: train/a/.hidden.png",
     ]
 
@@ -226,7 +227,7 @@ def test_parquet_is_read_with_its_names(tmp_path, images):
     assert list(source.sample_ids) == [f"{i}.png" for i in range(4)]
     assert source.classes == ("cat", "dog", "eel")
     assert source.y.tolist() == [1, 0, 1, -1]
-    assert source.sizes().tolist() == [len(file["bytes"]) for file in files]
+    assert source.stamps()[:, 0].tolist() == [len(file["bytes"]) for file in files]
     for row in range(4):
         np.testing.assert_array_equal(np.asarray(source.image(row)), images[row])
     copy = pickle.loads(pickle.dumps(source))

@@ -1,3 +1,6 @@
+import contextlib
+import os
+
 import numpy as np
 import pytest
 import tiny_models
@@ -7,8 +10,9 @@ from PIL import Image
 from torch import nn
 
 from h2t_store import chunks, extract, open_features, preparation
+from h2t_store.datasets import source
 from h2t_store.engines import blocks, local
-from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoreError, TapError
+from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError, TapError
 from h2t_store.store import Extraction
 
 MODEL = f"{MODELS}:small_input"
@@ -18,6 +22,13 @@ MODEL = f"{MODELS}:small_input"
 def small_blocks(monkeypatch):
     """Several row blocks out of few images."""
     monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+
+
+def change(path, content: bytes) -> None:
+    """Overwrite a file in place, later as far as the file system can tell."""
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
 
 
 @torch.no_grad()
@@ -56,6 +67,61 @@ def test_a_second_call_computes_nothing(tmp_path, folder, monkeypatch, caplog):
         again = extract(folder, model=MODEL, store=tmp_path / "s", name="x")
     np.testing.assert_array_equal(np.asarray(again), first)
     assert "x is complete: nothing to compute" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_a_picture_that_changes_before_it_is_decoded_leaves_no_row(tmp_path, folder, monkeypatch, workers, limit):
+    monkeypatch.setattr(source, "_MAX_DIGESTED_BYTES", limit)
+
+    def overwrite(done, total, size):
+        path = folder / "d" / "39.png"
+        change(path, path.read_bytes()[:-1] + b"x")
+
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", workers=workers)
+    with pytest.raises(DataError, match=r"d/39\.png: it has changed since the extraction began: extract again"):
+        extract(folder, progress=overwrite, **common)
+    with pytest.raises(StoreError, match=r"data\.\w+ was"):
+        extract(folder, **common)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_beyond_what_is_digested_a_picture_that_changed_in_place_is_noticed(tmp_path, folder, monkeypatch, finished):
+    monkeypatch.setattr(source, "_MAX_DIGESTED_BYTES", 0)
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", workers=0)
+    with contextlib.nullcontext() if finished else pytest.raises(StoppedError):
+        extract(folder, stopped=lambda: not finished, **common)
+    path = folder / "a" / "00.png"
+    change(path, path.read_bytes()[:-1] + b"x")
+    for append in (False, True):
+        with pytest.raises(StoreError, match=r"data\.paths_sizes_and_times_sha256 was"):
+            extract(folder, append=append, **common)
+
+
+def test_features_are_of_the_pictures_the_right_way_up(tmp_path, folder, images):
+    upright = extract(folder, model=MODEL, store=tmp_path / "s", name="upright", workers=0)
+    for path in folder.rglob("*.png"):
+        orientation = 1 + int(path.stem) % 8
+        turned = Image.open(path)
+        back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transpositions that undo each orientation
+        if orientation > 1:
+            turned = turned.transpose(Image.Transpose(back[orientation]))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned.save(path, exif=exif)
+    sideways = extract(folder, model=MODEL, store=tmp_path / "s", name="sideways", workers=0)
+    np.testing.assert_array_equal(np.asarray(sideways), np.asarray(upright))
+    assert sideways.provenance["inputs"]["preprocessing"]["orientation"] == "exif"
+
+
+def test_what_was_made_by_other_rules_of_decoding_opens_and_is_not_continued(tmp_path, folder, monkeypatch):
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", workers=0)
+    with monkeypatch.context() as before:
+        before.setattr(preparation, "DECODING", {})
+        extract(folder, **common)
+    assert open_features(tmp_path / "s", "x").shape[0] == 40
+    with pytest.raises(StoreError, match=r"preprocessing\.orientation was None, now exif"):
+        extract(folder, **common)
 
 
 @pytest.mark.parametrize("crash_at", [1, 2, 3])

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 from conftest import MODELS, files_below
 from object_server import serving
+from PIL import Image
 
 from h2t_store import extract
 from h2t_store.engines import blocks
@@ -91,8 +92,10 @@ def mortal(folder: Path, lives: int) -> str:
     return f"{folder}/mortal.py:mortal"
 
 
-def test_both_engines_write_the_same_bytes(cluster, tmp_path, folder):
+def test_both_engines_write_the_same_bytes_and_say_the_same(cluster, tmp_path, folder, caplog):
     (folder / "a/04.png").write_text("no image")
+    for name in ("a/08.png", "d/39.png"):
+        Image.new("LA", (8, 8), (9, 0)).save(folder / name)
     common = dict(model=MODEL, batch_size=4, on_error="skip", name="x")
     done = []
     here(folder, tmp_path / "local", **common)
@@ -106,6 +109,9 @@ def test_both_engines_write_the_same_bytes(cluster, tmp_path, folder):
     )
     assert len(matrix) == 39
     assert tree(tmp_path / "local", "x") == tree(tmp_path / "ray", "x")
+    said = [record.getMessage() for record in caplog.records if "transparent" in record.getMessage()]
+    assert [message.split(": such as")[0] for message in said] == [said[0].split(": such as")[0]] * 2
+    assert said[0].startswith("2 images are transparent in part")
     assert done[0] == (0, 40)
     assert done[-1] == (40, 40)
 

@@ -58,8 +58,33 @@ def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, f
         raise MemoryError("no room")
 
     images = local._Images(prepare(folder, model=MODEL).source, fails)
-    assert images[1] == f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"
+    assert images[1].image == f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"
     assert len(extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)) == 40
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_lost_or_guessed_in_pictures_is_said_once_with_a_count_and_an_example(
+    tmp_path, folder, caplog, workers
+):
+    for i in (3, 7, 39):
+        Image.new("RGBA", (8, 8), (i, 0, 0, 0)).save(folder / "d" / f"{i:02}.png")
+    Image.new("LA", (8, 8), (9, 0)).save(folder / "b" / "01.png")
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(folder / "a" / "00.png")
+    extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=workers, batch_size=4)
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "1 images are 16-bit grey without a value above 4095: taken for 12-bit (if that is wrong, convert to 8 bits): "
+        f"such as {folder}/a/00.png",
+        "4 images are transparent in part: transparency is dropped and the colours under it are used, as in timm: "
+        f"such as {folder}/b/01.png",
+    ]
+
+
+def test_it_is_said_also_of_an_extraction_that_fails(tmp_path, folder, caplog):
+    Image.new("LA", (8, 8), (9, 0)).save(folder / "a" / "00.png")
+    (folder / "d" / "39.png").write_text("no image")
+    with pytest.raises(DataError, match="not an image"):
+        extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)
+    assert "1 images are transparent in part" in caplog.text
 
 
 def test_a_picture_that_is_listed_twice_is_skipped_twice(tmp_path, folder):
@@ -80,16 +105,16 @@ def test_an_extraction_without_any_image_is_an_error(tmp_path, folder):
 
 
 def test_a_worker_that_is_killed_is_not_blamed_on_the_network_or_a_picture(tmp_path, images, monkeypatch):
-    real = ArraySource.image
+    real = ArraySource.picture
 
-    def image(self, row):
+    def picture(self, row):
         if row == 20:  # as the system does with one that is too large for the memory
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, row)
 
-    monkeypatch.setattr(ArraySource, "image", image)
+    monkeypatch.setattr(ArraySource, "picture", picture)
     job = prepare((images, None), model=MODEL, batch_size=4)
-    with pytest.raises(DataError, match=r"^a process that decodes images failed: DataLoader worker .*fewer workers"):
+    with pytest.raises(DataError, match=r"^a process that decodes images failed: .*fewer workers"):
         extract_job(job, FeatureStore(tmp_path / "s", create=True), "x", workers=1)
     assert FeatureStore(tmp_path / "s").open("x").committed().tolist() == [True, False, False]
 

@@ -1,6 +1,8 @@
 """Images in memory: arrays from Python, and scikit-learn's digits."""
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,9 +11,10 @@ from PIL import Image
 
 from h2t_store.datasets.fingerprint import Digests
 from h2t_store.datasets.labels import encode
-from h2t_store.datasets.names import Names, as_names
+from h2t_store.datasets.names import Names, as_names, count
+from h2t_store.datasets.pictures import Picture, rendered
 from h2t_store.datasets.source import Source
-from h2t_store.errors import DataError
+from h2t_store.errors import DataError, one_line
 
 __all__ = ["ArraySource", "in_memory", "open_arrays", "open_digits"]
 
@@ -30,8 +33,9 @@ class ArraySource(Source):
     def image_size(self) -> tuple[int, int]:
         return self.images.shape[1], self.images.shape[2]
 
-    def image(self, row: int) -> Image.Image:
-        return Image.fromarray(self.images[self.numbers[row]]).convert("RGB")
+    def decoded(self, content: bytes, row: int) -> Picture:
+        pixels = np.frombuffer(content, dtype=np.uint8).reshape(self.images.shape[1:])
+        return Picture(Image.fromarray(pixels).convert("RGB"), [])
 
     def where(self, row: int) -> str:
         return str(self.sample_ids[row])
@@ -39,8 +43,8 @@ class ArraySource(Source):
     def content(self, row: int) -> bytes:
         return bytes(self.images[self.numbers[row]].tobytes())
 
-    def sizes(self) -> NDArray[np.int64]:
-        return np.full(len(self), self.images[:1].nbytes, dtype=np.int64)
+    def stamps(self) -> NDArray[np.int64]:
+        return np.full((len(self), 2), (self.images[:1].nbytes, 0), dtype=np.int64)
 
 
 def in_memory(
@@ -64,7 +68,10 @@ def in_memory(
 
 
 def open_arrays(images: Any, labels: Any) -> ArraySource:
-    """uint8 images (n, h, w, 3) with n labels or None."""
+    """uint8 images (n, h, w, 3) with n labels or None, or images of PIL that have one size as RGB."""
+    notes: list[str] = []
+    if isinstance(images, Sequence) and any(isinstance(image, Image.Image) for image in images):
+        images, notes = _from_pil(images)
     try:
         images = np.asarray(images)
     except ValueError:
@@ -75,7 +82,23 @@ def open_arrays(images: Any, labels: Any) -> ArraySource:
         )
     y, classes = encode(labels, len(images))
     ids = as_names([f"array/{i}" for i in range(len(images))])
-    return in_memory(images, origin={"kind": "arrays"}, sample_ids=ids, y=y, classes=classes)
+    return replace(in_memory(images, origin={"kind": "arrays"}, sample_ids=ids, y=y, classes=classes), notes=notes)
+
+
+def _from_pil(images: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Their pixels as they would be read from files, and notes on what that loses."""
+    pixels, by_remark = [], defaultdict(list)
+    for i, image in enumerate(images):
+        if isinstance(image, Image.Image):
+            try:
+                picture = rendered(image, None if image.mode.startswith("I") else 8)
+            except Exception as error:  # files that are opened, but not read yet, may be damaged
+                raise DataError(f"data: image {i}: {one_line(error)}") from error
+            for remark in picture.remarks:
+                by_remark[remark].append(f"array/{i}")
+            image = np.asarray(picture.image)
+        pixels.append(image)
+    return pixels, [line for remark, ids in by_remark.items() for line in count(ids, f"images {remark}")]
 
 
 def open_digits(split: str) -> ArraySource:

@@ -8,16 +8,15 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.datasets.fingerprint import Digests
+from h2t_store.datasets.fingerprint import Digests, read_file, stamps_of_files
+from h2t_store.datasets.foreign import foreign_name, left_out
 from h2t_store.datasets.names import as_names, count, shown
 from h2t_store.datasets.pictures import is_image_name
 from h2t_store.datasets.source import UNLABELLED, Source
-from h2t_store.errors import DataError, did_you_mean
+from h2t_store.datasets.splits import choose_split, find_split
+from h2t_store.errors import DataError
 
-__all__ = ["FolderSource", "Found", "classes_of", "open_folder", "walk"]
-
-_SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test", "testing"))
-"""Folders of splits, by any name that timm takes for the same one."""
+__all__ = ["FolderSource", "Found", "classes_of", "open_folder", "require_images", "walk"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,15 +30,15 @@ class FolderSource(Source):
 
     def content(self, row: int) -> bytes:
         try:
-            with open(self.where(row), "rb") as file:
-                return file.read()
+            content, found = read_file(self.where(row))
         except OSError as error:
             _cannot_read(error)
+        self.require_stamp(row, found)
+        return content
 
-    def sizes(self) -> NDArray[np.int64]:
+    def stamps(self) -> NDArray[np.int64]:
         try:
-            paths = (os.path.join(self.root, name) for name in self.sample_ids)
-            return np.fromiter((os.stat(path).st_size for path in paths), dtype=np.int64, count=len(self))
+            return stamps_of_files(os.path.join(self.root, name) for name in self.sample_ids)
         except OSError as error:
             _cannot_read(error)
 
@@ -58,7 +57,7 @@ class Found:
     def notes(self) -> list[str]:
         """One line for each kind of thing that is left out."""
         return [
-            *count(self.other, "files are not images and were left out"),
+            *left_out(self.other, "files are not images and were left out"),
             *count(self.without_images, "folders hold no images"),
             *count(self.hidden, "hidden files and folders were left out"),
             *count(self.circular_links, "links to a folder above were left out"),
@@ -68,21 +67,18 @@ class Found:
 def open_folder(root: Path, split: str | None) -> FolderSource:
     """All images below a folder, or below the folder of a split in it."""
     if split is not None:
-        root = _folder_of_split(root, split)
+        root = root / find_split(split, lambda folder: _folders_in(os.path.join(root, folder)), repr(str(root)))
     found = walk(root)
     if found.broken_links:
         raise DataError(f"data: {count(found.broken_links, f'links in {shown(root)} lead nowhere')[0]}")
-    if not found.images:
-        held = f"; it holds {len(found.other)} other files, such as {sorted(found.other)[0]!r}" if found.other else ""
-        raise DataError(f"data {str(root)!r} holds no images{held}")
-    images = sorted(found.images)
+    require_images(found.images, found.other, f"data {str(root)!r}")
+    inside, notes = choose_split(found.images, f"data {str(root)!r}")
+    root = root / inside
+    images = sorted(os.path.relpath(path, inside) if inside else path for path in found.images)
     y, classes = classes_of([os.path.dirname(path) for path in images], images, f"data {str(root)!r}")
-    notes = found.notes()
+    notes = [*found.notes(), *notes]
     if not classes:
         notes.append(f"{len(images)} images without class folders: unlabelled")
-    if split is None and len(tops := {name.partition("/")[0] for name in classes}) > 1 and tops <= _split_names():
-        named = ", ".join(sorted(tops))
-        notes.append(f"the folders {named} look like splits, but are read together, as classes: name one as split")
     return FolderSource(
         origin={"kind": "folder"},
         sample_ids=as_names(images),
@@ -93,6 +89,14 @@ def open_folder(root: Path, split: str | None) -> FolderSource:
         digests=Digests(len(images)),
         root=root,
     )
+
+
+def require_images(images: list[str], other: list[str], where: str) -> None:
+    """Raise `DataError` where there are none, with what there is instead."""
+    if not images:
+        held = f"; it holds {len(other)} other files, such as {sorted(other)[0]!r}" if other else ""
+        advice = next((f": {advice}" for name in sorted(other) if (advice := foreign_name(name))), "")
+        raise DataError(f"{where} holds no images{held}{advice}")
 
 
 def classes_of(folders: list[str], images: list[str], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
@@ -157,17 +161,12 @@ def _list(root: Path, folder: str, above: frozenset[_Identity], found: Found) ->
     return folders
 
 
-def _folder_of_split(root: Path, split: str) -> Path:
-    synonyms = [name for names in _SPLITS if split in names for name in names]
-    for name in [split, *synonyms]:
-        if (root / name).is_dir():
-            return root / name
-    inside = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    raise DataError(f"split {split!r}: {str(root)!r} has no such folder{did_you_mean(split, inside)}")
-
-
-def _split_names() -> set[str]:
-    return {name for names in _SPLITS for name in names}
+def _folders_in(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+    except OSError as error:
+        _cannot_read(error)
 
 
 def _cannot_read(error: OSError) -> NoReturn:

@@ -4,13 +4,14 @@ Rows are read from the table behind timm's reader, since timm's dataset puts the
 cannot be read.
 """
 
+import hashlib
 import importlib.util
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from h2t_store.connection import why_unreachable
 from h2t_store.datasets.factory import create
-from h2t_store.datasets.fingerprint import Digests
+from h2t_store.datasets.fingerprint import Digests, as_stamps, read_file, stamp
 from h2t_store.datasets.folder import walk
+from h2t_store.datasets.foreign import left_out
 from h2t_store.datasets.labels import encode
 from h2t_store.datasets.names import Names, as_names, count, shown
 from h2t_store.datasets.source import UNLABELLED, Source
@@ -48,21 +50,26 @@ class HubSource(Source):
         image = self.table[int(self.numbers[row])][self.column]
         if image is None or (not image["bytes"] and not image["path"]):
             raise DataError(f"{shown(self.where(row))}: there is no image")
+        if image["bytes"]:
+            return bytes(image["bytes"])
         try:
-            return bytes(image["bytes"]) if image["bytes"] else Path(image["path"]).read_bytes()
+            content, found = read_file(image["path"])
         except OSError as error:
             raise DataError(f"{shown(self.where(row))}: {error.strerror}") from error
+        self.require_stamp(row, found)
+        return content
 
-    def sizes(self) -> NDArray[np.int64]:
+    def stamps(self) -> NDArray[np.int64]:
+        """What the table holds has the number of the table's version, a digest by `datasets`, for a time of change."""
         import pyarrow.compute as pc
 
         images = self.table.data.column(self.column)
         lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
         paths = _paths(self.table, self.column)
+        version = int.from_bytes(hashlib.blake2b(self.table._fingerprint.encode(), digest_size=7).digest(), "big")
         try:
             chosen = ((lengths[i], paths[i]) for i in self.numbers.tolist())
-            sizes = (length or (os.stat(path).st_size if path else 0) for length, path in chosen)
-            return np.fromiter(sizes, dtype=np.int64, count=len(self))
+            return as_stamps((n or 0, version) if n or not path else stamp(os.stat(path)) for n, path in chosen)
         except OSError as error:
             raise DataError(f"{self.name}: {shown(error.filename)}: {error.strerror}") from error
 
@@ -213,7 +220,7 @@ def _left_out(name: str, cache: Path | None, table: Any, image: str, label: str)
     files = [*found.images, *found.other, *found.broken_links]
     extensions = tuple(ImageFolder.EXTENSIONS)
     images = [file for file in files if file.lower().endswith(extensions)]
-    notes = found.notes()[1:] if found.other else found.notes()
+    notes = replace(found, other=[]).notes()
     other = [f for f in files if not f.lower().endswith(extensions) and os.path.basename(f).lower() not in _NOT_DATA]
     splits = table.info.splits or {}
     if len(images) != sum(split.num_examples for split in splits.values()):
@@ -221,4 +228,4 @@ def _left_out(name: str, cache: Path | None, table: Any, image: str, label: str)
         tables = [_table(name, cache, split, image, label) for split in splits]
         read = {path.removeprefix(below) for one in tables for path in _paths(one, image) if path}
         other += [file for file in images if file not in read]
-    return [*count(other, "files are read in no split"), *notes]
+    return [*left_out(other, "files are read in no split"), *notes]

@@ -9,6 +9,7 @@ import numpy as np
 
 from h2t_store.datasets.fingerprint import Digests
 from h2t_store.datasets.folder import FolderSource
+from h2t_store.datasets.foreign import foreign_name
 from h2t_store.datasets.labels import encode, encode_words
 from h2t_store.datasets.names import as_names, count, shown
 from h2t_store.datasets.pictures import is_image_name
@@ -28,7 +29,7 @@ def open_list(path: Path, root: Path) -> FolderSource:
     lines, notes = _lines(path)
     if not lines:
         raise DataError(f"data {str(path)!r} lists no images")
-    if all(map(is_image_name, lines.values())):
+    if all(is_image_name(line) or foreign_name(line) for line in lines.values()):
         paths = list(lines.values())
         y, classes = encode(None, len(paths))
         notes.append(f"{len(paths)} images without labels")

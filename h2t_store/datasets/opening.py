@@ -52,8 +52,10 @@ def open_source(
         - ``digits``: scikit-learn's.
         - uint8 images ``(n, h, w, 3)`` with ``n`` labels, integers from 0 (-1 where unlabelled) or strings, or None.
     split : str, optional
-        The part to read; ``train`` by default where there are any. Of a folder, the folder of that name in it. Of
-        ``wds/``, shards and the number of samples, as in ``"x-{0000..0001}.tar|2000"``, or a name in ``_info.json``.
+        The part to read. Of a folder or tar, the folder of that name in it, under any name that timm takes for the same
+        split; needed where there are several, as they are never mixed. Of named sets ``train`` by default. Of ``wds/``,
+        shards and the number of samples, as in ``"x-{0000..0001}.tar|2000"``, or a name in ``_info.json``, by default
+        ``train``.
     data_dir : path-like, optional
         What paths in a list are relative to (by default the folder of the list); where ``torch/`` is (by default here);
         where ``hfds/`` keeps its cache; what ``wds/FOLDER`` is relative to.
@@ -109,8 +111,8 @@ def _open_file(path: Path, split: str | None, data_dir: str | os.PathLike[str] |
     if packed is not None:
         raise DataError(f"data {str(path)!r} is compressed ({packed}): unpack it; accepted are {_ACCEPTED}")
     if path.suffix.lower() == ".tar" or start[_TAR_MAGIC_AT:].startswith(b"ustar"):
-        _refuse("a tar", split=split, data_dir=data_dir, download=download)
-        return open_tar(path)
+        _refuse("a tar", data_dir=data_dir, download=download)
+        return open_tar(path, split)
     if is_image_name(path.name):
         raise DataError(f"data {str(path)!r} is one image: name its folder; accepted are {_ACCEPTED}")
     _refuse("a list file", split=split, download=download)

@@ -1,4 +1,4 @@
-"""Decoding: the bytes of an image file become eight-bit RGB pixels, or one line that says why not.
+"""Decoding: the bytes of an image file become eight-bit RGB pixels the right way up, or one line that says why not.
 
 Only formats with decoders in PIL itself are tried, whatever a file is called: PIL hands EPS to Ghostscript, which would
 run what the file says.
@@ -6,20 +6,45 @@ run what the file says.
 
 import io
 from functools import cache
+from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from h2t_store.datasets.colours import as_rgb, require_readable
+from h2t_store.datasets.depth import declared_bits
+from h2t_store.datasets.foreign import foreign_content, foreign_name
+from h2t_store.datasets.jpeg2000 import require_end
 from h2t_store.datasets.names import shown
+from h2t_store.datasets.orientation import transposition
 from h2t_store.errors import DataError, one_line
 
-__all__ = ["IMAGE_EXTENSIONS", "as_rgb", "decode", "is_image_name"]
+__all__ = ["DECODING", "IMAGE_EXTENSIONS", "Picture", "decode", "is_image_name", "rendered"]
 
-_EXTENSIONS = "jpg jpeg jpe jfif png bmp dib gif webp tif tiff ppm pgm pbm pnm jp2 avif tga ico"
+DECODING = {"orientation": "exif", "transparency": "dropped", "depth": "declared, else 8, 12 or 16 bits by range"}
+"""The rules of `decode`, for the provenance: features of pictures decoded by other rules are others."""
+
+_EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif webp tif tiff ppm pgm pbm pnm jp2 j2k jpc jpx jpf avif tga ico"
 IMAGE_EXTENSIONS = frozenset("." + extension for extension in _EXTENSIONS.split(" "))
 _FORMATS = ["JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA"]
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_OTHER_TIFF = "a kind of TIFF that is not read, or damaged: convert it to PNG"
 _LONGEST = 1000
-_MODES_BEFORE_RGB = {"P": "RGBA", "LA": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
+_SEVERAL = "have several frames or pages: the first is read"
+
+
+class Picture(NamedTuple):
+    """A decoded image file.
+
+    Attributes
+    ----------
+    image : Image
+        RGB.
+    remarks : list of str
+        What was lost or guessed, as the end of a sentence that begins with "12 images".
+    """
+
+    image: Image.Image
+    remarks: list[str]
 
 
 def is_image_name(name: str) -> bool:
@@ -28,7 +53,7 @@ def is_image_name(name: str) -> bool:
     return dot > name.rfind("/") + 1 and name[dot:].lower() in IMAGE_EXTENSIONS
 
 
-def decode(content: bytes, name: str) -> Image.Image:
+def decode(content: bytes, name: str) -> Picture:
     """Decode an image file.
 
     Parameters
@@ -40,8 +65,8 @@ def decode(content: bytes, name: str) -> Image.Image:
 
     Returns
     -------
-    Image
-        RGB; see `as_rgb`.
+    Picture
+        See `rendered`.
 
     Raises
     ------
@@ -53,35 +78,39 @@ def decode(content: bytes, name: str) -> Image.Image:
         raise DataError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so cut-off images would pass unseen: switch it off")
     if not content:
         raise DataError(f"{shown(name)}: not an image: it is empty")
+    advice = foreign_content(content) or foreign_name(name)
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            if image.format == "TIFF" and advice:
+                raise ValueError(advice)  # PIL would read its preview
             _require_few_pixels(image)
             if image.format == "JPEG2000":
-                _require_end_of_jpeg2000(content)
-            return as_rgb(image)
+                require_end(content)
+            return rendered(image, declared_bits(image, content))
     except UnidentifiedImageError:
-        raise DataError(f"{shown(name)}: not an image") from None
+        unknown = _OTHER_TIFF if content.startswith(_TIFF_STARTS) else "not an image"
+        raise DataError(f"{shown(name)}: {advice or unknown}") from None
     except Exception as error:  # decoders raise almost anything on damaged files
         raise DataError(f"{shown(name)}: {one_line(error)}") from error
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits per channel: the upper eight of 16.
+def rendered(image: Image.Image, bits: int | None) -> Picture:
+    """An image of PIL as eight-bit RGB, the right way up.
 
-    Colours under transparency are kept and the transparency dropped; orientation tags are ignored, both as in timm.
+    Colours under transparency are kept and the transparency dropped, as in timm. Of grey values the upper eight bits
+    are taken: of the ``bits`` that the file declares, else of 8, 12 or 16, the first that hold all values. 16 bits of
+    colour are cut to their upper eight.
+
+    Raises
+    ------
+    ValueError
+        Where the pixels cannot be converted.
     """
-    if image.mode.startswith("I"):
-        if image.mode == "I" and image.format == "TIFF":
-            raise ValueError("whole numbers of more than 16 bits; accepted are 8 and 16 bits per channel")
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"integers from {values.min()} to {values.max()}; accepted are 8 and 16 bits per channel")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; accepted are 8 and 16 bits per channel")
-    while image.mode in _MODES_BEFORE_RGB:
-        image = image.convert(_MODES_BEFORE_RGB[image.mode])
-    return image.convert("RGB")
+    require_readable(image)
+    several = [_SEVERAL] if image.format != "MPO" and getattr(image, "is_animated", False) else []
+    turn, remarks = transposition(image)
+    pixels, more = as_rgb(image, bits)
+    return Picture(pixels if turn is None else pixels.transpose(turn), [*several, *remarks, *more])
 
 
 @cache
@@ -103,25 +132,3 @@ def _require_few_pixels(image: Image.Image) -> None:
             f"{image.width} x {image.height} pixels is too long: scaled so that the shorter side fits a network, it "
             f"would fill the memory; accepted are sides that differ {_LONGEST} times"
         )
-
-
-def _require_end_of_jpeg2000(content: bytes) -> None:
-    """PIL decodes what is there of a JPEG 2000 that is cut off, and leaves the rest black."""
-    if not _codestream(content).rstrip(b"\0").endswith(b"\xff\xd9"):
-        raise ValueError("image file is truncated")
-
-
-def _codestream(content: bytes) -> bytes:
-    """What is in the box ``jp2c``, or everything where there are no boxes (ISO/IEC 15444-1, annex I)."""
-    if not content.startswith(b"\0\0\0\x0cjP"):
-        return content
-    start = 0
-    while start < len(content):
-        size, kind, header = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8], 8
-        if size == 1:
-            size, header = int.from_bytes(content[start + 8 : start + 16], "big"), 16
-        end = start + max(size, header) if size else len(content)
-        if kind == b"jp2c":
-            return content[start + header : end]
-        start = end
-    return b""

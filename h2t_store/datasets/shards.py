@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from h2t_store.datasets.foreign import left_out
 from h2t_store.datasets.labels import encode, encode_words
 from h2t_store.datasets.names import as_names, count, shown
 from h2t_store.datasets.pictures import IMAGE_EXTENSIONS
@@ -55,7 +56,7 @@ def open_shards(folder: Path, split: str | None) -> TarSource:
     if missing:
         raise DataError(f"split {split!r}: {count(missing, f'of {len(paths)} shards are not in {shown(folder)}')[0]}")
     members = [read_members(path) for path in paths]
-    archives = Archives(tuple(str(path.absolute()) for path in paths), tuple(shard.state for shard in members))
+    archives = Archives(tuple(str(path.absolute()) for path in paths), tuple(shard.stamp for shard in members))
     samples = _Samples(archives, asked.label_field)
     for number, (name, files) in enumerate(zip(asked.shards, members, strict=True)):
         samples.read(number, name, files)
@@ -66,7 +67,7 @@ def open_shards(folder: Path, split: str | None) -> TarSource:
         raise DataError(f"split {split!r}: {asked.n_samples} samples are expected, but the shards hold {n_found}")
     y, classes = samples.encoded_labels()
     notes = [
-        *count(samples.left_out, "files are neither image nor label and were left out"),
+        *left_out(samples.left_out, "files are neither image nor label and were left out"),
         *count(samples.negative, "samples with negative labels were left out"),
         *([] if classes else [f"{len(y)} images without labels"]),
     ]

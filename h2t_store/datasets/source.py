@@ -3,15 +3,15 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from h2t_store.datasets.fingerprint import Digests, digest_of_rows
-from h2t_store.datasets.names import Names
-from h2t_store.datasets.pictures import decode
+from h2t_store.datasets.fingerprint import Digests, Stamp, digest_of_rows
+from h2t_store.datasets.names import Names, shown
+from h2t_store.datasets.pictures import Picture, decode
 from h2t_store.errors import DataError
 
 __all__ = ["UNLABELLED", "Source"]
@@ -39,7 +39,7 @@ class Source(ABC):
     numbers : ndarray of shape (n,), int64
         Number of each row's image in the data as it was opened.
     digests : Digests
-        Of all images as opened, shared by every selection of rows.
+        Digests and stamps of all images as opened, shared by every selection of rows.
     in_memory : bool
         Whether reading an image costs nothing.
     """
@@ -66,19 +66,41 @@ class Source(ABC):
     def description(self) -> dict[str, Any]:
         """Goes into the provenance; equal descriptions mean equal images, identifiers and names of labels, in order.
 
-        It digests all contents up to 1 GiB in total; beyond that, where reading twice costs, identifiers and sizes.
+        It digests all contents up to 1 GiB in total; beyond that, where reading twice costs, identifiers, sizes and
+        times of change, so that a copy is known again if it keeps the times. Images are held against it when they are
+        decoded.
         """
         identity: NDArray[Any]
-        if self.in_memory or int((sizes := self.sizes()).sum()) <= _MAX_DIGESTED_BYTES:
+        stamps = self.digests.stamps_of(self.numbers, self.stamps)
+        if self.in_memory or stamps[:, 0].sum() <= _MAX_DIGESTED_BYTES:
             key, identity = "contents_sha256", self.digests.of(self.numbers, self.content)
         else:
-            key, identity = "paths_and_sizes_sha256", sizes.astype("<i8")
+            key, identity = "paths_sizes_and_times_sha256", stamps.astype("<i8")
         digest = digest_of_rows(self.sample_ids, self.y, self.classes, identity)
         return {**self.origin, "n": len(self), key: digest}
 
+    def picture(self, row: int) -> Picture:
+        """The image as RGB, with remarks; `DataError` where it cannot be read, or is not what `description` is of."""
+        content = self.content(row)
+        if not self.digests.agree(int(self.numbers[row]), content):
+            self._refuse_changed(row)
+        return self.decoded(content, row)
+
     def image(self, row: int) -> Image.Image:
-        """The image as RGB; `DataError` where it cannot be read."""
-        return decode(self.content(row), self.where(row))
+        """`picture` without the remarks."""
+        return self.picture(row).image
+
+    def decoded(self, content: Any, row: int) -> Picture:
+        """The image that the bytes hold."""
+        return decode(content, self.where(row))
+
+    def require_stamp(self, row: int, found: Stamp) -> None:
+        """Raise `DataError` where an image changed since its stamp was taken."""
+        if not self.digests.agree_on_stamp(int(self.numbers[row]), found):
+            self._refuse_changed(row)
+
+    def _refuse_changed(self, row: int) -> NoReturn:
+        raise DataError(f"{shown(self.where(row))}: it has changed since the extraction began: extract again")
 
     def take(self, rows: NDArray[np.int64]) -> Self:
         """The same data, restricted to ``rows`` in the order given."""
@@ -103,5 +125,5 @@ class Source(ABC):
         """The bytes that the image is decoded from; `DataError` where they cannot be read."""
 
     @abstractmethod
-    def sizes(self) -> NDArray[np.int64]:
-        """Of the contents, in bytes."""
+    def stamps(self) -> NDArray[np.int64]:
+        """Size and time of change (n, 2) of each image as it is now, see `Stamp`."""

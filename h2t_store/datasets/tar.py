@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.datasets.fingerprint import Digests
-from h2t_store.datasets.folder import classes_of
+from h2t_store.datasets.fingerprint import Digests, Stamp, stamp
+from h2t_store.datasets.folder import classes_of, require_images
+from h2t_store.datasets.foreign import left_out
 from h2t_store.datasets.names import Names, as_names, count, shown
 from h2t_store.datasets.pictures import is_image_name
 from h2t_store.datasets.source import Source
+from h2t_store.datasets.splits import choose_split, find_split
 from h2t_store.errors import DataError, one_line
 
 __all__ = ["Archives", "Members", "TarSource", "open_tar", "read_members", "tar_source"]
@@ -45,24 +47,29 @@ class Archives:
     ----------
     paths : sequence of str
         Of the files.
-    states : sequence of (int, int)
-        Their sizes and times of change as indexed; one that has changed since is not read.
+    stamps : sequence of Stamp
+        Of the files as indexed; one that has changed since is not read.
     """
 
-    def __init__(self, paths: tuple[str, ...], states: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, paths: tuple[str, ...], stamps: tuple[Stamp, ...]) -> None:
         self.paths = paths
-        self._states = states
+        self.stamps = stamps
         self._last: tuple[int, _Descriptor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Archives, (self.paths, self._states)
+        return Archives, (self.paths, self.stamps)
 
     def read(self, archive: int, offset: int, size: int) -> bytes:
         """``size`` bytes of a file; `DataError` where they cannot be read."""
         try:
-            content = os.pread(self._opened(archive).number, size, offset)
+            file = self._opened(archive).number
+            content = os.pread(file, size, offset)
+            found = stamp(os.fstat(file))
         except OSError as error:
             raise DataError(f"{shown(self.paths[archive])}: {error.strerror}") from error
+        if found != self.stamps[archive]:
+            self._last = None
+            raise DataError(f"{shown(self.paths[archive])}: it has changed since it was opened")
         if len(content) < size:
             raise DataError(f"{shown(self.paths[archive])}: it ends within an image")
         return content
@@ -72,8 +79,6 @@ class Archives:
         if last is not None and last[0] == archive:
             return last[1]
         opened = _Descriptor(self.paths[archive])
-        if _state(os.fstat(opened.number)) != self._states[archive]:
-            raise DataError(f"{shown(self.paths[archive])}: it has changed since it was opened")
         self._last = archive, opened
         return opened
 
@@ -94,15 +99,16 @@ class TarSource(Source):
         number = self.numbers[row]
         return self.archives.read(int(self.archive[number]), int(self.offset[number]), int(self.size[number]))
 
-    def sizes(self) -> NDArray[np.int64]:
-        return self.size[self.numbers]
+    def stamps(self) -> NDArray[np.int64]:
+        times = np.array([changed for _, changed in self.archives.stamps], dtype=np.int64)
+        return np.stack([self.size[self.numbers], times[self.archive[self.numbers]]], axis=1)
 
 
 @dataclass
 class Members:
     """What a tar holds: the files that can be read in place, and the names of everything else."""
 
-    state: tuple[int, int]
+    stamp: Stamp
     names: list[str] = field(default_factory=list)
     offsets: "array[int]" = field(default_factory=lambda: array("q"))
     sizes: "array[int]" = field(default_factory=lambda: array("q"))
@@ -110,31 +116,40 @@ class Members:
     special: list[str] = field(default_factory=list)
 
 
-def open_tar(path: Path) -> TarSource:
-    """All images of a tar; classes are the folders they lie in, without the folders above that all have in common."""
+def open_tar(path: Path, split: str | None) -> TarSource:
+    """All images of a tar, or those in the folder of a split.
+
+    Classes are the folders they lie in, without the folders above that all have in common.
+    """
+    where = f"data {str(path)!r}"
     members = read_members(path)
     latest = {name: i for i, name in enumerate(members.names)}
     replaced = [name for i, name in enumerate(members.names) if latest[name] != i]
     hidden = [name for name in latest if _is_hidden(name)]
     images = sorted(name for name in latest if is_image_name(name) and not _is_hidden(name))
     other = [name for name in latest if not is_image_name(name) and not _is_hidden(name)]
-    if not images:
-        held = f"; it holds {len(other)} other files, such as {sorted(other)[0]!r}" if other else ""
-        raise DataError(f"data {str(path)!r} holds no images{held}")
+    require_images(images, other, where)
+    if split is not None:
+        inside = f"{find_split(split, lambda folder: _folders_in(images, folder), where)}/"
+        images = [name for name in images if name.startswith(inside)]
+        other = [name for name in other if name.startswith(inside)]
+    chosen_split, notes = choose_split(images, where)
     folders = [os.path.dirname(name) for name in images]
-    y, classes = classes_of(_below_what_is_common(folders), images, f"data {str(path)!r}")
+    below = [folder[len(chosen_split) :].lstrip("/") for folder in folders]
+    y, classes = classes_of(_below_what_is_common(below), images, where)
     notes = [
-        *count(other, "files are not images and were left out"),
+        *left_out(other, "files are not images and were left out"),
         *count(_without_images(members.folders, folders), "folders hold no images"),
         *count(hidden, "hidden files were left out"),
         *count(members.special, "links, devices and sparse files were left out"),
         *count(replaced, "files were left out, as the tar holds later ones of the same name"),
+        *notes,
     ]
     if not classes:
         notes.append(f"{len(images)} images without class folders: unlabelled")
     chosen = [latest[name] for name in images]
     return tar_source(
-        Archives((str(path.absolute()),), (members.state,)),
+        Archives((str(path.absolute()),), (members.stamp,)),
         np.zeros(len(images), dtype=np.int32),
         np.array(members.offsets, dtype=np.int64)[chosen],
         np.array(members.sizes, dtype=np.int64)[chosen],
@@ -188,7 +203,7 @@ def read_members(path: Path) -> Members:
 
 
 def _read_members(file: Any, path: Path) -> Members:
-    found = Members(_state(os.fstat(file.fileno())))
+    found = Members(stamp(os.fstat(file.fileno())))
     position = -1
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
         while (member := archive.next()) is not None:
@@ -222,10 +237,6 @@ def _require_end(file: Any, offset: int, path: Path) -> None:
             )
 
 
-def _state(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
 def _without_dot(name: str) -> str:
     while name.startswith("./"):
         name = name[2:].lstrip("/")
@@ -234,6 +245,13 @@ def _without_dot(name: str) -> str:
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _folders_in(images: list[str], above: str) -> list[str]:
+    """Names of the folders in a folder that hold images."""
+    start = f"{above}/" if above else ""
+    below = (name[len(start) :].partition("/") for name in images if name.startswith(start))
+    return sorted({name for name, slash, _ in below if slash})
 
 
 def _below_what_is_common(folders: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from h2t_store.backbones import Pooled
 from h2t_store.datasets import Source
 from h2t_store.engines.blocks import RowBlock
+from h2t_store.engines.remarks import Remarks
 from h2t_store.store import Extraction
 
 __all__ = ["Engine", "Forward"]
@@ -70,6 +71,7 @@ class Engine(Protocol):
         before: Extraction | None,
         stopped: Callable[[], bool],
         progress: Callable[[int], None],
+        remark: Callable[[Remarks], None],
     ) -> None:
         """Compute and commit row blocks.
 
@@ -95,6 +97,8 @@ class Engine(Protocol):
             Asked after every block whether to stop.
         progress : callable
             Called with the number of images done since the last call; less than nothing where some are done again.
+        remark : callable
+            Called with what there is to say of images decoded since the last call.
 
         Raises
         ------

@@ -26,6 +26,7 @@ from h2t_store.datasets import Source
 from h2t_store.datasets.names import shown
 from h2t_store.engines.blocks import RowBlock, batches
 from h2t_store.engines.interface import Forward
+from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import DataError, ModelError, StoppedError, TapError, one_line
 from h2t_store.store import Extraction
 
@@ -40,36 +41,46 @@ _CUDA_MEMORY_SHARE = 0.7
 
 
 class _Batch(NamedTuple):
-    """Images (n - failed, 3, height, width) uint8 of ``n`` rows, and why there is none for the others."""
+    """Images (n - failed, 3, height, width) uint8 of ``n`` rows, why there is none for the others, and remarks."""
 
     images: Tensor
     n: int
     failed: dict[int, str]
+    remarks: Remarks
 
 
-class _Images(Dataset[Tensor | str]):
+class _Item(NamedTuple):
+    """An image or the reason why there is none, its name, and remarks on it."""
+
+    image: Tensor | str
+    name: str
+    remarks: Sequence[str] = ()
+
+
+class _Images(Dataset[_Item]):
     """Transformed images by row, or the reason why there is none: a worker's exception would lose its one line."""
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source = source
         self.transform = transform
 
-    def __getitem__(self, row: int) -> Tensor | str:
+    def __getitem__(self, row: int) -> _Item:
+        name = shown(self.source.where(row))
         try:
-            image = self.source.image(row)
+            image, remarks = self.source.picture(row)
         except DataError as error:
-            return str(error)
+            return _Item(str(error), name)
         try:
-            return self.transform(image)
+            return _Item(self.transform(image), name, remarks)
         except Exception as error:  # memory that does not suffice, for one
-            reason = f"{image.width} x {image.height} pixels cannot be prepared: {one_line(error)}"
-            return f"{shown(self.source.where(row))}: {reason}"
+            return _Item(f"{name}: {image.width} x {image.height} pixels cannot be prepared: {one_line(error)}", name)
 
 
-def _collate(items: Sequence[Tensor | str]) -> _Batch:
-    failed = {i: item for i, item in enumerate(items) if isinstance(item, str)}
-    images = [item for item in items if not isinstance(item, str)]
-    return _Batch(torch.stack(images) if images else torch.empty(0), len(items), failed)
+def _collate(items: Sequence[_Item]) -> _Batch:
+    failed = {i: item.image for i, item in enumerate(items) if isinstance(item.image, str)}
+    images = [item.image for item in items if not isinstance(item.image, str)]
+    remarks = Remarks.of((item.name, item.remarks) for item in items)
+    return _Batch(torch.stack(images) if images else torch.empty(0), len(items), failed, remarks)
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
@@ -100,6 +111,7 @@ def run(
     before: Extraction | None = None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda images: None,
+    remark: Callable[[Remarks], None] = lambda remarks: None,
 ) -> None:
     """Compute and commit row blocks in order, as `h2t_store.engines.interface.Engine` says.
 
@@ -118,7 +130,7 @@ def run(
         worker_init_fn=_leave_signals_to_the_parent,
     )
     rows_of_batches = batches(for_computing, batch_size, segments)
-    computed = _compute(forward, _checked(loader, on_error), rows_of_batches, source.sample_ids)
+    computed = _compute(forward, _checked(loader, on_error, remark), rows_of_batches, source.sample_ids)
     try:
         with contextlib.closing(computed), _Writer(extraction, before) as writer:
             for block in remaining:
@@ -134,11 +146,15 @@ def run(
             raise StoppedError("stopped after a row block")
     except Exception as error:
         if _is_of_a_worker(error):
-            raise DataError(
-                f"a process that decodes images failed: {one_line(error)} (fewer workers need less memory; with 0 this "
-                "process decodes)"
-            ) from error
+            raise _worker_failed(error) from error
         raise
+
+
+def _worker_failed(error: Exception) -> DataError:
+    return DataError(
+        f"a process that decodes images failed: {one_line(error)} (fewer workers need less memory; with 0 this process "
+        "decodes)"
+    )
 
 
 def _is_of_a_worker(error: Exception) -> bool:
@@ -146,17 +162,22 @@ def _is_of_a_worker(error: Exception) -> bool:
     return "DataLoader worker" in str(error)
 
 
-def _checked(loader: Iterable[_Batch], on_error: Literal["raise", "skip"]) -> Iterator[_Batch]:
+def _checked(
+    loader: Iterable[_Batch], on_error: Literal["raise", "skip"], remark: Callable[[Remarks], None]
+) -> Iterator[_Batch]:
     loading = iter(loader)
     while True:
         try:
             batch = next(loading)
         except StopIteration:
             return
+        except ConnectionError as error:  # it ended while it handed over a batch
+            raise _worker_failed(error) from error
         except OSError as error:
             raise DataError(f"images cannot be read: {one_line(error)}") from error
         if batch.failed and on_error == "raise":
             raise DataError(next(iter(batch.failed.values())))
+        remark(batch.remarks)
         yield batch
 
 

@@ -24,6 +24,7 @@ from h2t_store.datasets import Source
 from h2t_store.engines import local
 from h2t_store.engines.blocks import RowBlock
 from h2t_store.engines.interface import Forward
+from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import H2TError, StoppedError, one_line
 from h2t_store.places import Place
 from h2t_store.store import Extraction
@@ -49,11 +50,12 @@ T = TypeVar("T")
 
 
 class _News(NamedTuple):
-    """What a worker did since it was asked last, and whether it waits for a block."""
+    """What a worker did since it was asked last, whether it waits for a block, and all its remarks so far."""
 
     images: int
     committed: list[int]
     hungry: bool
+    remarks: Remarks
 
 
 class _Desk:
@@ -65,6 +67,7 @@ class _Desk:
         self._ended = self._hungry = False
         self._images = 0
         self._committed: list[int] = []
+        self._remarks = Remarks()
 
     def __iter__(self) -> Iterator[RowBlock]:
         while True:
@@ -83,6 +86,16 @@ class _Desk:
         with self._changed:
             self._images += images
 
+    def add_remarks(self, remarks: Remarks) -> None:
+        """There is something to say of images; told with all news from now on."""
+        with self._changed:
+            self._remarks.add(remarks)
+
+    def remarks(self) -> Remarks:
+        """All of them so far."""
+        with self._changed:
+            return Remarks(self._remarks)
+
     def add_committed(self, block: int) -> None:
         """A block is in the store."""
         with self._changed:
@@ -98,7 +111,7 @@ class _Desk:
             self._hungry &= block is None and not end
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._hungry or bool(self._committed), _NEWS_SECONDS)
-            news = _News(self._images, self._committed, self._hungry)
+            news = _News(self._images, self._committed, self._hungry, Remarks(self._remarks))
             self._images, self._committed = 0, []
             return news
 
@@ -134,8 +147,8 @@ class _Worker:
     def __init__(self) -> None:
         self._desk = _Desk()
 
-    def compute(self, work: _Work) -> None:
-        """Compute the blocks that come in, until the end of them."""
+    def compute(self, work: _Work) -> Remarks:
+        """Compute the blocks that come in, until the end of them; what there is to say of their images."""
         torch.set_num_threads(work.num_cpus)
         work.forward.model.to(work.forward.device)
         decoding = 0 if work.source.in_memory or work.num_cpus < 2 else work.num_cpus
@@ -149,7 +162,9 @@ class _Worker:
             on_error=work.on_error,
             before=None if work.before is None else Extraction(*work.before),
             progress=self._desk.add_images,
+            remark=self._desk.add_remarks,
         )
+        return self._desk.remarks()
 
     def exchange(self, block: RowBlock | None, end: bool) -> _News:
         """See `_Desk.exchange`."""
@@ -164,6 +179,7 @@ class _Member:
     given: dict[int, RowBlock] = field(default_factory=dict)
     images: int = 0
     ended: bool = False
+    remarks: Remarks = field(default_factory=Remarks)
 
 
 @dataclass(frozen=True)
@@ -200,6 +216,7 @@ class Cluster:
         before: Extraction | None = None,
         stopped: Callable[[], bool] = lambda: False,
         progress: Callable[[int], None] = lambda images: None,
+        remark: Callable[[Remarks], None] = lambda remarks: None,
     ) -> None:
         """Compute and commit row blocks, as `h2t_store.engines.interface.Engine` says, by ``workers`` Ray actors."""
         workers, num_cpus = self._shape(workers)
@@ -215,6 +232,8 @@ class Cluster:
                 team.compute(blocks, workers, stopped)
             finally:
                 team.dismiss()
+                for member in team.members:
+                    remark(member.remarks)
 
     def _shape(self, workers: int | None) -> tuple[int, int]:
         """How many workers, and how many cores each: so many that all find a place."""
@@ -259,6 +278,7 @@ class _Team:
         self._calls: dict[Any, tuple[_Member, bool]] = {}  # by what Ray will answer; whether that is the end of it
         self._pending = _Pending(())
         self._deaths = 0
+        self.members: list[_Member] = []
 
     def compute(self, blocks: Iterable[RowBlock], size: int, stopped: Callable[[], bool]) -> None:
         """Have all blocks committed, in any order."""
@@ -286,6 +306,7 @@ class _Team:
                     if self._pending and not ending:
                         self._add()
                 else:
+                    member.remarks = news if is_end else news.remarks
                     if is_end:
                         self._dismiss(member)
                         self._settle(member, list(member.given))
@@ -312,6 +333,7 @@ class _Team:
 
     def _add(self) -> None:
         member = _Member(self._hire())
+        self.members.append(member)
         self._calls[member.actor.compute.remote(self._work)] = (member, True)
         self._calls[member.actor.exchange.remote(None, False)] = (member, False)
 
