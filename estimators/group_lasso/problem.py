@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 INTERCEPT_TOLERANCE = 1e-12
-_EPS = torch.finfo(torch.float64).eps
+_EPS, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def evaluate(problem: Problem, products: Tensor, start: Tensor, finest: float = 
         direction = -torch.linalg.solve(intercept_hessian(problem, probabilities), slope)
         direction -= direction.mean()
         # Where P is saturated the Hessian all but vanishes; a step beyond the spread of XW cannot be meant.
-        direction *= min(1.0, reach / float(direction.abs().max()))
+        direction *= min(1.0, reach / max(float(direction.abs().max()), _TINY))
         expected, size = float(slope @ direction), 1.0
         while size > 1e-12:
             trial = intercept + size * direction
