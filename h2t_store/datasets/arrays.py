@@ -9,7 +9,7 @@ from PIL import Image
 
 from h2t_store.datasets.fingerprint import Digests
 from h2t_store.datasets.labels import encode
-from h2t_store.datasets.names import Names, as_names
+from h2t_store.datasets.names import Classes, Names, as_names
 from h2t_store.datasets.source import Source
 from h2t_store.errors import DataError
 
@@ -49,7 +49,7 @@ def in_memory(
     origin: dict[str, Any],
     sample_ids: Names,
     y: NDArray[np.int64],
-    classes: tuple[str, ...],
+    classes: Classes,
 ) -> ArraySource:
     """All of ``images`` in order. The shape is a part of the origin: equal bytes may be other images."""
     return ArraySource(
@@ -93,5 +93,5 @@ def open_digits(split: str) -> ArraySource:
         origin={"kind": "digits", "split": split},
         sample_ids=as_names([f"{split}/{i}" for i in chosen]),
         y=labels[chosen].astype(np.int64),
-        classes=tuple("0123456789"),
+        classes=tuple(range(10)),
     )

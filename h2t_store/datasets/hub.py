@@ -23,7 +23,7 @@ from h2t_store.datasets.factory import create
 from h2t_store.datasets.fingerprint import Digests
 from h2t_store.datasets.folder import walk
 from h2t_store.datasets.labels import encode
-from h2t_store.datasets.names import Names, as_names, count, shown
+from h2t_store.datasets.names import Classes, Names, as_names, count, shown
 from h2t_store.datasets.source import UNLABELLED, Source
 from h2t_store.errors import DataError, one_line
 
@@ -160,7 +160,7 @@ def _column(features: Any, kind: str, usual: str, name: str) -> tuple[str, list[
     return found[0], count(found[1:], f"columns like {found[0]!r} were left out of 'hfds/{name}'")
 
 
-def _labels(table: Any, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _labels(table: Any, column: str) -> tuple[NDArray[np.int64], Classes]:
     if column not in table.column_names:
         return encode(None, len(table))
     labels = table.data.column(column).to_pylist()
@@ -190,7 +190,7 @@ def _sample_ids(name: str, split: str, paths: list[str | None]) -> Names:
 
 
 def _require_distinct_folders(
-    name: str, paths: list[str | None], y: NDArray[np.int64], classes: tuple[str, ...]
+    name: str, paths: list[str | None], y: NDArray[np.int64], classes: Classes
 ) -> None:
     """`datasets` names a class after the last folder alone, and so merges folders of equal names."""
     folders: dict[int, set[str]] = defaultdict(set)

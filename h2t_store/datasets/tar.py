@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from h2t_store.datasets.fingerprint import Digests
 from h2t_store.datasets.folder import classes_of
-from h2t_store.datasets.names import Names, as_names, count, shown
+from h2t_store.datasets.names import Classes, Names, as_names, count, shown
 from h2t_store.datasets.pictures import is_image_name
 from h2t_store.datasets.source import Source
 from h2t_store.errors import DataError, one_line
@@ -155,7 +155,7 @@ def tar_source(
     origin: dict[str, Any],
     sample_ids: Names,
     y: NDArray[np.int64],
-    classes: tuple[str, ...],
+    classes: Classes,
     notes: list[str],
 ) -> TarSource:
     """All images, in order."""
