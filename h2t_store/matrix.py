@@ -312,7 +312,9 @@ class FeatureMatrix:
         """
         sizes = sorted({size for layer in self.layers for size in layer.target_sizes})
         if target_size not in sizes:
-            raise StoreError(f"select_target_size: {target_size!r}; accepted are {', '.join(map(str, sizes)) or 'none'}")
+            raise StoreError(
+                f"select_target_size: {target_size!r}; accepted are {', '.join(map(str, sizes)) or 'none'}"
+            )
         layers = [layer for layer in self.layers if target_size in layer.target_sizes]
         return self._select(slice(None), np.concatenate([np.arange(layer.start, layer.stop) for layer in layers]))
 
@@ -387,7 +389,9 @@ class FeatureMatrix:
             raise IndexError(f"a FeatureMatrix is indexed by rows, or by rows and columns, not by {len(key)} indices")
         rows, columns = key if isinstance(key, tuple) else (key, ...)
         single = _is_integer(rows), _is_integer(columns)
-        view = self._select(*([index] if alone else index for index, alone in zip((rows, columns), single, strict=True)))
+        view = self._select(
+            *([index] if alone else index for index, alone in zip((rows, columns), single, strict=True))
+        )
         return np.asarray(view)[tuple(0 if alone else slice(None) for alone in single)] if any(single) else view
 
     def _select(self, rows: Any, columns: Any) -> "FeatureMatrix":

@@ -1,7 +1,7 @@
 """How features are made, as plain JSON, and what differs between two ways.
 
-Features can stand in for one another where network, preprocessing and pooling agree. Number formats (``dtype``, ``amp``)
-and the version of the code round differently but do not change what a feature means: they are recorded, not compared.
+Features can stand in for one another where weights, preprocessing, pooling and layers agree. Number formats (``dtype``,
+``amp``) and the version of the code are recorded, not compared: they round differently, but a feature means the same.
 """
 
 from collections.abc import Iterable

@@ -189,9 +189,7 @@ def _sample_ids(name: str, split: str, paths: list[str | None]) -> Names:
     return as_names([f"{split}/{i}" for i in range(len(paths))])
 
 
-def _require_distinct_folders(
-    name: str, paths: list[str | None], y: NDArray[np.int64], classes: Classes
-) -> None:
+def _require_distinct_folders(name: str, paths: list[str | None], y: NDArray[np.int64], classes: Classes) -> None:
     """`datasets` names a class after the last folder alone, and so merges folders of equal names."""
     folders: dict[int, set[str]] = defaultdict(set)
     for path, label in zip(paths, y.tolist(), strict=True):
