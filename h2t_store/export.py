@@ -64,8 +64,7 @@ def _pieces(matrix: FeatureMatrix, progress: Callable[[int, int], None]) -> Iter
 
 def _names(matrix: FeatureMatrix) -> list[str]:
     """Name of each row's label; empty where unlabelled."""
-    names = [*map(str, matrix.classes), ""]
-    return [names[code] for code in matrix.codes]
+    return ["" if label is None else str(label) for label in matrix.y]
 
 
 def _to_npy(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None]) -> None:

@@ -187,6 +187,8 @@ class FeatureMatrix:
         array with None there; ``X[X.labelled]`` leaves them out.
         """
         codes, classes = self.codes, self.classes
+        if codes.max(initial=-1) >= len(classes):
+            raise DamagedError(f"{self._extraction.where}: y holds label {codes.max()} of {len(classes)} classes")
         labels = np.array(classes, dtype=None if classes else str)
         labelled = codes >= 0
         if labelled.all():
