@@ -127,7 +127,7 @@ def readable(store: Path, name: str = NAME) -> dict[str, Any]:
     matrix = open_features(store, name)
     return {
         "X": np.asarray(matrix),
-        "y": matrix.y,
+        "codes": matrix.codes,
         "sample_ids": matrix.sample_ids,
         "layer_norms": matrix.layer_norms(),
         "failures": matrix.failures,

@@ -84,7 +84,7 @@ def features(task: str, args: argparse.Namespace, work: Path) -> Path:
         return path
     if there:
         matrix = suite_features(task, "train", args.suite, args.weights, work)
-        np.savez(path, X=np.asarray(matrix), y=matrix.y)
+        np.savez(path, X=np.asarray(matrix), y=matrix.codes)
     else:
         X, y = synthetic(1000, 21_434, 16 if "sprites" in task else 10, seed=TASKS.index(task))
         np.savez(path, X=X, y=y)

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from common import HERE, RESNET56_TAPS, SUITE, SUITE_TASKS, VTAB_TASKS, WEIGHTS, machine, resnet56
 from methods import CHOOSE_SIZE, METHODS, SETTINGS, Data, MatrixFlops, forward_flops
-from numpy.typing import NDArray
 from report import write
 
 from h2t_store import FeatureMatrix, extract
@@ -174,7 +173,7 @@ def load(task: Task, backbone: Backbone, minutes: float) -> tuple[Data, dict[str
         probe = tuple(
             backbone.features(task, split, probe_taps, f"{task.name}/{split} probe")[0] for split in ("train", "test")
         )
-    y, y_test = names(X), names(X_test)
+    y, y_test = X.y, X_test.y
     job = partial(backbone.job, task)
     data = Data((X, X_test), features, probe, y, y_test, job, minutes)
     inputs = X.provenance["inputs"]
@@ -205,11 +204,6 @@ def digest(inputs: Sequence[dict[str, Any]], sizes: Sequence[int]) -> str:
 def escaped(name: str) -> str:
     """A name as a glob that means it."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
-def names(X: FeatureMatrix) -> NDArray[Any]:
-    """Names of the rows' classes: labels of two extractions need not count alike."""
-    return np.array(X.classes)[X.y] if X.classes else X.y.astype(str)
 
 
 def run_task(task: Task, backbone: Backbone, args: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ def sign_digits(args: argparse.Namespace, work: Path) -> tuple[Path, FeatureMatr
         np.savez(path, X=X, y=y)
         return path, None
     matrix = suite_features("sign_digits", "train", args.suite, args.weights, work)
-    np.savez(path, X=np.asarray(matrix), y=matrix.y)
+    np.savez(path, X=np.asarray(matrix), y=matrix.codes)
     return path, matrix
 
 

@@ -17,6 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from estimators.group_lasso.adam import train
+from estimators.group_lasso.labels import as_labels
 from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import ColumnSource
@@ -68,6 +69,10 @@ class ScoresClassifier(ClassifierMixin):  # type: ignore[misc]
         if scores.ndim == 1:
             return np.stack([log_expit(-scores), log_expit(scores)], axis=1)
         return np.asarray(log_softmax(scores, axis=1))
+
+    def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """Accuracy of `predict` for the labels y, none of which may be missing."""
+        return float(super().score(X, as_labels(y), sample_weight))
 
 
 class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # type: ignore[misc]
@@ -141,6 +146,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,), object
         Where X has names: a DataFrame with string columns, or a FeatureMatrix.
+    recipe_ : dict or None
+        How the features of fit were made, where X is a FeatureMatrix that says so; features of another recipe are
+        refused.
     selected_features_ : ndarray of shape (n_selected,), int64
         Sorted columns that prediction reads.
     feature_scores_ : ndarray of shape (n_features_in_,), float64

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
-from sklearn.utils import assert_all_finite
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d, validate_data
+from sklearn.utils.validation import assert_all_finite, validate_data
 
+from estimators.group_lasso.labels import as_labels
 from estimators.group_lasso.path import check_sample_weight
-from estimators.group_lasso.sources import FeatureMatrix, is_feature_matrix
+from estimators.group_lasso.sources import FeatureMatrix, as_host_array, is_feature_matrix
 from estimators.normalization import columns_by_size, layer_index, layer_names
 
 
@@ -85,9 +85,9 @@ def check_training(
     """
     if y is None:
         raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None.")
+    labels = as_labels(y)
     if is_feature_matrix(X):
         features: FeatureMatrix | NDArray[Any] = check_features(estimator, X, reset=True)
-        labels = column_or_1d(y, warn=True)
         if labels.dtype.kind == "f":
             assert_all_finite(labels, input_name="y")
         if len(labels) != features.shape[0]:
@@ -95,7 +95,10 @@ def check_training(
                 f"y must have one label per row of X: got {len(labels)} labels for {features.shape[0]} rows."
             )
     else:
-        features, labels = validate_data(estimator, X, y, dtype=[np.float64, np.float32], ensure_all_finite=False)
+        features, labels = validate_data(
+            estimator, as_host_array(X), labels, dtype=[np.float64, np.float32], ensure_all_finite=False
+        )
+        estimator.recipe_ = None
     check_classification_targets(labels)
     classes, codes = np.unique(labels, return_inverse=True)
     weight = check_sample_weight(sample_weight, len(labels))
@@ -132,20 +135,31 @@ def check_features(estimator: BaseEstimator, X: Any, *, reset: bool) -> FeatureM
     Raises
     ------
     ValueError
-        If X has another number of features, or other feature names, than in fit, or is an array that is not finite.
+        If X is empty, was made by another recipe than in fit, has another number of features or other feature names, or
+        is an array that is not finite.
     """
+    name = type(estimator).__name__
     if not is_feature_matrix(X):
-        array: NDArray[Any] = validate_data(estimator, X, dtype=[np.float64, np.float32], reset=reset)
+        array: NDArray[Any] = validate_data(estimator, as_host_array(X), dtype=[np.float64, np.float32], reset=reset)
         return array
+    for count, what in zip(X.shape, ("sample(s)", "feature(s)"), strict=True):
+        if count == 0:
+            raise ValueError(f"X has 0 {what} (shape={X.shape}) while a minimum of 1 is required by {name}.")
     names = np.asarray(X.feature_names, dtype=object)
     if reset:
         estimator.n_features_in_, estimator.feature_names_in_ = X.shape[1], names
-    elif X.shape[1] != estimator.n_features_in_:
+        estimator.recipe_ = getattr(X, "recipe", None)
+        return X
+    fitted_recipe, differences = getattr(estimator, "recipe_", None), getattr(X, "recipe_differences", None)
+    if fitted_recipe is not None and differences is not None and (different := differences(fitted_recipe)):
         raise ValueError(
-            f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting {estimator.n_features_in_} "
-            "features as input."
+            f"X holds features made in another way than those {name} was fitted on: {'; '.join(different)}."
         )
-    elif hasattr(estimator, "feature_names_in_") and not np.array_equal(names, estimator.feature_names_in_):
+    if X.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {X.shape[1]} features, but {name} is expecting {estimator.n_features_in_} features as input."
+        )
+    if hasattr(estimator, "feature_names_in_") and not np.array_equal(names, estimator.feature_names_in_):
         first = int(np.flatnonzero(names != estimator.feature_names_in_)[0])
         raise ValueError(
             "X holds other features than those seen in fit (another network, taps or pooling?): feature "

@@ -238,6 +238,9 @@ class Head2ToeSelector(SelectedFeatures, SelectorMixin, BaseEstimator):  # type:
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,), object
         Where X has names.
+    recipe_ : dict or None
+        How the features of fit were made, where X is a FeatureMatrix that says so; features of another recipe are
+        refused.
     selected_features_ : ndarray of shape (n_selected,), int64
         Sorted.
     feature_scores_ : ndarray of shape (n_features_in_,), float64

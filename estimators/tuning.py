@@ -26,6 +26,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from estimators.candidates import Candidate, Fit, fit_candidates, null_model, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
+from estimators.group_lasso.labels import as_labels
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
 from estimators.mixture import drawn, mixture_weights, share_to_predict
@@ -116,6 +117,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,), object
         Where X has names.
+    recipe_ : dict or None
+        How the features of fit were made, where X is a FeatureMatrix that says so; features of another recipe are
+        refused.
     selected_features_ : ndarray of shape (n_selected,), int64
         Sorted columns that prediction reads: those of all ``estimators_``.
     feature_scores_ : ndarray of shape (n_features_in_,), float64
@@ -426,7 +430,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         names = Head2ToeClassifier._get_param_names()
         shared = {name: getattr(self, name) for name in names if name in self._get_param_names()} | {"n_jobs": None}
         estimator = Head2ToeClassifier(**{**shared, **fit.candidate.params})
-        estimator.n_features_in_ = self.n_features_in_
+        estimator.n_features_in_, estimator.recipe_ = self.n_features_in_, self.recipe_
         if hasattr(self, "feature_names_in_"):
             estimator.feature_names_in_ = self.feature_names_in_
         target_size = fit.candidate.target_size
@@ -438,7 +442,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """What ``scoring`` gives for these samples; accuracy by default."""
         params = {} if sample_weight is None else {"sample_weight": sample_weight}
-        return float(get_scorer(self.scoring or "accuracy")(self, X, y, **params))
+        return float(get_scorer(self.scoring or "accuracy")(self, X, as_labels(y), **params))
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Scores of the classes: the weighted sum of those of ``estimators_``, and ``offset_``.

@@ -21,7 +21,8 @@ def export(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], Non
     Parameters
     ----------
     matrix : FeatureMatrix
-        What to write, as float32.
+        What to write, as float32. Labels are written as names (``label``, empty where unlabelled) and as indices into
+        the classes (``y``, -1 where unlabelled).
     path : Path
         ``.npy``: the features alone, labels and identifiers beside them in ``.csv``. ``.parquet``: a column for each
         feature, by its name, after ``sample_id`` and ``label``. ``.safetensors``: tensors ``X`` and ``y``; metadata
@@ -63,8 +64,7 @@ def _pieces(matrix: FeatureMatrix, progress: Callable[[int, int], None]) -> Iter
 
 def _names(matrix: FeatureMatrix) -> list[str]:
     """Name of each row's label; empty where unlabelled."""
-    names = np.array([*(matrix.classes or map(str, range(int(matrix.y.max(initial=-1)) + 1))), ""], dtype=object)
-    return [str(name) for name in names[matrix.y]]
+    return ["" if label is None else str(label) for label in matrix.y]
 
 
 def _to_npy(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None]) -> None:
@@ -81,7 +81,7 @@ def _write_labels(matrix: FeatureMatrix, path: Path) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["sample_id", "y", "label"])
-        writer.writerows(zip(map(str, matrix.sample_ids), matrix.y.tolist(), _names(matrix), strict=True))
+        writer.writerows(zip(map(str, matrix.sample_ids), matrix.codes.tolist(), _names(matrix), strict=True))
 
 
 def _to_parquet(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None]) -> None:
@@ -103,7 +103,7 @@ def _to_parquet(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int]
 
 
 def _to_safetensors(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None]) -> None:
-    y = matrix.y.astype("<i8")
+    y = matrix.codes.astype("<i8")
     metadata = {
         "sample_ids": [str(sample_id) for sample_id in matrix.sample_ids],
         "classes": list(matrix.classes),

@@ -485,20 +485,16 @@ def expected_seconds(job: Job, workers: int | None = None) -> float:
 
 
 def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeader) -> None:
-    """Say where ``pets/train`` and ``pets/test`` do not go together: label numbers or weights that differ."""
+    """Say where ``pets/train`` and ``pets/test`` do not go together: kinds of labels or weights that differ."""
     parent = name.rpartition("/")[0]
     for sibling in store.names() if parent else []:
         if sibling == name or sibling.rpartition("/")[0] != parent:
             continue
         with contextlib.suppress(StoreError):
             other = store.open(sibling).header
-            if header.classes and other.classes and header.classes != other.classes:
-                _log.warning(
-                    "%s and %s have different classes: their labels y count in lists of their own, compare names "
-                    "(np.array(X.classes)[X.y])",
-                    name,
-                    sibling,
-                )
+            kinds = {type(label) for label in (*header.classes, *other.classes)}
+            if len(kinds) > 1:
+                _log.warning("the labels of %s and %s are integers in one and names in the other", name, sibling)
             mine, theirs = header.provenance["inputs"], other.provenance["inputs"]
             if mine["model"] == theirs["model"] and mine["weights_sha256"] != theirs["weights_sha256"]:
                 _log.warning("%s and %s were made by %s with different weights", name, sibling, mine["model"])

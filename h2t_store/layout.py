@@ -112,8 +112,8 @@ class ExtractionHeader:
         Rows that are computed and committed together; the chunk height of every array.
     dtype : str
         ``float16`` or ``float32``, as stored.
-    classes : tuple of str
-        ``classes[y]`` is the name of label ``y``.
+    classes : tuple of str or of int
+        ``classes[y]`` is the label: a name, or an integer where the data has integers.
     layers : tuple of Layer
         In the order the network computes them.
     provenance : dict
@@ -129,7 +129,7 @@ class ExtractionHeader:
     n_samples: int
     rows_per_block: int
     dtype: str
-    classes: tuple[str, ...]
+    classes: tuple[str | int, ...]
     layers: tuple[Layer, ...]
     provenance: dict[str, Any]
     segments: tuple[int, ...] = ()
@@ -215,7 +215,8 @@ def _require_sense(header: ExtractionHeader) -> None:
         and header.n_samples > 0
         and header.rows_per_block > 0
         and header.dtype in STORAGE_DTYPES
-        and all(isinstance(name, str) for name in (*header.classes, *names))
+        and all(type(label) in (str, int) for label in header.classes)
+        and all(isinstance(name, str) for name in names)
         and [layer.start for layer in header.layers] == edges[:-1]
         and all(layer.width > 0 for layer in header.layers)
         and not any(name in ("", ".", "..") or "\0" in name for name in names)

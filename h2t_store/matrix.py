@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from html import escape
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +18,17 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from h2t_store.errors import DamagedError, IncompleteError, StoreError, did_you_mean
 from h2t_store.layout import ExtractionHeader, Layer, n_blocks
+from h2t_store.recipe import recipe_differences, recipe_of
 from h2t_store.store import Extraction, FeatureStore
 from h2t_store.threads import in_threads
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["FeatureMatrix", "open_features"]
 
-Index = slice | Sequence[int] | Sequence[bool] | NDArray[Any]
 _TORCH_GRAIN = 32767
+_ITERATED_BYTES = 32 << 20
 
 
 def open_features(
@@ -78,9 +82,13 @@ def _replaced(extraction: Extraction) -> StoreError:
 class FeatureMatrix:
     """Rows and columns of one extraction, read on demand as float32.
 
-    Made by `open_features` and `h2t_store.extract`; indexing gives another one. It is immutable, pickles as its address
-    and selection, and obeys enough of the array protocol for scikit-learn's splitters, searches and pipelines.
-    ``X[rows, columns]`` takes every pair of the rows and the columns, like ``np.ix_``.
+    Made by `open_features` and `h2t_store.extract`. It is immutable, pickles as its address and selection, and obeys
+    enough of the array protocol for scikit-learn's splitters, searches and pipelines.
+
+    Slices, masks and sequences of integers select and read nothing: ``X[rows, columns]`` is another FeatureMatrix of
+    every pair of the rows and the columns, like ``np.ix_``. A single integer reads: ``X[0]`` is the first row as an
+    array, ``X[:, 0]`` the first column, and iteration gives the rows. ``np.asarray(X)``, ``X.to_pandas()``,
+    ``pandas.DataFrame(X)`` and ``torch.as_tensor(X)`` read everything.
 
     Attributes
     ----------
@@ -167,27 +175,68 @@ class FeatureMatrix:
         return digest.hexdigest()
 
     @property
-    def y(self) -> NDArray[np.int64]:
-        """Labels (n_rows,), indices into ``classes``; -1 where unlabelled.
-
-        They count within one extraction: where two were made from folders with different classes, compare names,
-        ``np.array(X.classes)[X.y]``.
-        """
-        with self._reading() as extraction:
-            y = extraction.labels()
-        return y if self._rows is None else y[self._rows]
+    def stored_dtype(self) -> np.dtype[Any]:
+        """What the features were rounded to when they were stored: float16 or float32."""
+        return np.dtype(self._header.dtype)
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """``classes[label]`` is the name of a label."""
+    def y(self) -> NDArray[Any]:
+        """Labels (n_rows,): names of classes, or integers where the data has integers.
+
+        They mean the same in every extraction, whatever its list of classes. Where rows are unlabelled, it is an object
+        array with None there; ``X[X.labelled]`` leaves them out.
+        """
+        codes, classes = self.codes, self.classes
+        if codes.max(initial=-1) >= len(classes):
+            raise DamagedError(f"{self._extraction.where}: y holds label {codes.max()} of {len(classes)} classes")
+        labels = np.array(classes, dtype=None if classes else str)
+        labelled = codes >= 0
+        if labelled.all():
+            return labels[codes]
+        y = np.full(len(codes), None, dtype=object)
+        y[labelled] = labels[codes[labelled]]
+        return y
+
+    @property
+    def codes(self) -> NDArray[np.int64]:
+        """Labels (n_rows,) as indices into ``classes`` of this extraction; -1 where unlabelled."""
+        with self._reading() as extraction:
+            codes = extraction.labels()
+        return codes if self._rows is None else codes[self._rows]
+
+    @property
+    def labelled(self) -> NDArray[np.bool_]:
+        """Which rows (n_rows,) have a label."""
+        mask: NDArray[np.bool_] = self.codes >= 0
+        return mask
+
+    @property
+    def classes(self) -> tuple[str | int, ...]:
+        """The labels that this extraction knows, whether or not a row of this selection has them."""
         return self._header.classes
 
     @property
-    def sample_ids(self) -> NDArray[Any]:
+    def sample_ids(self) -> NDArray[np.str_]:
         """Identifiers (n_rows,) of strings: paths relative to the data, or ``SPLIT/index``."""
         with self._reading() as extraction:
             ids = extraction.sample_ids()
-        return ids if self._rows is None else ids[self._rows]
+        return np.array((ids if self._rows is None else ids[self._rows]).tolist(), dtype=str)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How these columns are made (see `h2t_store.recipe`); equal for the same network, whatever the images."""
+        chosen = range(len(self._header.layers)) if self._columns is None else np.unique(self._owners(self._columns))
+        return recipe_of(self._header, (self._header.layers[index] for index in chosen))
+
+    def recipe_differences(self, recipe: dict[str, Any]) -> list[str]:
+        """What differs between the recipe of other features ("there") and that of these ("here").
+
+        Returns
+        -------
+        list of str
+            Empty where a model fitted on those can be used on these.
+        """
+        return recipe_differences(recipe, self.recipe)
 
     @property
     def failures(self) -> list[tuple[str, str]]:
@@ -253,7 +302,7 @@ class FeatureMatrix:
             for layer in self.layers
             if any(fnmatchcase(layer.name, pattern) for pattern in patterns)
         ]
-        return self[:, np.concatenate(keep)]
+        return self._select(slice(None), np.concatenate(keep))
 
     def select_target_size(self, target_size: int) -> "FeatureMatrix":
         """The columns that pooling to ``target_size`` gives, where several sizes were extracted at once.
@@ -265,9 +314,11 @@ class FeatureMatrix:
         """
         sizes = sorted({size for layer in self.layers for size in layer.target_sizes})
         if target_size not in sizes:
-            raise StoreError(f"select_target_size: {target_size!r}; accepted are {', '.join(map(str, sizes))}")
+            raise StoreError(
+                f"select_target_size: {target_size!r}; accepted are {', '.join(map(str, sizes)) or 'none'}"
+            )
         layers = [layer for layer in self.layers if target_size in layer.target_sizes]
-        return self[:, np.concatenate([np.arange(layer.start, layer.stop) for layer in layers])]
+        return self._select(slice(None), np.concatenate([np.arange(layer.start, layer.stop) for layer in layers]))
 
     def layer_norms(self) -> NDArray[np.float32]:
         """Euclidean norms (n_rows, len(layers)) of each layer's stored vector, over all its columns."""
@@ -335,10 +386,17 @@ class FeatureMatrix:
             in_threads(fill, jobs, extraction.folder.concurrency)
         return out
 
-    def __getitem__(self, key: Any) -> "FeatureMatrix":
+    def __getitem__(self, key: Any) -> Any:
         if isinstance(key, tuple) and len(key) != 2:
             raise IndexError(f"a FeatureMatrix is indexed by rows, or by rows and columns, not by {len(key)} indices")
         rows, columns = key if isinstance(key, tuple) else (key, ...)
+        single = _is_integer(rows), _is_integer(columns)
+        view = self._select(
+            *([index] if alone else index for index, alone in zip((rows, columns), single, strict=True))
+        )
+        return np.asarray(view)[tuple(0 if alone else slice(None) for alone in single)] if any(single) else view
+
+    def _select(self, rows: Any, columns: Any) -> "FeatureMatrix":
         n_rows, n_columns = self.shape
         return FeatureMatrix(
             self._address,
@@ -355,8 +413,43 @@ class FeatureMatrix:
         read = self._read(columns)
         return read if dtype is None else read.astype(dtype, copy=False)
 
+    def __dlpack__(self, **options: Any) -> Any:
+        return np.asarray(self).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return np.empty(0).__dlpack_device__()
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Read everything into a data frame: ``sample_ids`` as its index, ``feature_names`` as its columns.
+
+        Raises
+        ------
+        ImportError
+            If pandas is not installed: ``pip install 'head2toe[table]'``.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install 'head2toe[table]'.") from error
+        index = pd.Index(self.sample_ids, name="sample_id")
+        return pd.DataFrame(np.asarray(self), index=index, columns=self.feature_names)
+
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        """The rows; whole row blocks are read at a time."""
+        n_rows, n_columns = self.shape
+        height = self._header.rows_per_block
+        step = height * max(1, _ITERATED_BYTES // (height * max(1, n_columns) * self.dtype.itemsize))
+        for start in range(0, n_rows, step):
+            yield from np.asarray(self._select(slice(start, start + step), ...))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f": read the features first, np.asarray(X).{name}" if name in _OF_ARRAYS else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
 
     def __repr__(self) -> str:
         n_rows, n_columns = self.shape
@@ -382,6 +475,9 @@ class FeatureMatrix:
         header = self._header
         selection = _pack(self._rows, header.n_samples), _pack(self._columns, header.n_features)
         return _unpickle, (self._address, *selection, self._cache)
+
+
+_OF_ARRAYS = frozenset(name for name in dir(np.ndarray) if not name.startswith("_"))
 
 
 class _Part(NamedTuple):
@@ -439,12 +535,19 @@ def _compose(current: NDArray[np.int64] | None, index: Any, n: int, axis: str) -
     return chosen if current is None else current[chosen]
 
 
+def _is_integer(index: Any) -> bool:
+    if isinstance(index, slice) or index is Ellipsis:
+        return False
+    return np.ndim(index) == 0 and np.asarray(index).dtype.kind in "iu"
+
+
 def _as_integers(index: ArrayLike, n: int, axis: str) -> NDArray[np.int64]:
     array = np.asarray(index)
     if array.ndim != 1:
+        dimensions = f" with {array.ndim} dimensions" if array.ndim else ""
         raise TypeError(
-            f"{axis} index must be a slice, a 1-d array of integers or a 1-d mask; got "
-            f"{type(index).__name__} with {array.ndim} dimensions (for one row use X[[i]])"
+            f"{axis} index must be an integer, a slice, a 1-d array of integers or a 1-d mask; got "
+            f"{type(index).__name__}{dimensions}"
         )
     if array.dtype == bool:
         if len(array) != n:
@@ -453,7 +556,8 @@ def _as_integers(index: ArrayLike, n: int, axis: str) -> NDArray[np.int64]:
     if len(array) == 0:
         return np.empty(0, dtype=np.int64)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{axis} index must hold integers or booleans, not {array.dtype}")
+        hint = "; X.select_layers takes names of layers" if array.dtype.kind == "U" else ""
+        raise TypeError(f"{axis} index must hold integers or booleans, not {array.dtype}{hint}")
     if array.min() < -n or array.max() >= n:
         raise IndexError(
             f"{axis} index {int(array.max() if array.max() >= n else array.min())} is out of range for {n} {axis}"

@@ -546,18 +546,26 @@ def test_equal_identifiers_are_matched_in_order(names, data):
 
 def test_relabelling_needs_all_classes_that_occur(images):
     source = open_source((images, np.arange(40) % 2 * 2))
-    assert source.classes == ("0", "1", "2")
-    np.testing.assert_array_equal(source.relabelled(("2", "0")).y, 1 - np.arange(40) % 2)
-    with raises_with("classes: '2' is not among 2 classes"):
-        source.relabelled(("0", "1"))
+    assert source.classes == (0, 1, 2)
+    np.testing.assert_array_equal(source.relabelled((2, 0)).y, 1 - np.arange(40) % 2)
+    with raises_with("classes: 2 is not among 2 classes"):
+        source.relabelled((0, 1))
     assert open_source((images, None)).relabelled(("x",)).y.tolist() == [-1] * 40
+
+
+def test_integers_stay_names_where_they_were_names_before(images):
+    source = open_source((images, np.arange(40) % 3))
+    again = arrange(source, source.sample_ids.tolist(), ("0", "1"))
+    assert again.classes == ("0", "1", "2")
+    assert again.y.tolist() == source.y.tolist()
+    assert again.description == source.description
 
 
 def test_labels_of_arrays(images):
     assert open_source((images, None)).y.tolist() == [-1] * 40
     numbers = open_source((images, np.arange(40) % 3 + 4))
     assert numbers.y.tolist() == (np.arange(40) % 3 + 4).tolist()
-    assert numbers.classes == tuple("0123456")
+    assert numbers.classes == tuple(range(7))
     words = open_source((images, ["cat", "ant"] * 20))
     assert words.classes == ("ant", "cat")
     assert words.y.tolist() == [1, 0] * 20

@@ -32,7 +32,7 @@ def test_samples_of_shards_are_rows(shards, images):
     source = open_source(f"wds/{shards}", SPLIT)
     assert list(source.sample_ids) == [f"x-{i // 5:04d}.tar/{i:04d}.png" for i in range(10)]
     assert source.y.tolist() == [i % 4 for i in range(10)]
-    assert source.classes == ("0", "1", "2", "3")
+    assert source.classes == (0, 1, 2, 3)
     for row in (9, 0, 5, 4):
         np.testing.assert_array_equal(np.asarray(source.image(row)), images[row])
     assert len(source.notes) == 1

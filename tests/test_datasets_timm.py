@@ -255,7 +255,7 @@ def test_other_columns_and_equal_names_in_parquet(tmp_path, images):
 @pytest.mark.parametrize(
     ("labels", "kind", "y", "classes"),
     [
-        ([3, 0], "int32", [3, 0], ("0", "1", "2", "3")),
+        ([3, 0], "int32", [3, 0], (0, 1, 2, 3)),
         (["dog", "cat"], "string", [1, 0], ("cat", "dog")),
         (None, "", [-1, -1], ()),
     ],

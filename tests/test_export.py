@@ -45,7 +45,7 @@ def test_safetensors(tmp_path, matrix):
     export(matrix, tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", "numpy") as file:
         np.testing.assert_array_equal(file.get_tensor("X"), np.asarray(matrix))
-        np.testing.assert_array_equal(file.get_tensor("y"), matrix.y)
+        np.testing.assert_array_equal(file.get_tensor("y"), matrix.codes)
         assert json.loads(file.metadata()["classes"]) == ["ant", "bée"]
         assert json.loads(file.metadata()["feature_names"]) == matrix.feature_names.tolist()
         assert json.loads(file.metadata()["sample_ids"])[3] == "array/3"

@@ -78,7 +78,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def everything(store: Path) -> list:
     matrix = open_features(store, NAME)
-    arrays = (np.asarray(matrix), matrix.y, matrix.layer_norms())
+    arrays = (np.asarray(matrix), matrix.codes, matrix.layer_norms())
     return [
         *((a.shape, a.tobytes()) for a in arrays),
         *map(str, matrix.sample_ids),
@@ -452,6 +452,7 @@ CRAFTED = {
     "negative rows": lambda c: c.update(n_samples=-1),
     "no rows": lambda c: c.update(n_samples=0),
     "rows as text": lambda c: c.update(n_samples="40"),
+    "labels without classes": lambda c: c.update(classes=[]),
     "a fraction of rows": lambda c: c.update(n_samples=40.5),
     "rows as a float": lambda c: c.update(n_samples=40.0),
     "infinite rows": lambda c: c.update(n_samples=float("inf")),

@@ -2,14 +2,19 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from conftest import MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_selection import SelectKBest
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.model_selection import GridSearchCV, GroupKFold, train_test_split
 from sklearn.pipeline import make_pipeline
+from sklearn.utils import _safe_indexing
 
+from h2t_store import extract
 from h2t_store.errors import StoreError
 from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.matrix import FeatureMatrix, open_features
@@ -46,6 +51,7 @@ def test_shape_type_and_content(stored):
     np.testing.assert_array_equal(np.asarray(matrix), values)
     assert np.asarray(matrix, dtype=np.float64).dtype == np.float64
     assert matrix.layers == LAYERS
+    assert matrix.stored_dtype == np.float16
     assert matrix.classes == ("a", "b", "c")
     assert repr(matrix) == "FeatureMatrix('x', 50 x 2320, 4 layers)"
 
@@ -64,7 +70,11 @@ def indices(n: int):
 @given(rows=indices(N), columns=indices(D), again=indices(3))
 def test_indexing_is_numpys(stored, rows, columns, again):
     matrix, values = stored
-    view, expected, y = matrix[rows, columns], values[rows][:, columns], (np.arange(N) % 3)[rows]
+    view, expected, y = (
+        matrix[rows, columns],
+        values[rows][:, columns],
+        np.array(["a", "b", "c"])[np.arange(N) % 3][rows],
+    )
     if len(expected) >= 3:
         view, expected, y = view[:3][again], expected[:3][again], y[:3][again]
     assert view.shape == expected.shape
@@ -96,7 +106,8 @@ def test_column_blocks_end_at_chunk_borders_where_they_can(stored):
 def test_labels_identifiers_and_names_follow_the_selection(stored):
     matrix, _ = stored
     view = matrix[[5, -1, 5], [2308, 0, 8]]
-    assert view.y.tolist() == [2, 1, 2]
+    assert view.y.tolist() == ["c", "b", "c"]
+    assert view.codes.tolist() == [2, 1, 2]
     assert view.sample_ids.tolist() == ["i5", "i49", "i5"]
     assert view.feature_names.tolist() == ["layer1.0[1]", "stem[0]", "layer1.0.conv1:in[1]"]
     assert [(layer.name, layer.start, layer.stop) for layer in view.layers] == [
@@ -137,10 +148,62 @@ def test_empty_selections(stored):
         stored[0][(0, 1, 2)]
 
 
+def test_one_index_reads_what_it_reads_in_numpy(stored):
+    matrix, values = stored
+    keys = [0, -1, np.int64(3), (2, 5), (-1, -1), (slice(None), 7), (slice(2, 9), -1), ([4, 1], 3), (0, [80, 1])]
+    for key in [*keys, (..., 0), (1, ...), (3, np.arange(D) % 2 == 0)]:
+        one, expected = matrix[key], values[key]
+        assert type(one) is type(expected)
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_rows_are_iterated(stored):
+    matrix, values = stored
+    for view, expected in ((matrix, values), (matrix[[40, 3, 3], 5:9], values[[40, 3, 3], 5:9]), (matrix[[]], ())):
+        rows = list(view)
+        assert len(rows) == len(expected)
+        np.testing.assert_array_equal(np.reshape(rows, np.shape(expected)), expected)
+
+
+def test_other_libraries_take_it_for_an_array(stored):
+    matrix, values = stored
+    view, expected = matrix[::7, [3, 2309, 11]], values[::7][:, [3, 2309, 11]]
+    np.testing.assert_array_equal(torch.as_tensor(view).numpy(), expected)
+    np.testing.assert_array_equal(np.vstack([view, view]), np.vstack([expected, expected]))
+    np.testing.assert_array_equal(np.asarray(pd.DataFrame(view)), expected)
+    frame = view.to_pandas()
+    pd.testing.assert_frame_equal(
+        frame,
+        pd.DataFrame(
+            expected,
+            index=pd.Index([f"i{i}" for i in range(0, N, 7)], name="sample_id"),
+            columns=view.feature_names,
+        ),
+    )
+    assert frame.columns.tolist() == ["stem[3]", "layer1.0[2]", "layer1.0.conv1:in[4]"]
+    for indices, axis in (([3, 1], 0), (np.arange(len(view)) > 2, 0), (2, 0), ([1], 1), (0, 1)):
+        np.testing.assert_array_equal(
+            np.asarray(_safe_indexing(view, indices, axis=axis)), _safe_indexing(expected, indices, axis=axis)
+        )
+
+
+def test_what_only_arrays_can_do_says_how_to_get_one(stored):
+    for name in ("T", "mean", "astype"):
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}': read the features first, np.asarray\(X\)"):
+            getattr(stored[0], name)
+    with pytest.raises(AttributeError, match=r"no attribute 'iloc'$"):
+        stored[0].iloc  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("index", "error"),
     [
-        (3, TypeError),
+        (None, TypeError),
+        (1.5, TypeError),
+        (True, TypeError),
+        ("head", TypeError),
+        (N, IndexError),
+        (-N - 1, IndexError),
         ([[1, 2]], TypeError),
         ([0.5], TypeError),
         ([N], IndexError),
@@ -199,3 +262,51 @@ def test_scikit_learn_takes_it_for_an_array(stored):
     assert isinstance(train, FeatureMatrix)
     np.testing.assert_array_equal(train.y, y_train)
     np.testing.assert_array_equal(np.asarray(test), train_test_split(values, random_state=0)[1])
+
+
+def small(data, tmp_path, name):
+    return extract(data, model=f"{MODELS}:small_input", store=tmp_path / "s", name=name, target_size=8)
+
+
+@pytest.mark.parametrize("values", [["3", "ant", "bée", "0"], [7, 0, 3, 1]])
+def test_labels_are_those_of_the_data_whatever_classes_it_has(tmp_path, images, values):
+    labels = np.array(values)[np.arange(40) % 4]
+    for name, rows in (("all", slice(None)), ("some", labels != values[1])):
+        matrix = small((images[rows], labels[rows]), tmp_path, name)
+        assert matrix.y.dtype == labels.dtype
+        assert matrix.y.tolist() == labels[rows].tolist()
+        assert [matrix.classes[code] for code in matrix.codes] == labels[rows].tolist()
+        assert matrix.labelled.all()
+        assert matrix[[]].y.dtype == labels.dtype
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), (0, 1)])
+def test_rows_without_a_label_have_none_and_can_be_left_out(tmp_path, classes):
+    header = ExtractionHeader(4, ROWS, "float32", classes, LAYERS[:1], {"inputs": {}, "environment": {}})
+    extraction = FeatureStore(tmp_path / "s", create=True).begin("x", header, np.array([1, -1, 0, 1]), list("pqrs"))
+    extraction.write_block(0, [np.ones((4, 7), np.float32)], np.ones((4, 1), np.float32))
+    extraction.finish()
+    matrix = open_features(tmp_path / "s", "x")
+    assert matrix.y.dtype == object
+    assert matrix.y.tolist() == [classes[1], None, classes[0], classes[1]]
+    assert matrix.codes.tolist() == [1, -1, 0, 1]
+    assert matrix.labelled.tolist() == [True, False, True, True]
+    left = matrix[matrix.labelled]
+    assert left.sample_ids.tolist() == ["p", "r", "s"]
+    assert left.y.dtype == np.array(classes).dtype
+    assert left.y.tolist() == [classes[1], classes[0], classes[1]]
+    assert matrix[~matrix.labelled].y.tolist() == [None]
+
+
+def test_images_without_labels_are_all_unlabelled(tmp_path, images):
+    for labels in (None, np.full(40, -1)):
+        matrix = small((images, labels), tmp_path, str(labels is None))
+        assert matrix.classes == ()
+        assert matrix.y.tolist() == [None] * 40
+
+
+def test_identifiers_are_groups_for_scikit_learn(tmp_path, images):
+    matrix = small((images, np.arange(40) % 4), tmp_path, "x")
+    assert matrix.sample_ids.dtype.kind == "U"
+    folds = list(GroupKFold(4).split(matrix, matrix.y, groups=matrix.sample_ids))
+    assert sorted(np.concatenate([test for _, test in folds]).tolist()) == list(range(40))

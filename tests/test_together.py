@@ -67,6 +67,40 @@ def test_the_order_of_columns_does_not_matter(stored, normalization, head):
     assert {int(order[i]) for i in model.selected_features_} == chosen
 
 
+@pytest.mark.parametrize("names", [["whale", "ant", "cow"], [2, 0, 1]])
+def test_labels_mean_the_same_where_an_extraction_lacks_a_class(tmp_path, names):
+    rng = np.random.default_rng(0)
+    codes = np.arange(60) % 3
+    images = (rng.integers(0, 60, (60, 8, 8, 3)) + 90 * codes[:, None, None, None]).astype(np.uint8)
+    labels = np.array(names)[codes]
+    common = dict(model=f"{MODELS}:small_input", store=tmp_path / "s", target_size=8)
+    train = extract((images, labels), name="train", **common)
+    some = labels != names[1]
+    test = extract((images[some], labels[some]), name="test", **common)
+    model = Head2ToeClassifier(alpha=0.2).fit(train, train.y)
+    assert model.classes_.tolist() == sorted(names)
+    assert model.score(test, test.y) > 0.9
+    np.testing.assert_array_equal(model.predict(test), model.predict(train)[some])
+
+
+def test_unlabelled_rows_are_left_out_by_a_mask(tmp_path):
+    codes = np.arange(40) % 2
+    images = (np.random.default_rng(0).integers(0, 60, (40, 8, 8, 3)) + 90 * codes[:, None, None, None]).astype(
+        np.uint8
+    )
+    labels = np.where(np.arange(40) % 5 == 0, -1, codes)
+    X = extract((images, labels), name="x", model=f"{MODELS}:small_input", store=tmp_path / "s", target_size=8)
+    with pytest.raises(ValueError, match=r"y has no label .* in 8 of 40 rows, .*X\[X.labelled\]"):
+        Head2ToeClassifier().fit(X, X.y)
+    labelled = X[X.labelled]
+    model = Head2ToeClassifier(alpha=0.2).fit(labelled, labelled.y)
+    assert model.classes_.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"y has no label .* in 8 of 40 rows, .*X\[X.labelled\]"):
+        model.score(X, X.y)
+    assert model.score(labelled, labelled.y) > 0.9
+    np.testing.assert_array_equal(Head2ToeClassifier(alpha=0.2).fit(labelled, X.y[X.labelled]).coef_, model.coef_)
+
+
 def test_other_features_than_those_of_the_fit_are_refused(stored):
     model = Head2ToeClassifier().fit(stored[:, :-1], stored.y)
     with pytest.raises(ValueError, match=r"feature 0 is 'layers.0.conv1:in\[1\]', expected 'layers.0.conv1:in\[0\]'"):

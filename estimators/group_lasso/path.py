@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import column_or_1d
 from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
+from estimators.group_lasso.labels import as_labels
 from estimators.group_lasso.newton import solve
 from estimators.group_lasso.operators import Operator, make_operator, resolve_device
 from estimators.group_lasso.problem import (
@@ -222,7 +222,7 @@ def group_lasso_path(
 
 
 def _encode(y: ArrayLike, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    labels = column_or_1d(y, warn=True)
+    labels = as_labels(y)
     check_classification_targets(labels)
     if len(labels) != n_samples:
         raise ValueError(f"y must have one label per row of X: got {len(labels)} labels for {n_samples} rows.")

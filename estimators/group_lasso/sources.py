@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from torch import Tensor
 
 READ_BYTES = 32 * 2**20
@@ -45,7 +47,9 @@ class ColumnSource(Protocol):
 class FeatureMatrix(ColumnSource, Protocol):
     """Stored features, read lazily: the one contract with whatever stores them.
 
-    A ``fingerprint``, text that no other features share, saves `memory` from reading all of them to tell.
+    What it may have besides: a ``fingerprint``, text that no other features share, saves `memory` from reading all of
+    them to tell. A ``recipe``, plain JSON that says how the features are made, is remembered by what is fitted; then
+    ``recipe_differences(recipe)`` lists in words what keeps other features apart from these, and those are refused.
     """
 
     @property
@@ -69,21 +73,39 @@ Features: TypeAlias = ColumnSource | NDArray[Any] | Tensor
 
 
 def as_features(X: Any) -> Features:
-    """X itself if it is a tensor or can be read by blocks of columns, else as an array.
+    """X itself if it can be read by blocks of columns, a tensor without its gradient, anything else as an array.
 
     Raises
     ------
+    TypeError
+        If X is sparse.
     ValueError
         If X is not a matrix of real numbers with at least one row and column.
     """
     features: Features = X
-    if not isinstance(X, Tensor) and not hasattr(X, "column_blocks"):
+    if issparse(X) or (isinstance(X, Tensor) and X.layout != torch.strided):
+        dense = "to_dense" if isinstance(X, Tensor) else "toarray"
+        raise TypeError(f"X is sparse ({type(X).__name__}), but dense data is required: pass X.{dense}().")
+    if isinstance(X, Tensor):
+        features, real = X.detach(), not X.is_complex()
+    elif hasattr(X, "column_blocks"):
+        real = True
+    else:
         features = np.asarray(X)
-        if features.dtype.kind not in "fiub":
-            raise ValueError(f"X must hold real numbers, got dtype {features.dtype}.")
+        real = features.dtype.kind in "fiub"
+    if not real:
+        raise ValueError(f"X must hold real numbers, got dtype {features.dtype}.")
     if len(features.shape) != 2 or 0 in features.shape:
         raise ValueError(f"X must have shape (n_samples, n_features), neither of them 0, got {tuple(features.shape)}.")
     return features
+
+
+def as_host_array(X: Any) -> Any:
+    """A tensor as an array on the host, without its gradient; anything else as it is."""
+    if not isinstance(X, Tensor):
+        return X
+    values = X.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def is_feature_matrix(X: object) -> TypeGuard[FeatureMatrix]:

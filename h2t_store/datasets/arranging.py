@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.datasets.names import as_names, count
+from h2t_store.datasets.names import Classes, as_names, count
 from h2t_store.datasets.source import Source
 from h2t_store.errors import DataError
 
@@ -15,7 +15,7 @@ __all__ = ["arrange"]
 S = TypeVar("S", bound=Source)
 
 
-def arrange(source: S, sample_ids: Sequence[str], classes: Sequence[str]) -> S:
+def arrange(source: S, sample_ids: Sequence[str], classes: Classes) -> S:
     """Bring a source into the order of what was read from it before.
 
     Parameters
@@ -24,8 +24,8 @@ def arrange(source: S, sample_ids: Sequence[str], classes: Sequence[str]) -> S:
         The data as it is now.
     sample_ids : sequence of str
         Identifiers of the earlier rows.
-    classes : sequence of str
-        Names of the earlier classes.
+    classes : tuple of str or of int
+        The earlier classes.
 
     Returns
     -------
@@ -41,8 +41,8 @@ def arrange(source: S, sample_ids: Sequence[str], classes: Sequence[str]) -> S:
     earlier = _rows_of(as_names(sample_ids).tolist(), source.sample_ids.tolist())
     is_new = np.ones(len(source), dtype=bool)
     is_new[earlier] = False
-    known = set(classes)
-    new_classes = tuple(name for name in source.classes if name not in known)
+    known = set(map(str, classes))
+    new_classes = tuple(label for label in source.classes if str(label) not in known)
     rows = np.concatenate([earlier, np.flatnonzero(is_new)])
     return source.take(rows).relabelled((*classes, *new_classes))
 

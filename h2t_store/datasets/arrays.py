@@ -11,7 +11,7 @@ from PIL import Image
 
 from h2t_store.datasets.fingerprint import Digests
 from h2t_store.datasets.labels import encode
-from h2t_store.datasets.names import Names, as_names, count
+from h2t_store.datasets.names import Classes, Names, as_names, count
 from h2t_store.datasets.pictures import Picture, rendered
 from h2t_store.datasets.source import Source
 from h2t_store.errors import DataError, one_line
@@ -53,7 +53,7 @@ def in_memory(
     origin: dict[str, Any],
     sample_ids: Names,
     y: NDArray[np.int64],
-    classes: tuple[str, ...],
+    classes: Classes,
 ) -> ArraySource:
     """All of ``images`` in order. The shape is a part of the origin: equal bytes may be other images."""
     return ArraySource(
@@ -116,5 +116,5 @@ def open_digits(split: str) -> ArraySource:
         origin={"kind": "digits", "split": split},
         sample_ids=as_names([f"{split}/{i}" for i in chosen]),
         y=labels[chosen].astype(np.int64),
-        classes=tuple("0123456789"),
+        classes=tuple(range(10)),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.datasets.names import Names
+from h2t_store.datasets.names import Classes, Names
 
 __all__ = ["Digests", "Stamp", "as_stamps", "digest_of_rows", "read_file", "stamp", "stamps_of_files"]
 
@@ -97,7 +97,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[bytes, Stamp]:
         return file.read(), stamp(os.fstat(file.fileno()))
 
 
-def digest_of_rows(sample_ids: Names, y: NDArray[np.int64], classes: tuple[str, ...], images: NDArray[Any]) -> str:
+def digest_of_rows(sample_ids: Names, y: NDArray[np.int64], classes: Classes, images: NDArray[Any]) -> str:
     """SHA-256 over identifiers, names of labels and images, in order.
 
     How the classes are numbered does not matter, nor do classes without images.
@@ -106,7 +106,7 @@ def digest_of_rows(sample_ids: Names, y: NDArray[np.int64], classes: tuple[str, 
     by_appearance = np.argsort(first)
     rank = np.empty_like(by_appearance)
     rank[by_appearance] = np.arange(len(rank))
-    names = [classes[number] if number >= 0 else None for number in numbers[by_appearance].tolist()]
+    names = [str(classes[number]) if number >= 0 else None for number in numbers[by_appearance].tolist()]
     sha = hashlib.sha256(json.dumps([len(y), names]).encode())
     sha.update(rank[np.searchsorted(numbers, y)].astype("<i8").tobytes())
     for start in range(0, len(sample_ids), _ROWS_AT_ONCE):

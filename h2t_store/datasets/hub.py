@@ -25,7 +25,7 @@ from h2t_store.datasets.fingerprint import Digests, as_stamps, read_file, stamp
 from h2t_store.datasets.folder import walk
 from h2t_store.datasets.foreign import left_out
 from h2t_store.datasets.labels import encode
-from h2t_store.datasets.names import Names, as_names, count, shown
+from h2t_store.datasets.names import Classes, Names, as_names, count, shown
 from h2t_store.datasets.source import UNLABELLED, Source
 from h2t_store.errors import DataError, one_line
 
@@ -167,7 +167,7 @@ def _column(features: Any, kind: str, usual: str, name: str) -> tuple[str, list[
     return found[0], count(found[1:], f"columns like {found[0]!r} were left out of 'hfds/{name}'")
 
 
-def _labels(table: Any, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _labels(table: Any, column: str) -> tuple[NDArray[np.int64], Classes]:
     if column not in table.column_names:
         return encode(None, len(table))
     labels = table.data.column(column).to_pylist()
@@ -196,9 +196,7 @@ def _sample_ids(name: str, split: str, paths: list[str | None]) -> Names:
     return as_names([f"{split}/{i}" for i in range(len(paths))])
 
 
-def _require_distinct_folders(
-    name: str, paths: list[str | None], y: NDArray[np.int64], classes: tuple[str, ...]
-) -> None:
+def _require_distinct_folders(name: str, paths: list[str | None], y: NDArray[np.int64], classes: Classes) -> None:
     """`datasets` names a class after the last folder alone, and so merges folders of equal names."""
     folders: dict[int, set[str]] = defaultdict(set)
     for path, label in zip(paths, y.tolist(), strict=True):

@@ -1,17 +1,20 @@
 """Names of images: kept compactly, refused where they are no text, printed so that they stay on one line."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store.errors import DataError
 
-__all__ = ["Names", "as_names", "count", "shown"]
+__all__ = ["Classes", "Names", "as_names", "count", "shown"]
 
 Names = NDArray[Any]
 """Text, of dtype `numpy.dtypes.StringDType`: 16 bytes a name and its letters, against some 100 as Python strings."""
+
+Classes: TypeAlias = tuple[str | int, ...]
+"""The labels that occur, at their codes: all of them names, or all of them integers."""
 
 _NAMED = 3
 

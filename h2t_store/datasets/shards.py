@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from h2t_store.datasets.foreign import left_out
 from h2t_store.datasets.labels import encode, encode_words
-from h2t_store.datasets.names import as_names, count, shown
+from h2t_store.datasets.names import Classes, as_names, count, shown
 from h2t_store.datasets.pictures import IMAGE_EXTENSIONS
 from h2t_store.datasets.tar import Archives, Members, TarSource, read_members, tar_source
 from h2t_store.errors import DataError, did_you_mean
@@ -120,8 +120,8 @@ class _Samples:
             self.sizes.append(files.sizes[sample[image]])
         self.left_out += [f"{shard}/{name}" for name in unused]
 
-    def encoded_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """Numbers and names; either all samples have a label or none has."""
+    def encoded_labels(self) -> tuple[NDArray[np.int64], Classes]:
+        """Codes and classes; either all samples have a label or none has."""
         labels = [label for label in self.labels if label is not None]
         if not labels:
             return encode(None, len(self.labels))

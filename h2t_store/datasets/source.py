@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from h2t_store.datasets.fingerprint import Digests, Stamp, digest_of_rows
-from h2t_store.datasets.names import Names, shown
+from h2t_store.datasets.names import Classes, Names, shown
 from h2t_store.datasets.pictures import Picture, decode
 from h2t_store.errors import DataError
 
@@ -32,8 +32,8 @@ class Source(ABC):
         One per row: relative paths where there are any, else ``SPLIT/index``.
     y : ndarray of shape (n,), int64
         Index into ``classes``; -1 where unlabelled.
-    classes : tuple of str
-        Names of the labels.
+    classes : tuple of str or of int
+        The labels themselves: names, or integers where the data has integers.
     notes : list of str
         What was left out, for a person to read.
     numbers : ndarray of shape (n,), int64
@@ -47,7 +47,7 @@ class Source(ABC):
     origin: dict[str, Any]
     sample_ids: Names
     y: NDArray[np.int64]
-    classes: tuple[str, ...]
+    classes: Classes
     notes: list[str] = field(default_factory=list)
     numbers: NDArray[np.int64] = field(repr=False)
     digests: Digests = field(repr=False)
@@ -107,13 +107,16 @@ class Source(ABC):
         rows = np.asarray(rows, dtype=np.int64)
         return replace(self, sample_ids=self.sample_ids[rows], y=self.y[rows], numbers=self.numbers[rows])
 
-    def relabelled(self, classes: tuple[str, ...]) -> Self:
-        """The same data with labels counted in ``classes``, which name all that occur."""
-        index = {name: i for i, name in enumerate(classes)}
-        missing = [self.classes[i] for i in np.unique(self.y[self.y >= 0]) if self.classes[i] not in index]
+    def relabelled(self, classes: Classes) -> Self:
+        """The same data with labels counted in ``classes``, which hold all that occur; 3 and "3" are one class."""
+        if any(isinstance(label, str) for label in classes):
+            classes = tuple(map(str, classes))
+        index = {str(label): i for i, label in enumerate(classes)}
+        missing = [self.classes[i] for i in np.unique(self.y[self.y >= 0]) if str(self.classes[i]) not in index]
         if missing:
             raise DataError(f"classes: {missing[0]!r} is not among {len(classes)} classes, but the data has it")
-        renumbered = np.array([*(index.get(name, UNLABELLED) for name in self.classes), UNLABELLED], dtype=np.int64)
+        codes = [index.get(str(label), UNLABELLED) for label in self.classes]
+        renumbered = np.array([*codes, UNLABELLED], dtype=np.int64)
         return replace(self, y=renumbered[self.y], classes=classes)
 
     @abstractmethod

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from h2t_store.datasets.fingerprint import Digests, Stamp, stamp
 from h2t_store.datasets.folder import classes_of, require_images
 from h2t_store.datasets.foreign import left_out
-from h2t_store.datasets.names import Names, as_names, count, shown
+from h2t_store.datasets.names import Classes, Names, as_names, count, shown
 from h2t_store.datasets.pictures import is_image_name
 from h2t_store.datasets.source import Source
 from h2t_store.datasets.splits import choose_split, find_split
@@ -170,7 +170,7 @@ def tar_source(
     origin: dict[str, Any],
     sample_ids: Names,
     y: NDArray[np.int64],
-    classes: tuple[str, ...],
+    classes: Classes,
     notes: list[str],
 ) -> TarSource:
     """All images, in order."""
