@@ -150,10 +150,10 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         Position in ``layer_names_`` of each feature's layer.
     layer_names_ : ndarray of shape (n_layers,), object
         In network order; a plain array is one layer, "X".
-    coef_ : ndarray of shape (n_classes, n_selected), or (1, n_selected) for two classes, float64
-        For the selected features as given; with a "layer" normalization, for them after scaling to unit length
-        (``head="path"``: of the whole layer, else: of the kept part of each layer). Standardisation is already
-        contained.
+    coef_ : ndarray of shape (n_classes, n_features_in_), or (1, n_features_in_) for two classes, float64
+        Zero for features that are not selected; made on access, as only the others are kept. For features as given,
+        standardisation undone. With a "layer" normalization, for features after scaling to unit length
+        (``head="path"``: of the whole layer, else: of the kept part of each layer).
     intercept_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
     alpha_max_ : float
         The strength that ``alpha`` is a fraction of.
@@ -306,7 +306,15 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         """Take coefficients (n_selected, n_classes) of the selected features."""
         if len(self.classes_) == 2:
             coef, intercept = coef[:, 1:] - coef[:, :1], intercept[1:] - intercept[:1]
-        self.coef_, self.intercept_ = np.ascontiguousarray(coef.T), intercept
+        self._kept_coef, self.intercept_ = np.ascontiguousarray(coef.T), intercept
+
+    @property
+    def coef_(self) -> NDArray[np.float64]:
+        """Coefficients of all features, (n_classes, n_features_in_), or (1, n_features_in_) for two classes."""
+        check_is_fitted(self)
+        coef = np.zeros((len(self._kept_coef), self.n_features_in_))
+        coef[:, self.selected_features_] = self._kept_coef
+        return coef
 
     def _check_combination(self) -> None:
         deciding = [name for name in ("layer", "last_layers", "keep_fraction") if getattr(self, name) is not None]
@@ -331,7 +339,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
 
     def _scores(self, features: Any, selected: NDArray[np.int64], layers: NDArray[np.int64]) -> NDArray[np.float64]:
         """Linear scores (n_samples, n_classes or 1) from the columns ``selected`` of ``features``, of these layers."""
-        return self._kept(features, selected, layers).scores(self.coef_.T, self.intercept_)
+        return self._kept(features, selected, layers).scores(self._kept_coef.T, self.intercept_)
 
     def _train_scores(self, training: Training, random: np.random.RandomState) -> NDArray[np.float64]:
         """||W_d||_2 of the published training on all features, (n_features,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from numbers import Integral, Real
@@ -29,6 +29,7 @@ from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
 from estimators.mixture import drawn, mixture_weights, share_to_predict
+from estimators.normalization import scales_layers
 from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.solving import PathOptions
 
@@ -106,6 +107,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         The candidates that predict, heaviest first: ``[best_estimator_]`` without a mixture.
     weights_ : ndarray of shape (n_estimators,), float64, positive
         Of their scores; they need not sum to one.
+    coef_ : ndarray of shape (n_classes, n_features_in_), or (1, n_features_in_) for two classes, float64
+        Weighted sum of the ``coef_`` of ``estimators_``, made on access. Several that scale layers, each by the length
+        of what it kept, are no single linear model: there is then neither ``coef_`` nor ``intercept_``.
+    intercept_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
     n_splits_ : int
     n_iter_ : int
         Most solver steps that any alpha took in the fits on all samples.
@@ -447,8 +452,37 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         union = self.selected_features_
         kept = features if len(union) == features.shape[1] else features[:, union]
         columns, layers = in_memory(kept, held_bytes(self.max_memory)), self.feature_layers_[union]
-        scores = sum(
-            weight * estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
-            for weight, estimator in zip(self.weights_, self.estimators_, strict=True)
+        scores = self._mixed(
+            estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
+            for estimator in self.estimators_
         )
-        return np.asarray(scores[:, 0] if len(self.classes_) == 2 else scores)
+        return scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def _mixed(self, parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Scores, or intercepts, of the mixture from those of ``estimators_``."""
+        return np.asarray(sum(weight * part for weight, part in zip(self.weights_, parts, strict=True)))
+
+    @property
+    def coef_(self) -> NDArray[np.float64]:
+        """Coefficients of all features, (n_classes, n_features_in_), or (1, n_features_in_) for two classes."""
+        self._require_linear("coef_")
+        first, *others = zip(self.weights_, self.estimators_, strict=True)
+        coef = first[0] * first[1].coef_
+        for weight, estimator in others:
+            coef[:, estimator.selected_features_] += weight * estimator._kept_coef
+        return coef
+
+    @property
+    def intercept_(self) -> NDArray[np.float64]:
+        """Intercepts, (n_classes,), or (1,) for two classes."""
+        self._require_linear("intercept_")
+        return self._mixed(estimator.intercept_ for estimator in self.estimators_)
+
+    def _require_linear(self, name: str) -> None:
+        check_is_fitted(self)
+        if len(self.estimators_) > 1 and any(scales_layers(estimator.normalization) for estimator in self.estimators_):
+            raise AttributeError(
+                f"{type(self).__name__} has {name} where it is one linear model. This mixture is of "
+                f"{len(self.estimators_)} estimators, some of which scale each layer by the length of what they kept: "
+                f"see estimators_ and weights_, or set refit='best'."
+            )
