@@ -466,9 +466,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     def coef_(self) -> NDArray[np.float64]:
         """Coefficients of all features, (n_classes, n_features_in_), or (1, n_features_in_) for two classes."""
         self._require_linear("coef_")
-        first, *others = zip(self.weights_, self.estimators_, strict=True)
-        coef = first[0] * first[1].coef_
-        for weight, estimator in others:
+        coef = np.zeros((len(self.best_estimator_._kept_coef), self.n_features_in_))
+        for weight, estimator in zip(self.weights_, self.estimators_, strict=True):
             coef[:, estimator.selected_features_] += weight * estimator._kept_coef
         return coef
 

@@ -172,9 +172,7 @@ def test_stored_features_are_as_good_as_their_values(meta, stored):
     assert_same_answers(said(meta(OURS).fit(stored, y), stored), said(meta(OURS).fit(values, y), values))
 
 
-@pytest.mark.parametrize(
-    "name", ["RFE", "RFE by two", "SelectFromModel", "Calibrated together", "Voting soft", "Bagging"]
-)
+@pytest.mark.parametrize("name", ["RFE", "RFECV", "SelectFromModel", "Calibrated together", "Voting soft", "Bagging"])
 def test_around_the_search(name):
     X, y = problem()
     ours, theirs = ALL[name](SEARCH).fit(X, y), ALL[name](Reference()).fit(X, y)
@@ -208,7 +206,6 @@ def test_selectors_take_the_features_that_a_sparse_model_took(estimator, k):
         np.testing.assert_array_equal(selector.transform(X), X[:, selected])
     two = RFE(estimator, n_features_to_select=2, step=2).fit(X, y)
     assert set(np.flatnonzero(two.support_)) <= set(range(2, D))
-    assert two.ranking_[:2].tolist() == [3, 3]
 
 
 def test_selectors_after_a_search():
@@ -222,12 +219,7 @@ def test_selectors_after_a_search():
 def test_several_outputs(meta, stored):
     X, y = problem()
     outputs = np.stack([y == 0, y == 1], axis=1).astype(int)
-    options = (
-        {"chain_method": "predict_proba"}
-        if meta is ClassifierChain and "chain_method" in signature(meta).parameters
-        else {}
-    )
-    ours, theirs = meta(OURS, **options).fit(X, outputs), meta(Reference(), **options).fit(X, outputs)
+    ours, theirs = meta(OURS).fit(X, outputs), meta(Reference()).fit(X, outputs)
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
     np.testing.assert_array_equal(ours.predict(X), theirs.predict(X))
     np.testing.assert_allclose(
