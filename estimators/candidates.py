@@ -18,6 +18,7 @@ from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
+from estimators.held import hold
 from estimators.inputs import Training, class_weighted
 from estimators.kept import KeptFeatures, held_bytes, in_memory
 from estimators.mixture import drawn
@@ -88,12 +89,13 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
     """
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
     for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
-        part, limit = training.of_size(target_size), held_bytes(options.max_memory)
+        part, of_part = hold(training.of_size(target_size), options)
+        limit = held_bytes(of_part.max_memory)
         held = replace(part, features=in_memory(part.features, limit))
         of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
         for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
             group = [candidate for candidate in of_size if candidate.normalization == normalization]
-            for fit in _fit_group(part, held, group, replace(options, normalization=normalization), limit):
+            for fit in _fit_group(part, held, group, replace(of_part, normalization=normalization), limit):
                 if target_size is not None:
                     fit = replace(fit, selected=training.sizes[target_size][fit.selected])
                 yield fit

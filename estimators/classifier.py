@@ -20,6 +20,7 @@ from estimators.group_lasso.adam import train
 from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import ColumnSource
+from estimators.held import hold
 from estimators.inputs import Training, check_features, check_training
 from estimators.kept import KeptFeatures, held_bytes
 from estimators.normalization import (
@@ -276,8 +277,11 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         return self
 
     def _fit(self, training: Training) -> None:
+        options = PathOptions.of(self)
+        if self.head != "path":  # which needs nothing after the path
+            training, options = hold(training, options)
         # Adam takes only alpha_max from the path, which then ends where it starts.
-        path = solve_path(training, [float(self.alpha) if self.solver == "newton" else 1.0], PathOptions.of(self))[0]
+        path = solve_path(training, [float(self.alpha) if self.solver == "newton" else 1.0], options)[0]
         random = check_random_state(self.random_state)
         self._take_path(training, path)
         if self.solver == "adam" and self.keep_fraction is not None:
@@ -291,7 +295,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
             coef = path.coef(-1)[self.selected_features_]
             intercept = path.standardized_intercepts[-1] - path.center[self.selected_features_] @ coef
         else:
-            coef, intercept = self._fit_head(training, path, random)
+            coef, intercept = self._fit_head(training, path, random, held_bytes(options.max_memory))
         self._set_linear(coef, intercept)
 
     def _take_path(self, training: Training, path: GroupLassoPath) -> None:
@@ -334,12 +338,10 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         if self.l1_ratio != 1:
             raise ValueError(f"l1_ratio must be 1 with solver='adam', got {self.l1_ratio!r}.")
 
-    def _kept(self, features: Any, selected: NDArray[np.int64], layers: NDArray[np.int64]) -> KeptFeatures:
-        return KeptFeatures(features, selected, layers, self._layer_scaling, held_bytes(self.max_memory))
-
     def _scores(self, features: Any, selected: NDArray[np.int64], layers: NDArray[np.int64]) -> NDArray[np.float64]:
         """Linear scores (n_samples, n_classes or 1) from the columns ``selected`` of ``features``, of these layers."""
-        return self._kept(features, selected, layers).scores(self._kept_coef.T, self.intercept_)
+        kept = KeptFeatures(features, selected, layers, self._layer_scaling, held_bytes(self.max_memory))
+        return kept.scores(self._kept_coef.T, self.intercept_)
 
     def _train_scores(self, training: Training, random: np.random.RandomState) -> NDArray[np.float64]:
         """||W_d||_2 of the published training on all features, (n_features,)."""
@@ -361,14 +363,13 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         return np.asarray(np.linalg.norm(coef, axis=1))
 
     def _fit_head(
-        self, training: Training, path: GroupLassoPath, random: np.random.RandomState
+        self, training: Training, path: GroupLassoPath, random: np.random.RandomState, limit: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Fresh head on the kept features: (n_selected, n_classes), (n_classes,)."""
         if self.head == "ridge":
-            limit, device = held_bytes(self.max_memory), resolve_device(self.device)
-            selected = self.selected_features_
+            device, selected = resolve_device(self.device), self.selected_features_
             return fit_ridge(training, path, selected, self.normalization, self.C, device, limit, self.memory)
-        kept = self._kept(training.features, self.selected_features_, training.layers)
+        kept = KeptFeatures(training.features, self.selected_features_, training.layers, self._layer_scaling, limit)
         values = kept.values()
         mean, scale = np.zeros(kept.shape[1]), np.ones(kept.shape[1])
         if standardizes(self.normalization):

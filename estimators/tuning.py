@@ -26,6 +26,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from estimators.candidates import Candidate, Fit, fit_candidates, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
+from estimators.held import hold_for_folds
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
 from estimators.mixture import drawn, mixture_weights, share_to_predict
@@ -228,7 +229,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         routed = self._route(sample_weight, params)
         splits = self._splits(training, routed.get("splitter", Bunch(split={})).split)
         scorer, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
-        options = PathOptions.of(self, normalization=None)
+        training, options, of_fold = hold_for_folds(
+            training, PathOptions.of(self, normalization=None), self.n_jobs, len(splits)
+        )
         mixed = []
         if self.refit == "mixture":
             mixed = list({candidate.decides: candidate.index for candidate in reversed(candidates)}.values())[::-1]
@@ -242,7 +245,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 scorer,
                 routed.scorer.score,
                 self.class_weight,
-                replace(options, label=f"fold {number}/{len(splits)}, "),
+                replace(of_fold, label=f"fold {number}/{len(splits)}, "),
                 mixed,
                 share,
             )
