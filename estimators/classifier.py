@@ -124,8 +124,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
     learning_rate : float, default=0.01
         Adam's at the first step; it decays to 0 along a cosine.
     max_memory : int or str, default=None
-        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
-        Adam holds it whole.
+        What X may take in memory ("4GB"); None for 80 % of what is free. Stored features are read once and held where
+        that leaves as much again for the solver. What the solver cannot hold is read in blocks; Adam holds X whole.
+        Fits at the same time do not know of each other: in a `GridSearchCV` with ``n_jobs``, give each its share.
     last_layers : int or None, default=None
         Keep all features of so many last layers instead, whatever ``alpha`` says: a linear probe. A plain array is one
         layer. Not with ``keep_fraction``, nor with ``solver="adam"``.

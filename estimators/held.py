@@ -75,10 +75,13 @@ class HeldFeatures:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> Any:
+        stored = self._stored[key]
+        if len(getattr(stored, "shape", ())) != 2:
+            return stored
         rows, columns = key if isinstance(key, tuple) else (key, ...)
-        taken = HeldFeatures(self._stored[key])
-        taken._values = self._values
         n_rows, n_columns = self._values.stored.shape
+        taken = HeldFeatures(stored)
+        taken._values = self._values
         taken._rows, taken._columns = _of(self._rows, rows, n_rows), _of(self._columns, columns, n_columns)
         return taken
 

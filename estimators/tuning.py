@@ -74,7 +74,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     device : str or torch.device, default="auto"
         "auto" is CUDA where there is one, else the CPU. Fitted attributes are on the host.
     max_memory : int or str, default=None
-        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
+        What X may take in memory ("4GB"), for all folds that are worked on at the same time together; None for 80 % of
+        what is free. Stored features are read once, for all folds, and held where that leaves as much again for each
+        fold's solver; processes share a second copy. What a solver cannot hold in its part is read in blocks.
     memory : str, path, joblib.Memory or None, default=None
         Folder or URL (``s3://bucket/paths``) where solved paths are kept, so that an interrupted or extended search
         goes on from there.
