@@ -82,20 +82,21 @@ class Fit:
     intercept: NDArray[np.float64]
 
 
-def fit_candidates(training: Training, candidates: Sequence[Candidate], options: PathOptions) -> Iterator[Fit]:
+def fit_candidates(
+    training: Training, candidates: Sequence[Candidate], options: PathOptions, polish: bool
+) -> Iterator[Fit]:
     """Fit candidates: one path per target size and normalization, one gathering of features per selection.
 
-    C goes from small to large.
+    C goes from small to large; ``polish`` as in `RidgeHead.fit`.
     """
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
     for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
         part, of_part = hold(training.of_size(target_size), options)
         limit = held_bytes(of_part.max_memory)
-        held = replace(part, features=in_memory(part.features, limit))
         of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
         for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
             group = [candidate for candidate in of_size if candidate.normalization == normalization]
-            for fit in _fit_group(part, held, group, replace(of_part, normalization=normalization), limit):
+            for fit in _fit_group(part, group, replace(of_part, normalization=normalization), limit, polish):
                 if target_size is not None:
                     fit = replace(fit, selected=training.sizes[target_size][fit.selected])
                 yield fit
@@ -104,9 +105,13 @@ def fit_candidates(training: Training, candidates: Sequence[Candidate], options:
 
 
 def _fit_group(
-    training: Training, held: Training, group: Sequence[Candidate], options: PathOptions, limit: float
+    training: Training,
+    group: Sequence[Candidate],
+    options: PathOptions,
+    limit: float,
+    polish: bool,
 ) -> Iterator[Fit]:
-    """Fit candidates of one target size and normalization; ``held`` is the training set in memory where it fits."""
+    """Fit candidates of one target size and normalization."""
     normalization, device = options.normalization, resolve_device(options.device)
     alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
     paths = dict(zip(alphas, solve_path(training, alphas, options), strict=True))
@@ -123,20 +128,20 @@ def _fit_group(
         selected = np.frombuffer(key, dtype=np.int64)
         head = None
         if len(selected):
-            head = ridge_head(held, paths[same[0].alpha], selected, normalization, device, limit)
+            head = ridge_head(training, paths[same[0].alpha], selected, normalization, device, limit)
         for C, alike in itertools.groupby(
             sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
         ):
             like = (same[0].kept, C)
-            coef, intercept = _null_model(training) if head is None else head.fit(C, solutions.get(like))
+            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like), polish)
             if head is not None and head.solution is not None:
                 solutions[like] = head.solution
             for candidate in alike:
                 yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
 
 
-def _null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """No features: the class frequencies."""
+def null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """No features: coefficients (0, n_classes), and the logarithms of the class frequencies, (n_classes,)."""
     counts = np.bincount(training.codes, training.sample_weight, len(training.classes)).astype(np.float64)
     if not counts.any():
         counts = np.ones(len(training.classes))
@@ -172,7 +177,7 @@ def score_fold(
     options: PathOptions,
     mixed: Sequence[int],
     share: float,
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Try all candidates on one fold.
 
     Returns
@@ -182,6 +187,8 @@ def score_fold(
         That each kept.
     log_probabilities : ndarray of shape (len(mixed), n_drawn, n_classes), float64
         Predicted by the candidates ``mixed`` for that ``share`` of the samples held out.
+    log_frequencies : ndarray of shape (n_drawn, n_classes), float64
+        Of the classes in what they were fitted on.
     """
     part = replace(
         training,
@@ -198,6 +205,7 @@ def score_fold(
     places = {index: place for place, index in enumerate(mixed)}
     shown = drawn(np.arange(len(test)), share)
     log_probabilities = np.empty((len(mixed), len(shown), len(training.classes)))
+    log_frequencies = np.tile(null_model(part)[1], (len(shown), 1))
 
     def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
         answers = _Answers(training.classes, kept.scores(coef, intercept), held_out)
@@ -221,11 +229,11 @@ def score_fold(
             stacklevel=2,
         )
         nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "", limit)
-        scores[:], log_probabilities[:] = judge(nothing, *_null_model(part))
+        scores[:], log_probabilities[:] = judge(nothing, *null_model(part))
         n_features[:] = 0
-        return scores, n_features, log_probabilities
+        return scores, n_features, log_probabilities, log_frequencies
     previous: NDArray[np.float64] | None = None
-    for fit in fit_candidates(part, candidates, options):
+    for fit in fit_candidates(part, candidates, options, polish=False):
         index = fit.candidate.index
         if previous is not fit.coef:
             previous = fit.coef
@@ -234,4 +242,4 @@ def score_fold(
         scores[index], n_features[index] = judged[0], len(fit.selected)
         if index in places:
             log_probabilities[places[index]] = judged[1]
-    return scores, n_features, log_probabilities
+    return scores, n_features, log_probabilities, log_frequencies

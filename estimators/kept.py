@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from estimators.group_lasso.operators import column_moments, memory_limit
+from estimators.group_lasso.operators import column_moments, memory_limit, stored_precision
 from estimators.group_lasso.path import full_precision
 from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
-from estimators.heads import HeadSpace, RidgeSolution, fit_ridge_head, head_space
+from estimators.heads import (
+    Block,
+    ColumnSpace,
+    HeadSpace,
+    RidgeSolution,
+    dense_bytes,
+    dense_space,
+    fit_ridge_head,
+)
 from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
 
 _HELD_SHARE = 4
@@ -57,7 +64,7 @@ class KeptFeatures:
         max_bytes: float = np.inf,
     ) -> None:
         self.shape = (X.shape[0], len(selected))
-        self.precision = float(np.finfo(X.dtype).eps)
+        self.precision = stored_precision(X)
         columns: ColumnSource | NDArray[Any]
         if is_feature_matrix(X):
             columns = in_memory(X[:, selected], max_bytes)
@@ -127,6 +134,8 @@ class RidgeHead:
     device : torch.device
     moments : (mean, inverse standard deviation), each of shape (n_kept,), float64, default=None
         Of the kept features, where they are known.
+    max_bytes : float, default=infinity
+        What the head may take to hold its features; where that is not enough they are made again for every product.
 
     Attributes
     ----------
@@ -143,6 +152,7 @@ class RidgeHead:
         standardize: bool,
         device: torch.device,
         moments: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+        max_bytes: float = np.inf,
     ) -> None:
         self._kept, self._n_classes, self._device = kept, n_classes, device
         self._rows = np.flatnonzero(sample_weight > 0)
@@ -158,34 +168,40 @@ class RidgeHead:
         else:
             self._mean = torch.zeros(kept.shape[1], dtype=torch.float64, device=device)
             self._scale = torch.ones_like(self._mean)
-        self._space = self._gather()
+        self._space = self._gather(max_bytes)
         self.solution: RidgeSolution | None = None
 
     @full_precision()
-    def _gather(self) -> HeadSpace:
-        weights = self._weight / self._weight.sum()
+    def _gather(self, max_bytes: float) -> HeadSpace:
+        shape = len(self._rows), self._kept.shape[1]
+        if dense_bytes(*shape) > max_bytes:
+            return ColumnSpace(self._standardized, shape)
+        return dense_space(self._standardized(), *shape)
 
-        def standardized() -> Iterator[tuple[slice | Tensor, Tensor]]:
-            for index, block in self._blocks():
-                if not self._known_moments:
-                    mean, sd = column_moments(block.T.double(), weights, self._kept.precision)
-                    self._mean[index], self._scale[index] = mean, torch.where(sd > 0.0, 1.0 / sd, 0.0)
-                if self._standardize:
-                    block = (block - self._mean[index].to(block.dtype)) * self._scale[index].to(block.dtype)
-                yield index, block
+    def _standardized(self) -> Iterator[Block]:
+        """The features as they are penalised, in float64: rounded ones have other solutions where C is large."""
+        for index, block in self._blocks():
+            values = block.double()
+            if not self._known_moments:
+                mean, sd = column_moments(values.T, self._weight / self._weight.sum(), self._kept.precision)
+                self._mean[index], self._scale[index] = mean, torch.where(sd > 0.0, 1.0 / sd, 0.0)
+            if self._standardize:
+                values = (values - self._mean[index]).mul_(self._scale[index])
+            yield index, values
+        self._known_moments = True
 
-        return head_space(standardized(), len(self._rows), self._kept.shape[1])
-
-    def _blocks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def _blocks(self) -> Iterator[Block]:
         for index, block in self._kept.blocks():
             rows = block if self._whole else block[self._rows]
             # Torch takes no negative strides, and warns where it may not write, as joblib maps arrays for its workers.
             shared = rows.flags.writeable and min(rows.strides) >= 0
             tensor = torch.from_numpy(rows if shared else rows.copy()).to(self._device)
-            yield (index if isinstance(index, slice) else torch.as_tensor(index)), tensor
+            yield (index if isinstance(index, slice) else torch.as_tensor(index, device=self._device)), tensor
 
     @full_precision()
-    def fit(self, C: float, similar: RidgeSolution | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def fit(
+        self, C: float, similar: RidgeSolution | None = None, polish: bool = True
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve for one C, starting from the solution for the C before.
 
         Parameters
@@ -193,6 +209,8 @@ class RidgeHead:
         C : float
         similar : RidgeSolution, default=None
             A ``solution`` for this C of a head with other features, to start from instead.
+        polish : bool, default=True
+            As in `fit_ridge_head`; float64 features are polished in any case.
 
         Returns
         -------
@@ -201,16 +219,15 @@ class RidgeHead:
         intercept : ndarray of shape (n_classes,), float64
             -inf for classes left out.
         """
-        self.solution = fit_ridge_head(self._space, self._targets, self._weight, C, self.solution, similar, self._work)
+        polish = polish or self._work == torch.float64
+        self.solution = fit_ridge_head(
+            self._space, self._targets, self._weight, C, self.solution, similar, self._work, polish
+        )
         coordinates, intercept = self.solution.coordinates, self.solution.intercept
         if self._space.dual:
-            total = coordinates.sum(1)
             solved = torch.empty((self._kept.shape[1], len(self._targets)), dtype=torch.float64, device=self._device)
-            for index, block in self._blocks():
-                product = (coordinates.to(block.dtype) @ block).double()
-                if self._standardize:
-                    product.sub_(torch.outer(total, self._mean[index])).mul_(self._scale[index].square())
-                solved[index] = product.T
+            for index, block in self._standardized():
+                solved[index] = (coordinates @ block).T * self._scale[index, None]
         else:
             solved = coordinates.T * self._scale[:, None]
         coef = np.zeros((self._kept.shape[1], self._n_classes))

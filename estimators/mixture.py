@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,35 +11,47 @@ from scipy.optimize import minimize, nnls
 from scipy.special import log_softmax
 
 _RATE = 5.0
+_RIDGE = 0.02
 _LEAST_WEIGHT = 0.01
 _LEAST_LOG = -30.0
-_DIGITS = 9
+_SAME = 1e-7
 _MAX_BYTES = 2**28
 _ROUGH_STEPS = 500
 _NEWTON_STEPS = 50
 _NNLS_STEPS = 30
 _SMALLEST_STEP = 1e-6
-_DAMPING = 1e-12
-_TINY = 1e-12
-_CONVERGED = 1e-24
+_CONVERGED = 1e-18
+_ROUNDING = 1e-15
+_VIOLATION = 1e-9
+_NOTICEABLE = 1e-9
 
 
 def mixture_weights(
-    log_probabilities: NDArray[np.float64], codes: NDArray[np.int64], sample_weight: NDArray[np.float64]
+    log_probabilities: NDArray[np.float64],
+    log_frequencies: NDArray[np.float64],
+    codes: NDArray[np.int64],
+    sample_weight: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Maximise sum_i s_i log softmax(sum_m w_m log P_mi)[y_i] - 5 sum_m w_m over weights w >= 0.
+    """Weights w >= 0 with which models predict best together what they were not fitted on.
 
-    This mixes probabilities as a product of their powers. For linear models that is a linear model again. The problem
-    is concave; the second term, the logarithm of an exponential prior, decides among many models where there are few
-    samples, and weighs, as C does, against the sum of the sample weights. Weights need not sum to one: where models are
-    less sure than they should be, the sum is greater. Those below 1 % of the sum are dropped, and the others fitted
-    again.
+    They maximise, for the class frequencies f that the models know,
+
+        sum_i s_i log softmax(log f_i + sum_m w_m (log P_mi - log f_i))[y_i] - 5 sum_m w_m - 0.05 sum_m w_m^2
+
+    so that models without weight leave the class frequencies. This mixes probabilities as a product of their powers;
+    for linear models that is a linear model again. The problem is concave. The second term, the logarithm of an
+    exponential prior, decides among many models where there are few samples, and weighs, as C does, against the sum of
+    the sample weights. The third shares weight among models that are almost the same. Weights need not sum to one:
+    where models are less sure than they should be, the sum is greater. Those below 1 % of the sum are dropped, and the
+    others fitted again.
 
     Parameters
     ----------
     log_probabilities : ndarray of shape (n_models, n_samples, n_classes), float64
         Of samples that the models were not fitted on. What is below -30 counts as that; samples whose class no model
         thinks more likely are left out.
+    log_frequencies : ndarray of shape (n_samples, n_classes), float64
+        Logarithms of the class frequencies in what each sample's models were fitted on.
     codes : ndarray of shape (n_samples,), int64
         The true classes.
     sample_weight : ndarray of shape (n_samples,), float64
@@ -49,8 +60,8 @@ def mixture_weights(
     Returns
     -------
     ndarray of shape (n_models,), float64
-        Of models that predict the same to nine digits one has weight. Where no mixture is worth its weights, the most
-        likely model has weight 1.
+        Of models whose log-probabilities agree to 1e-7 the first has weight. Where no mixture is worth its weights, the
+        most likely model has weight 1 if it is more likely than the class frequencies; else all are 0.
     """
     weights, right = np.zeros(len(log_probabilities)), log_probabilities[:, np.arange(len(codes)), codes]
     # A class that no model has met says nothing about any of them.
@@ -58,20 +69,22 @@ def mixture_weights(
     if not seen.any():
         weights[0] = 1.0
         return weights
+    base = np.maximum(log_frequencies[seen], _LEAST_LOG)
     held_out = np.ascontiguousarray(log_probabilities[:, seen])
     np.maximum(held_out, _LEAST_LOG, out=held_out)
-    first = {sha256(np.round(held_out[number], _DIGITS)).digest(): number for number in reversed(range(len(held_out)))}
-    kept = np.array(sorted(first.values()))
-    problem = _Mixture(held_out[kept], codes[seen], sample_weight[seen])
-    found = _rough(problem)
-    while found.max() > 0 and not weights.any():
-        large = _large(found)
+    held_out -= base
+    kept = _different(held_out)
+    problem = _Mixture(held_out[kept], base, codes[seen], sample_weight[seen])
+    found = _best(problem, _rough(problem) > 0)
+    while found.any() and not (large := found >= min(_LEAST_WEIGHT * found.sum(), found.max())).all():
         kept, problem = kept[large], problem.of(large)
-        found = _polished(problem, found[large])
-        if _large(found).all():
-            weights[kept] = found
+        found = _best(problem, np.ones(len(kept), dtype=bool))
+    weights[kept] = found
     if not weights.any():
-        weights[np.argmax(np.maximum(right[:, seen], _LEAST_LOG) @ problem.sample_weight)] = 1.0
+        rows, share = np.arange(len(base)), problem.share
+        likelihoods = np.maximum(right[:, seen], _LEAST_LOG) @ share
+        if likelihoods.max() > base[rows, problem.codes] @ share + _NOTICEABLE:
+            weights[np.argmax(likelihoods)] = 1.0
     return weights
 
 
@@ -86,15 +99,28 @@ def drawn(rows: NDArray[np.int64], share: float) -> NDArray[np.int64]:
     return rows if share == 1.0 else rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:count])]
 
 
-def _large(weights: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return np.asarray(weights >= min(_LEAST_WEIGHT * weights.sum(), weights.max()))
+def _different(held_out: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Models that differ from each one before them, sorted."""
+    # Models that are close have close projections.
+    direction = np.random.default_rng(0).choice([-1.0, 1.0], held_out[0].shape)
+    projections, reach = np.tensordot(held_out, direction, 2), _SAME * held_out[0].size
+    kept: list[int] = []
+    for number, model in enumerate(held_out):
+        near = [other for other in kept if abs(projections[other] - projections[number]) <= reach]
+        if not any(np.abs(model - held_out[other]).max() <= _SAME for other in near):
+            kept.append(number)
+    return np.array(kept)
 
 
 @dataclass(frozen=True)
 class _Mixture:
-    """The problem of `mixture_weights`, divided by the sum of the sample weights, with its sign changed."""
+    """The problem of `mixture_weights`, divided by the sum of the sample weights, with its sign changed.
+
+    ``held_out`` are log P - log f, ``base`` is log f.
+    """
 
     held_out: NDArray[np.float64]
+    base: NDArray[np.float64]
     codes: NDArray[np.int64]
     sample_weight: NDArray[np.float64]
 
@@ -109,19 +135,19 @@ class _Mixture:
     def evaluate(self, weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
         """Value, gradient (n_models,) and probabilities (n_samples, n_classes)."""
         share, rows, rate = self.share, np.arange(len(self.codes)), _RATE / self.sample_weight.sum()
-        logarithms = log_softmax(np.tensordot(weights, self.held_out, 1), axis=1)
+        logarithms = log_softmax(self.base + np.tensordot(weights, self.held_out, 1), axis=1)
         probabilities = np.exp(logarithms)
         excess = share[:, None] * probabilities
         excess[rows, self.codes] -= share
-        value = rate * weights.sum() - logarithms[rows, self.codes] @ share
-        return float(value), np.tensordot(self.held_out, excess, 2) + rate, probabilities
+        value = rate * (weights.sum() + 0.5 * _RIDGE * weights @ weights) - logarithms[rows, self.codes] @ share
+        return float(value), np.tensordot(self.held_out, excess, 2) + rate * (1.0 + _RIDGE * weights), probabilities
 
     def hessian(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n_models, n_models), positive definite by a hair where models are the same."""
+        """(n_models, n_models), positive definite."""
         centred = self.held_out - (self.held_out * probabilities).sum(axis=2, keepdims=True)
         root = (centred * np.sqrt(self.share[:, None] * probabilities)).reshape(len(self.held_out), -1)
         hessian: NDArray[np.float64] = root @ root.T
-        hessian[np.diag_indices_from(hessian)] += _DAMPING * max(hessian.trace(), _TINY)
+        hessian[np.diag_indices_from(hessian)] += _RATE / self.sample_weight.sum() * _RIDGE
         return hessian
 
 
@@ -138,20 +164,33 @@ def _rough(problem: _Mixture) -> NDArray[np.float64]:
     return np.asarray(found.x)
 
 
-def _polished(problem: _Mixture, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The best weights, by Newton's method with w >= 0: the same to many digits, whatever the start."""
+def _best(problem: _Mixture, support: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The best weights, by Newton's method on the models that may have some: the same to many digits from any start."""
+    weights = np.zeros(len(support))
+    while True:
+        if support.any():
+            weights[support] = _newton(problem.of(support), weights[support])
+        missing = (problem.evaluate(weights)[1] < -_VIOLATION) & ~support
+        if not missing.any():
+            return weights
+        support |= missing
+
+
+def _newton(problem: _Mixture, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     value, gradient, probabilities = problem.evaluate(weights)
+    before = np.inf
     for _ in range(_NEWTON_STEPS):
         # The quadratic model's best point w >= 0 is a least-squares problem in its root.
         root = np.linalg.cholesky(problem.hessian(probabilities)).T
         goal = root @ weights - np.linalg.solve(root.T, gradient)
         direction = nnls(root, goal, maxiter=_NNLS_STEPS * len(weights))[0] - weights
         slope, size = float(gradient @ direction), 1.0
-        if -slope <= _CONVERGED:
+        if -slope <= _CONVERGED and -slope >= 0.5 * before:
             break
+        before = -slope
         while size > _SMALLEST_STEP:
             trial, *others = problem.evaluate(weights + size * direction)
-            if trial <= value + 1e-4 * size * slope:
+            if trial <= value + 1e-4 * size * slope + _ROUNDING * abs(value):
                 break
             size /= 2
         if size <= _SMALLEST_STEP:

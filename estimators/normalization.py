@@ -23,6 +23,8 @@ from estimators.group_lasso.sources import (
     iterate_blocks,
 )
 
+_TINY_SQUARE = 1e-280
+
 NORMALIZATIONS = ("standard", "layer", "layer+standard")
 
 
@@ -123,11 +125,26 @@ def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int6
 def inverse_norms(X: ColumnSource | NDArray[Any], layers: NDArray[np.int64]) -> NDArray[np.float64]:
     """1 / the L2 norm of each layer's columns of X, 0 where they are zero, (n_rows, n_layers) float64."""
     squares = np.zeros((X.shape[0], int(layers.max(initial=-1)) + 1))
-    for columns, block in iterate_blocks(X):
-        values = np.asarray(block, dtype=np.float64)
-        present, which = np.unique(layers[columns], return_inverse=True)
-        squares[:, present] += values**2 @ np.eye(len(present))[which]
-    return _inverse(np.sqrt(squares))
+    with np.errstate(over="ignore", under="ignore"):
+        for columns, block in iterate_blocks(X):
+            values = np.asarray(block, dtype=np.float64)
+            present, which = np.unique(layers[columns], return_inverse=True)
+            squares[:, present] += values**2 @ np.eye(len(present))[which]
+    inverse = _inverse(np.sqrt(squares))
+    if np.dtype(X.dtype).itemsize == 8:  # squares of float32 are in range
+        out_of_range = ~((squares > _TINY_SQUARE) & (squares < np.inf)).all(axis=0)
+        for layer in np.intersect1d(np.flatnonzero(out_of_range), layers):
+            inverse[:, layer] = _inverse_norm_out_of_range(X, layers == layer)
+    return inverse
+
+
+def _inverse_norm_out_of_range(X: ColumnSource | NDArray[Any], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """1 / the L2 norm of the chosen columns where squares may not be finite or not be normal numbers, (n_rows,)."""
+    blocks = [np.asarray(block, dtype=np.float64)[:, chosen[columns]] for columns, block in iterate_blocks(X)]
+    values = np.concatenate(blocks, axis=1)
+    exponents = np.frexp(np.abs(values).max(axis=1))[1]
+    with np.errstate(over="ignore"):
+        return np.ldexp(_inverse(np.linalg.norm(np.ldexp(values, -exponents[:, None]), axis=1)), -exponents)
 
 
 def weighted_moments(

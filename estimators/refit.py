@@ -48,6 +48,7 @@ def ridge_head(
         standardizes(normalization),
         device,
         moments,
+        max_bytes,
     )
 
 

@@ -24,7 +24,7 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, proces
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
 
-from estimators.candidates import Candidate, Fit, fit_candidates, score_fold
+from estimators.candidates import Candidate, Fit, fit_candidates, null_model, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.held import hold_for_folds
 from estimators.inputs import Training, check_features, check_training, class_weighted
@@ -108,8 +108,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         That candidate alone, fitted on all samples.
     estimators_ : list of Head2ToeClassifier
         The candidates that predict, heaviest first: ``[best_estimator_]`` without a mixture.
-    weights_ : ndarray of shape (n_estimators,), float64, positive
-        Of their scores; they need not sum to one.
+    weights_ : ndarray of shape (n_estimators,), float64, non-negative
+        Of their scores; they need not sum to one. 0 where no candidate predicts held-out samples better than the class
+        frequencies.
+    offset_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
+        What is added to the sum of the scores: ``1 - weights_.sum()`` times the logarithms of the class frequencies.
     coef_ : ndarray of shape (n_classes, n_features_in_), or (1, n_features_in_) for two classes, float64
         Weighted sum of the ``coef_`` of ``estimators_``, made on access. Several that scale layers, each by the length
         of what it kept, are no single linear model: there is then neither ``coef_`` nor ``intercept_``.
@@ -261,22 +264,30 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         weights = np.zeros(len(candidates))
         if self.refit == "mixture":
             held_out = np.concatenate([drawn(test, share) for _, test in splits])
-            predicted = np.concatenate([fold[2] for fold in folds], axis=1)
+            predicted, frequencies = np.concatenate([fold[2] for fold in folds], axis=1), [fold[3] for fold in folds]
             each = training.sample_weight[held_out] / share
-            weights[mixed] = mixture_weights(predicted, training.codes[held_out], each)
+            weights[mixed] = mixture_weights(predicted, np.concatenate(frequencies), training.codes[held_out], each)
         else:
             weights[self.best_index_] = 1.0
-        heaviest = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist()
+        heaviest = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist() or [self.best_index_]
         chosen = [candidates[index] for index in dict.fromkeys([*heaviest, self.best_index_])]
-        fits = fit_candidates(training, chosen, replace(options, label="all samples, "))
+        fits = fit_candidates(training, chosen, replace(options, label="all samples, "), polish=True)
         fitted = {fit.candidate.index: self._estimator(training, fit) for fit in fits}
         self.best_estimator_ = fitted[self.best_index_]
         self.estimators_, self.weights_ = [fitted[index] for index in heaviest], weights[heaviest]
+        # What the weights leave over goes to the class frequencies, whatever its sign: a class without any stays out.
+        _, log_frequencies = null_model(training)
+        log_frequencies[np.isfinite(log_frequencies)] *= 1.0 - self.weights_.sum()
+        self.offset_ = log_frequencies
+        if len(training.classes) == 2:
+            self.offset_ = np.diff(self.offset_)
         self.classes_ = training.classes
         self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
         self.n_iter_ = max(estimator.n_iter_ for estimator in self.estimators_)
         self.feature_scores_ = np.average(
-            [estimator.feature_scores_ for estimator in self.estimators_], axis=0, weights=self.weights_
+            [estimator.feature_scores_ for estimator in self.estimators_],
+            axis=0,
+            weights=self.weights_ if self.weights_.any() else None,
         )
         self.selected_features_ = np.unique(
             np.concatenate([estimator.selected_features_ for estimator in self.estimators_])
@@ -284,6 +295,13 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         if not len(self.selected_features_):
             warn_nothing_selected(
                 self.best_params_["alpha"], self.best_estimator_.alpha_max_, "predictions are the class frequencies"
+            )
+        elif not self.weights_.any():
+            warnings.warn(
+                "No candidate predicts held-out samples better than the class frequencies do: predictions are the "
+                "class frequencies.",
+                UserWarning,
+                stacklevel=2,
             )
         return self
 
@@ -434,7 +452,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         return float(get_scorer(self.scoring or "accuracy")(self, X, y, **params))
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Scores of the classes: the weighted sum of those of ``estimators_``.
+        """Scores of the classes: the weighted sum of those of ``estimators_``, and ``offset_``.
 
         Of the second class only where there are two.
 
@@ -465,7 +483,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
 
     def _mixed(self, parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Scores, or intercepts, of the mixture from those of ``estimators_``."""
-        return np.asarray(sum(weight * part for weight, part in zip(self.weights_, parts, strict=True)))
+        weighted = zip(self.weights_, parts, strict=True)
+        return (
+            np.asarray(sum(weight * part if weight else np.zeros_like(part) for weight, part in weighted))
+            + self.offset_
+        )
 
     @property
     def coef_(self) -> NDArray[np.float64]:

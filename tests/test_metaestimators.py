@@ -408,6 +408,18 @@ def test_a_search_is_one_linear_model(settings):
     assert not set(np.flatnonzero(np.abs(model.coef_).sum(axis=0))) - set(model.selected_features_.tolist())
 
 
+def test_a_mixture_of_nothing_has_the_intercepts_of_the_frequencies():
+    X, y, weight = np.random.default_rng(0).normal(size=(N, 4)), np.arange(N) % 4, np.ones(N)
+    weight[y == 1], weight[y == 2] = 0, 2
+    model = Head2ToeClassifierCV(alphas=(0.9,), keep_fractions=(1.0,), Cs=(1.0,), last_layers=(), cv=2)
+    with pytest.warns(UserWarning, match="class frequencies"):
+        model.fit(X, y, sample_weight=weight)
+    assert model.weights_.tolist() == [0.0]
+    np.testing.assert_array_equal(model.coef_, np.zeros((4, 4)))
+    np.testing.assert_allclose(np.exp(model.intercept_), [0.25, 0, 0.5, 0.25], atol=0.02)
+    np.testing.assert_allclose(model.predict_proba(X), np.tile(np.exp(model.intercept_), (N, 1)))
+
+
 def test_a_mixture_that_scales_layers_has_no_coefficients():
     X, y, _ = make_problem(6, n=60, d=25)
     model = Head2ToeClassifierCV(

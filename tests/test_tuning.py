@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -172,7 +173,9 @@ def test_scores_are_added_up_with_the_weights(k, normalization):
     parts = [estimator.decision_function(X) for estimator in model.estimators_]
     scores, P = model.decision_function(X), model.predict_proba(X)
     assert scores.shape == ((N,) if k == 2 else (N, k))
-    np.testing.assert_allclose(scores, np.tensordot(model.weights_, parts, 1), atol=1e-9)
+    log_frequencies = np.log(np.bincount(y) / N)
+    rest = (1 - model.weights_.sum()) * (np.diff(log_frequencies) if k == 2 else log_frequencies)
+    np.testing.assert_allclose(scores, np.tensordot(model.weights_, parts, 1) + rest, atol=1e-9)
     assert np.abs(P - model.estimators_[0].predict_proba(X)).max() > 1e-6
     logits = scores if k > 2 else np.stack([np.zeros(N), scores], axis=1)
     np.testing.assert_allclose(P, softmax(logits, axis=1), atol=1e-12)
@@ -195,14 +198,15 @@ def test_the_mixture_makes_the_held_out_labels_most_likely():
     X, y, weight = problem(5)
     folds = StratifiedKFold(3)
     model = Head2ToeClassifierCV(**{**SMALL, "cv": folds}).fit(X, y, sample_weight=weight)
-    held_out = np.empty((8, N, 3))
+    held_out, base = np.empty((8, N, 3)), np.empty((N, 3))
     for number, params in enumerate(model.cv_results_["params"]):
         for train, test in folds.split(X, y):
             alone = Head2ToeClassifier(**params).fit(X[train], y[train], sample_weight=weight[train])
             held_out[number, test] = alone.predict_log_proba(X[test])
+            base[test] = np.log(np.bincount(y[train], weight[train]) / weight[train].sum())
 
     def objective(mixture):
-        mixed = log_softmax(np.tensordot(mixture, held_out, 1), axis=1)
+        mixed = log_softmax(base + np.tensordot(mixture, held_out - base, 1), axis=1)
         return np.average(mixed[np.arange(N), y], weights=weight) - 5 / weight.sum() * mixture.sum()
 
     mixture, shared = np.zeros(8), list(model.best_params_)
@@ -225,17 +229,29 @@ def test_weights_need_not_see_every_held_out_sample(monkeypatch, scored):
         asked.append(sizes)
         return 1 / 3
 
-    def weights_of(log_probabilities, codes, sample_weight):
+    def weights_of(log_probabilities, log_frequencies, codes, sample_weight):
         rows = np.concatenate([drawn(test, 1 / 3) for _, test in StratifiedKFold(3).split(X, y)])
         np.testing.assert_array_equal(codes, y[rows])
         assert log_probabilities.shape == (8, 42, 3)
-        return mixture_weights(log_probabilities, codes, sample_weight)
+        return mixture_weights(log_probabilities, log_frequencies, codes, sample_weight)
 
     monkeypatch.setattr(tuning, "share_to_predict", third)
     monkeypatch.setattr(tuning, "mixture_weights", weights_of)
     model = Head2ToeClassifierCV(**SMALL, refit=scored).fit(X, y)
     assert asked == [(8 if scored == "mixture" else 0, 120, 3)]
     assert model.score(X, y) > 0.6
+
+
+@pytest.mark.parametrize("case", ["constant", "noise"])
+@pytest.mark.parametrize("counts", [[5, 15], [4, 10, 30]])
+def test_where_nothing_can_be_learned_predictions_are_the_class_frequencies(counts, case):
+    counts = np.array(counts) * (1 if case == "constant" else 20)
+    y = np.repeat(np.arange(len(counts)), counts)
+    X = np.ones((len(y), 6)) if case == "constant" else np.random.default_rng(1).normal(size=(len(y), 6))
+    with pytest.warns(UserWarning, match="class frequencies") if case == "constant" else nullcontext():
+        model = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    np.testing.assert_allclose(model.predict_proba(X).mean(axis=0), counts / len(y), atol=0.02)
+    np.testing.assert_allclose(model.predict_proba(X), np.tile(counts / len(y), (len(y), 1)), atol=0.15)
 
 
 def test_candidates_that_keep_whole_layers_are_mixed_once_for_all_alphas():

@@ -23,6 +23,9 @@ from torch import Tensor
 from estimators.group_lasso.sources import READ_BYTES, Features, iterate_blocks
 
 _DELICATE = 100.0
+_TINY_SD = 1e-140
+_MOST_EXPONENT = 1000
+_FARTHEST = 1e15
 _TILE = 32
 _FEW_CLASSES = 4
 _CALL_FLOPS = 5e10
@@ -141,6 +144,13 @@ def _source_dtype(X: Features) -> str:
     return str(X.dtype).removeprefix("torch.")
 
 
+def stored_precision(X: Features) -> float:
+    """Relative rounding of the values of X: the machine epsilon of the dtype it is stored in."""
+    stored = getattr(X, "stored_dtype", X.dtype)
+    dtype = _DTYPES.get(str(stored).removeprefix("torch."), torch.float64)
+    return float(torch.finfo(dtype).eps)
+
+
 def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
     if max_memory is None:
         if device.type == "cuda":
@@ -208,10 +218,21 @@ def column_moments(columns: Tensor, weights: Tensor, precision: float) -> tuple[
     mean, sd : Tensor of shape (n_columns,), float64
         sd is exactly 0 for a constant column: one whose spread is within rounding of its mean.
     """
-    mean = columns @ weights
-    sd = ((columns - mean[:, None]).square_() @ weights).sqrt()
+    mean, sd = _mean_and_sd(columns, weights)
+    extreme = ~((sd > _TINY_SD) & sd.isfinite())
+    if bool(extreme.any()):
+        # Squares may be out of range; a power of two per column brings them back and changes no digit.
+        chosen = columns[extreme]
+        exponent = torch.frexp(chosen.abs().amax(1))[1].clamp_(-_MOST_EXPONENT, _MOST_EXPONENT)
+        moments = _mean_and_sd(torch.ldexp(chosen, -exponent[:, None]), weights)
+        mean[extreme], sd[extreme] = (torch.ldexp(moment, exponent) for moment in moments)
     rounding = max(4.0 * precision, columns.shape[1] * torch.finfo(torch.float64).eps)
     return mean, torch.where(sd <= rounding * mean.abs(), 0.0, sd)
+
+
+def _mean_and_sd(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    mean = columns @ weights
+    return mean, ((columns - mean[:, None]).square_() @ weights).sqrt()
 
 
 class _Moments:
@@ -246,6 +267,15 @@ class _Moments:
             )
         mean, sd = self._mean, self._sd
         varying = sd > 0
+        if not self._standardize:
+            size = mean.abs() + sd
+            largest = float(size.max())
+            if largest > 0.0 and not 1.0 / _FARTHEST < largest < _FARTHEST:
+                raise ValueError(
+                    f"X holds values of about {largest:.0e} in {_name(slice(0, len(size)), size == largest)}: where "
+                    f"features are not standardised, the largest must lie between {1.0 / _FARTHEST:g} and "
+                    f"{_FARTHEST:g}. Scale X, or standardise it (normalization='standard')."
+                )
         scale = torch.where(varying, 1.0 / sd, 0.0) if self._standardize else varying.double()
         center = mean if self._standardize and self._center else torch.zeros_like(mean)
         return center, scale, varying & (mean.abs() > _DELICATE * sd)
@@ -264,7 +294,7 @@ class DenseOperator:
         for index, block in _blocks(X, rows, READ_BYTES):
             values = self._columns[index]
             _store(values, block.T, index)
-            moments.add(index, values, torch.finfo(held).eps)
+            moments.add(index, values, max(torch.finfo(held).eps, stored_precision(X)))
             if not isinstance(index, slice):
                 self._columns[index] = values
         self.center, self.inverse_scale, delicate = moments.finish()
@@ -312,7 +342,7 @@ class StreamedOperator:
         for index, block in self._read():
             values = torch.empty((block.shape[1], len(rows)), dtype=held, device=self._device)
             _store(values, block.T, index)
-            moments.add(index, values, torch.finfo(held).eps)
+            moments.add(index, values, max(torch.finfo(held).eps, stored_precision(X)))
         self.center, self.inverse_scale, self._delicate = moments.finish()
         self._index = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._columns = torch.zeros((0, len(rows)), dtype=held, device=self._device)

@@ -44,6 +44,7 @@ from estimators.group_lasso.sources import Features, as_features
 _DOUBLE_BELOW = 1e-5
 _SMALLEST_GROWTH = 64
 _FRUITLESS_ROUNDS = 3
+_LARGEST_WEIGHT = 1e100
 # The gap is first order in the violation of rows that dominate it; this keeps all others from lagging far behind.
 _VIOLATION_PER_TOL = 200.0
 
@@ -232,6 +233,9 @@ def _encode(y: ArrayLike, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int6
 def check_sample_weight(sample_weight: ArrayLike | None, n_samples: int) -> NDArray[np.float64]:
     """Sample weights as float64 of shape (n_samples,), ones for None.
 
+    If the largest is beyond 1e100 or below 1e-100, all are scaled so that it is that: sums and products stay in range,
+    and a penalty that is weighed against them vanishes or rules as before.
+
     Raises
     ------
     ValueError
@@ -246,7 +250,9 @@ def check_sample_weight(sample_weight: ArrayLike | None, n_samples: int) -> NDAr
         raise ValueError(f"sample_weight must have shape ({n_samples},), got {weight.shape}.")
     if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
         raise ValueError("sample_weight must be finite, non-negative and not all zero.")
-    return weight
+    largest = weight.max()
+    bounded = np.clip(largest, 1.0 / _LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    return weight if bounded == largest else weight * (bounded / largest)
 
 
 def _pose(

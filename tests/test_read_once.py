@@ -105,7 +105,7 @@ def test_processes_share_what_was_read(path, features, read, monkeypatch):
 
     monkeypatch.setattr(HeldFeatures, "load", vanishing)
     try:
-        with parallel_config(backend="loky", inner_max_num_threads=1):
+        with parallel_config(backend="loky"):
             model = Head2ToeClassifierCV(**{**SEARCH.get_params(), "n_jobs": 2}).fit(features, Y)
     finally:
         away.rename(there)
