@@ -1,8 +1,9 @@
-"""The ridge head: L2 multinomial logistic regression on kept features, in the smaller of sample and feature space.
+"""The ridge head: L2 multinomial logistic regression on kept features Z, in as few coordinates as there are.
 
-With fewer samples than features the solution V is a combination of rows, A'Z, and only the products ZZ' are needed.
-Newton's method takes its steps from preconditioned conjugate gradients, which may run in float32. The gradient, by
-which the solution is certified, is always in float64, and so are the products it rests on. The intercept is eliminated.
+With fewer samples than features, Z is replaced by the Cholesky factor L of ZZ' = LL': the same problem for L has the
+solution for Z turned into other axes. Newton's method takes its steps from preconditioned conjugate gradients, which
+may run in float32. The gradient, by which the solution is certified, is always in float64, and so are the products it
+rests on. The intercept is eliminated.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf as pstrf
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
@@ -26,7 +29,6 @@ from estimators.group_lasso.problem import (
 )
 
 _TOLERANCE = 1e-8
-_FINEST = 1e-18
 _MAX_ITER = 100
 _CG_STEPS = 30
 _STALE = 20
@@ -43,20 +45,19 @@ Block = tuple[slice | Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class DenseSpace:
-    """Features Z (n_samples, n_features) held as the head needs them.
+class HeldSpace:
+    """Features Z (n_samples, n_features), or the Cholesky factor L of ZZ', held for products.
 
     Attributes
     ----------
     matrix : Tensor of shape (size, n_samples)
-        What coordinates (n_classes, size) are multiplied with for scores: Z', where they are V', or ZZ', where they
-        are A'.
-    dual : bool
-        Whether it is ZZ'.
+        Z' or L'.
+    pivots : Tensor of shape (size,), int64, default=None
+        The samples that the rows of L' belong to, where it is L'.
     """
 
     matrix: Tensor
-    dual: bool
+    pivots: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -68,20 +69,28 @@ class DenseSpace:
         return coordinates @ self.matrix
 
     def pull(self, residual: Tensor) -> Tensor:
-        """The gradient in the coordinates (in those of V = A'Z up to a factor ZZ') from that in the scores."""
-        return residual if self.dual else residual @ self.matrix.T
+        """The gradient in the coordinates from that in the scores."""
+        return residual @ self.matrix.T
 
-    def to(self, dtype: torch.dtype) -> DenseSpace:
+    def to(self, dtype: torch.dtype) -> HeldSpace:
         """In another precision."""
-        return DenseSpace(self.matrix.to(dtype), self.dual)
+        return self if dtype == self.matrix.dtype else HeldSpace(self.matrix.to(dtype), self.pivots)
 
     def diagonal(self, curvature: Tensor) -> Tensor:
-        """Of Z'HZ or ZZ'H for the diagonal matrix H, (size,)."""
-        return self.matrix.diagonal() * curvature if self.dual else self.matrix.square() @ curvature
+        """Of Z'HZ for the diagonal matrix H, (size,)."""
+        return self.matrix.square() @ curvature
+
+    def combination(self, coordinates: Tensor) -> Tensor:
+        """A (n_classes, n_samples) with A Z the coefficients of the features, for coordinates on L."""
+        assert self.pivots is not None
+        combined = coordinates.new_zeros((len(coordinates), self.matrix.shape[1]))
+        triangle = self.matrix[:, self.pivots]
+        combined[:, self.pivots] = torch.linalg.solve_triangular(triangle, coordinates.T, upper=True).T
+        return combined
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnSpace:
+class StreamedSpace:
     """Features Z that are made again by blocks of columns for every product, as there is no room to hold them.
 
     Attributes
@@ -93,7 +102,7 @@ class ColumnSpace:
 
     blocks: Callable[[], Iterator[Block]]
     shape: tuple[int, int]
-    dual = False
+    pivots = None
 
     @property
     def size(self) -> int:
@@ -114,7 +123,7 @@ class ColumnSpace:
             pulled[:, index] = residual @ block
         return pulled
 
-    def to(self, dtype: torch.dtype) -> ColumnSpace:
+    def to(self, dtype: torch.dtype) -> StreamedSpace:
         """Itself: its products are in float64."""
         return self
 
@@ -126,17 +135,18 @@ class ColumnSpace:
         return diagonal
 
 
-HeadSpace = DenseSpace | ColumnSpace
+HeadSpace = HeldSpace | StreamedSpace
 
 
-def dense_bytes(n_samples: int, n_features: int) -> int:
-    """Bytes that a `DenseSpace` takes with its copy in float32 and the inverse that preconditions it."""
+def held_space_bytes(n_samples: int, n_features: int) -> int:
+    """Bytes that making and using a `HeldSpace` takes, with its copy in float32 and what preconditions it."""
     size = min(n_samples, n_features)
+    factoring = 16 * n_samples**2 if n_features > n_samples else 0
     inverse = 32 * size**2 if size <= _LARGEST_INVERSE else 0
-    return 12 * size * n_samples + inverse
+    return 8 * size * n_samples + max(factoring, 4 * size * n_samples + inverse)
 
 
-def dense_space(blocks: Iterable[Block], n_samples: int, n_features: int) -> DenseSpace:
+def held_space(blocks: Iterable[Block], n_samples: int, n_features: int) -> HeldSpace:
     """Gather features by blocks of columns.
 
     Parameters
@@ -150,21 +160,29 @@ def dense_space(blocks: Iterable[Block], n_samples: int, n_features: int) -> Den
     ValueError
         If products of features overflow.
     """
-    dual, gathered = n_features > n_samples, None
+    wide, gathered = n_features > n_samples, None
     for index, block in blocks:
         if gathered is None:
             size = min(n_features, n_samples)
             gathered = torch.zeros((size, n_samples), dtype=torch.float64, device=block.device)
-        if dual:
+        if wide:
             _add_products(gathered, block)
         else:
             gathered[index] = block.T
     assert gathered is not None
-    if dual:
-        gathered = torch.tril(gathered) + torch.tril(gathered, -1).T
-    if not bool(gathered.square().sum().isfinite()):
+    if not bool(gathered.norm().isfinite()):
         raise ValueError("The kept features are too large for the ridge head: their products overflow. Scale them.")
-    return DenseSpace(gathered, dual)
+    return _factored(gathered) if wide else HeldSpace(gathered)
+
+
+def _factored(products: Tensor) -> HeldSpace:
+    """The space of L' for products ZZ', of which the lower triangle is given; as many rows as Z has rank."""
+    factor, order, rank, _ = pstrf(products.cpu().numpy(), lower=1)
+    rank = max(rank, 1)
+    pivots = torch.as_tensor(order - 1, dtype=torch.int64, device=products.device)
+    matrix = products.new_empty((rank, len(products)))
+    matrix[:, pivots] = torch.as_tensor(np.tril(factor)[:, :rank].T, device=products.device)
+    return HeldSpace(matrix, pivots[:rank])
 
 
 def _add_products(total: Tensor, rows: Tensor) -> None:
@@ -207,7 +225,7 @@ def fit_ridge_head(
 
     Parameters
     ----------
-    space : DenseSpace or ColumnSpace
+    space : HeldSpace or StreamedSpace
     targets : Tensor of shape (n_classes, n_samples), float64
         Y', one-hot; two classes or more, all present.
     sample_weight : Tensor of shape (n_samples,), float64
@@ -245,14 +263,13 @@ def fit_ridge_head(
     n_products, gap, best, lowest, stalled = _STALE, math.inf, math.inf, math.inf, 0
     for _ in range(_MAX_ITER):
         gradient = space.pull(point.residual) + strength * coordinates
-        images = space.scores(gradient) if space.dual else gradient
         # With the best intercept, what remains is strongly convex in V: no optimum is further below than this.
         previous = gap
-        gap = abs(float((gradient * images).sum())) / (2.0 * strength) if point.exact else math.inf
+        gap = float(gradient.square().sum()) / (2.0 * strength) if point.exact else math.inf
         solved = gap <= _TOLERANCE * null
-        if solved and (not polish or gap <= _FINEST * null or (rough is space and gap > 0.5 * previous)):
+        if solved and (not polish or (rough is space and gap > 0.5 * previous)):
             break
-        value = point.loss + _ridge(space, coordinates, products, strength)
+        value = point.loss + _ridge(coordinates, strength)
         better = gap < 0.5 * best or value < lowest - _TOLERANCE * null
         best, lowest, stalled = min(gap, best), min(value, lowest), 0 if better else stalled + 1
         if stalled > _PATIENCE and rough is space:
@@ -274,11 +291,11 @@ def fit_ridge_head(
             rough, problem, point.probabilities, preconditioner, gradient, forcing
         )
         moved, step = space.scores(direction), 1.0
-        slope = float((gradient * (moved if space.dual else direction)).sum())
+        slope = float((gradient * direction).sum())
         while step > _SMALLEST_STEP:
             trial, trial_products = coordinates + step * direction, products + step * moved
             reached = evaluate(problem, trial_products, point.intercept)
-            trial_value = reached.loss + _ridge(space, trial, trial_products, strength)
+            trial_value = reached.loss + _ridge(trial, strength)
             if trial_value <= value + 1e-4 * step * slope + 1e-14:
                 break
             step /= 2
@@ -312,25 +329,23 @@ def _first_guess(
     else:
         return nothing
     scores = space.scores(guess)
-    value = loss(problem, scores + intercept[:, None]) + _ridge(space, guess, scores, strength)
+    value = loss(problem, scores + intercept[:, None]) + _ridge(guess, strength)
     return (guess, scores, intercept) if value < null_objective(problem) else nothing
 
 
-def _ridge(space: HeadSpace, coordinates: Tensor, products: Tensor, strength: float) -> float:
+def _ridge(coordinates: Tensor, strength: float) -> float:
     """strength / 2 * ||V||_F^2."""
-    return 0.5 * strength * float((coordinates * (products if space.dual else coordinates)).sum())
+    return 0.5 * strength * float(coordinates.square().sum())
 
 
 @dataclass(frozen=True, slots=True)
 class _Preconditioner:
-    """Inverse of what the Hessian would be if every sample had one curvature h for all classes.
+    """(Z'HZ + strength)^-1, the inverse Hessian if every sample had one curvature h for all classes.
 
-    That is (Z'HZ + strength)^-1 for V and (ZZ'H + strength)^-1 for A, to be multiplied from the right. Beyond a size of
-    4096, and where Z is not held, it is that of the diagonal.
+    Beyond a size of 4096, and where Z is not held, it is that of the diagonal.
     """
 
     inverse: Tensor
-    curvature: Tensor
     strength: float
 
     @classmethod
@@ -338,33 +353,19 @@ class _Preconditioner:
         """None if rounding makes it indefinite."""
         mean = (probabilities * (1.0 - probabilities)).sum(0) / (len(probabilities) - 1)
         curvature = weights * mean.clamp_min(_LEAST_CURVATURE)
-        if isinstance(space, ColumnSpace) or space.size > _LARGEST_INVERSE:
-            curvature = curvature if isinstance(space, ColumnSpace) else curvature.to(space.matrix.dtype)
-            return cls(1.0 / (space.diagonal(curvature) + strength), curvature, strength)
+        if isinstance(space, StreamedSpace):
+            return cls(1.0 / (space.diagonal(curvature) + strength), strength)
         matrix, curvature = space.matrix, curvature.to(space.matrix.dtype)
-        root = curvature.sqrt()
-        if space.dual:
-            bent = matrix * root * root[:, None]
-        else:
-            bent = torch.zeros((len(matrix), len(matrix))).to(matrix)
-            _add_products(bent, matrix * root)
+        if space.size > _LARGEST_INVERSE:
+            return cls(1.0 / (space.diagonal(curvature) + strength), strength)
+        bent = matrix.new_zeros((space.size, space.size))
+        _add_products(bent, matrix * curvature.sqrt())
         bent.diagonal().add_(strength)
         factor = _positive_factor(bent)
-        if factor is None:
-            return None
-        inverse = torch.cholesky_inverse(factor)
-        return cls(inverse * root / root[:, None] if space.dual else inverse, curvature, strength)
+        return None if factor is None else cls(torch.cholesky_inverse(factor), strength)
 
-    def __call__(self, space: HeadSpace, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What they become, and the scores of that."""
-        if self.inverse.ndim == 1:
-            ahead = rows * self.inverse
-            return ahead, space.scores(ahead)
-        ahead = rows @ self.inverse
-        if space.dual:
-            # A product saved: ahead (ZZ'H + strength) = rows.
-            return ahead, torch.sub(rows, ahead, alpha=self.strength).div_(self.curvature)
-        return ahead, space.scores(ahead)
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows * self.inverse if self.inverse.ndim == 1 else rows @ self.inverse
 
 
 def _positive_factor(matrix: Tensor) -> Tensor | None:
@@ -373,8 +374,9 @@ def _positive_factor(matrix: Tensor) -> Tensor | None:
     jitter = torch.finfo(matrix.dtype).eps
     for _ in range(10):
         matrix.diagonal().add_(jitter * mean)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
+        factored = torch.linalg.cholesky_ex(matrix)
+        if not int(factored.info):
+            factor: Tensor = factored.L
             return factor
         jitter *= 10.0
     return None
@@ -389,7 +391,7 @@ def _newton_direction(
     forcing: float,
 ) -> tuple[Tensor, int]:
     """Minus the inverse Hessian times the gradient, roughly, and how many products it took."""
-    work = preconditioner.curvature.dtype
+    work = preconditioner.inverse.dtype
     likely, weighted = probabilities.to(work), (problem.weights * probabilities).to(work)
     hessian = intercept_hessian(problem, probabilities)
     # Classes that every sample is sure about: what float32 makes of them would be divided by nothing.
@@ -402,27 +404,24 @@ def _newton_direction(
         shift = balance @ bent.sum(1)
         return bent.sub_(weighted * (shift[:, None] - shift @ likely))
 
-    def square(rows: Tensor, coordinates: Tensor, scores: Tensor) -> float:
-        return float((rows * (scores if space.dual else coordinates)).sum())
-
     residual = -gradient.to(work)
     solution = torch.zeros_like(residual)
-    search, scores = preconditioner(space, residual)
-    size = square(residual, search, scores)
+    search = preconditioner(residual)
+    size = float((residual * search).sum())
     goal = forcing**2 * size
     n_products = 0
     while n_products < _CG_STEPS:
         n_products += 1
-        product = space.pull(bend(scores)).add_(search, alpha=preconditioner.strength)
-        curvature = square(product, search, scores)
+        product = space.pull(bend(space.scores(search))).add_(search, alpha=preconditioner.strength)
+        curvature = float((search * product).sum())
         if not curvature > 0.0:
             break
         step = size / curvature
         solution.add_(search, alpha=step)
         residual.sub_(product, alpha=step)
-        ahead, ahead_scores = preconditioner(space, residual)
-        previous, size = size, square(residual, ahead, ahead_scores)
+        ahead = preconditioner(residual)
+        previous, size = size, float((residual * ahead).sum())
         if not size > goal:
             break
-        search, scores = ahead.add_(search, alpha=size / previous), ahead_scores.add_(scores, alpha=size / previous)
+        search = ahead.add_(search, alpha=size / previous)
     return solution.double(), n_products

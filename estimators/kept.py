@@ -11,19 +11,21 @@ from numpy.typing import NDArray
 
 from estimators.group_lasso.operators import column_moments, memory_limit, stored_precision
 from estimators.group_lasso.path import full_precision
-from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
+from estimators.group_lasso.sources import ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.heads import (
     Block,
-    ColumnSpace,
     HeadSpace,
+    HeldSpace,
     RidgeSolution,
-    dense_bytes,
-    dense_space,
+    StreamedSpace,
     fit_ridge_head,
+    held_space,
+    held_space_bytes,
 )
 from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
 
 _HELD_SHARE = 4
+_BLOCK_BYTES = 2 * 2**20
 
 
 def held_bytes(max_memory: int | str | None) -> int:
@@ -87,7 +89,7 @@ class KeptFeatures:
             If a value is not finite.
         """
         if isinstance(self._columns, np.ndarray):
-            width = max(1, READ_BYTES // max(1, self.shape[0] * self._columns.itemsize))
+            width = max(1, _BLOCK_BYTES // max(1, self.shape[0] * self._columns.itemsize))
             parts: Iterator[tuple[Any, Any]] = (
                 (slice(start, start + width), self._columns[:, start : start + width])
                 for start in range(0, self.shape[1], width)
@@ -174,20 +176,20 @@ class RidgeHead:
     @full_precision()
     def _gather(self, max_bytes: float) -> HeadSpace:
         shape = len(self._rows), self._kept.shape[1]
-        if dense_bytes(*shape) > max_bytes:
-            return ColumnSpace(self._standardized, shape)
-        return dense_space(self._standardized(), *shape)
+        if held_space_bytes(*shape) > max_bytes:
+            return StreamedSpace(self._standardized, shape)
+        return held_space(self._standardized(), *shape)
 
     def _standardized(self) -> Iterator[Block]:
         """The features as they are penalised, in float64: rounded ones have other solutions where C is large."""
         for index, block in self._blocks():
-            values = block.double()
             if not self._known_moments:
-                mean, sd = column_moments(values.T, self._weight / self._weight.sum(), self._kept.precision)
+                mean, sd = column_moments(block.T.double(), self._weight / self._weight.sum(), self._kept.precision)
                 self._mean[index], self._scale[index] = mean, torch.where(sd > 0.0, 1.0 / sd, 0.0)
             if self._standardize:
-                values = (values - self._mean[index]).mul_(self._scale[index])
-            yield index, values
+                yield index, torch.sub(block, self._mean[index]).mul_(self._scale[index])
+            else:
+                yield index, block.double()
         self._known_moments = True
 
     def _blocks(self) -> Iterator[Block]:
@@ -224,10 +226,11 @@ class RidgeHead:
             self._space, self._targets, self._weight, C, self.solution, similar, self._work, polish
         )
         coordinates, intercept = self.solution.coordinates, self.solution.intercept
-        if self._space.dual:
+        if isinstance(self._space, HeldSpace) and self._space.pivots is not None:
             solved = torch.empty((self._kept.shape[1], len(self._targets)), dtype=torch.float64, device=self._device)
+            combination = self._space.combination(coordinates)
             for index, block in self._standardized():
-                solved[index] = (coordinates @ block).T * self._scale[index, None]
+                solved[index] = (combination @ block).T * self._scale[index, None]
         else:
             solved = coordinates.T * self._scale[:, None]
         coef = np.zeros((self._kept.shape[1], self._n_classes))

@@ -144,7 +144,8 @@ def _inverse_norm_out_of_range(X: ColumnSource | NDArray[Any], chosen: NDArray[n
     values = np.concatenate(blocks, axis=1)
     exponents = np.frexp(np.abs(values).max(axis=1))[1]
     with np.errstate(over="ignore"):
-        return np.ldexp(_inverse(np.linalg.norm(np.ldexp(values, -exponents[:, None]), axis=1)), -exponents)
+        scaled = _inverse(np.linalg.norm(np.ldexp(values, -exponents[:, None]), axis=1))
+        return np.asarray(np.ldexp(scaled, -exponents))
 
 
 def weighted_moments(

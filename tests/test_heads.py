@@ -125,6 +125,6 @@ def test_products_that_overflow_are_an_error():
 def test_columns_beyond_max_bytes_are_read_in_blocks_with_the_same_result(n, d, monkeypatch):
     X, y, weight = make_problem(8, n=n, d=d, k=3)
     expected, _ = fit(X, y, weight, 1.0, standardized=True)
-    monkeypatch.setattr("estimators.kept.READ_BYTES", 8 * n * 7)
+    monkeypatch.setattr("estimators.kept._BLOCK_BYTES", 8 * n * 7)
     coef, _ = fit(X, y, weight, 1.0, standardized=True)
     np.testing.assert_allclose(coef, expected, atol=1e-6)
