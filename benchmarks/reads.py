@@ -48,9 +48,8 @@ def main() -> None:
         print(f"{'times that a chunk is read':44}{'mean':>8}{'most':>8}", flush=True)
         rows = {name: measured(name, job) for name, job in jobs(X, Path(temporary)).items()}
     if args.json:
-        args.json.write_text(
-            json.dumps({"machine": machine(args.threads), "shape": X.shape, "reads": rows}, indent=1) + "\n"
-        )
+        figures = {"machine": machine(args.threads), "shape": X.shape, "reads": rows}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def jobs(X: FeatureMatrix, folder: Path) -> dict[str, Callable[[], object]]:
