@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/scale.json --page benchmarks/SCALE.md
 	$(BIN)/python benchmarks/group_lasso.py --json benchmarks/group_lasso.json --plot benchmarks/group_lasso.svg
 	$(BIN)/python benchmarks/tuning.py --json benchmarks/tuning.json --plots benchmarks
+	$(BIN)/python benchmarks/reads.py --json benchmarks/reads.json
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/ablations.py
 

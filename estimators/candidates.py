@@ -18,6 +18,7 @@ from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
+from estimators.held import hold
 from estimators.inputs import Training, class_weighted
 from estimators.kept import KeptFeatures, held_bytes, in_memory
 from estimators.mixture import drawn
@@ -90,12 +91,12 @@ def fit_candidates(
     """
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
     for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
-        part, limit = training.of_size(target_size), held_bytes(options.max_memory)
-        held = replace(part, features=in_memory(part.features, limit))
+        part, of_part = hold(training.of_size(target_size), options)
+        limit = held_bytes(of_part.max_memory)
         of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
         for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
             group = [candidate for candidate in of_size if candidate.normalization == normalization]
-            for fit in _fit_group(part, held, group, replace(options, normalization=normalization), limit, polish):
+            for fit in _fit_group(part, group, replace(of_part, normalization=normalization), limit, polish):
                 if target_size is not None:
                     fit = replace(fit, selected=training.sizes[target_size][fit.selected])
                 yield fit
@@ -105,13 +106,12 @@ def fit_candidates(
 
 def _fit_group(
     training: Training,
-    held: Training,
     group: Sequence[Candidate],
     options: PathOptions,
     limit: float,
     polish: bool,
 ) -> Iterator[Fit]:
-    """Fit candidates of one target size and normalization; ``held`` is the training set in memory where it fits."""
+    """Fit candidates of one target size and normalization."""
     normalization, device = options.normalization, resolve_device(options.device)
     alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
     paths = dict(zip(alphas, solve_path(training, alphas, options), strict=True))
@@ -128,7 +128,7 @@ def _fit_group(
         selected = np.frombuffer(key, dtype=np.int64)
         head = None
         if len(selected):
-            head = ridge_head(held, paths[same[0].alpha], selected, normalization, device, limit)
+            head = ridge_head(training, paths[same[0].alpha], selected, normalization, device, limit)
         for C, alike in itertools.groupby(
             sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
         ):

@@ -21,6 +21,7 @@ from estimators.group_lasso.labels import as_labels
 from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import ColumnSource
+from estimators.held import hold
 from estimators.inputs import Training, check_features, check_training
 from estimators.kept import KeptFeatures, held_bytes
 from estimators.normalization import (
@@ -128,8 +129,9 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
     learning_rate : float, default=0.01
         Adam's at the first step; it decays to 0 along a cosine.
     max_memory : int or str, default=None
-        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
-        Adam holds it whole.
+        What X may take in memory ("4GB"); None for 80 % of what is free. Stored features are read once and held where
+        that leaves as much again for the solver. What the solver cannot hold is read in blocks; Adam holds X whole.
+        Fits at the same time do not know of each other: in a `GridSearchCV` with ``n_jobs``, give each its share.
     last_layers : int or None, default=None
         Keep all features of so many last layers instead, whatever ``alpha`` says: a linear probe. A plain array is one
         layer. Not with ``keep_fraction``, nor with ``solver="adam"``.
@@ -158,10 +160,10 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         Position in ``layer_names_`` of each feature's layer.
     layer_names_ : ndarray of shape (n_layers,), object
         In network order; a plain array is one layer, "X".
-    coef_ : ndarray of shape (n_classes, n_selected), or (1, n_selected) for two classes, float64
-        For the selected features as given; with a "layer" normalization, for them after scaling to unit length
-        (``head="path"``: of the whole layer, else: of the kept part of each layer). Standardisation is already
-        contained.
+    coef_ : ndarray of shape (n_classes, n_features_in_), or (1, n_features_in_) for two classes, float64
+        Zero for features that are not selected; made on access, as only the others are kept. For features as given,
+        standardisation undone. With a "layer" normalization, for features after scaling to unit length
+        (``head="path"``: of the whole layer, else: of the kept part of each layer).
     intercept_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
     alpha_max_ : float
         The strength that ``alpha`` is a fraction of.
@@ -284,8 +286,11 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         return self
 
     def _fit(self, training: Training) -> None:
+        options = PathOptions.of(self)
+        if self.head != "path":  # which needs nothing after the path
+            training, options = hold(training, options)
         # Adam takes only alpha_max from the path, which then ends where it starts.
-        path = solve_path(training, [float(self.alpha) if self.solver == "newton" else 1.0], PathOptions.of(self))[0]
+        path = solve_path(training, [float(self.alpha) if self.solver == "newton" else 1.0], options)[0]
         random = check_random_state(self.random_state)
         self._take_path(training, path)
         if self.solver == "adam" and self.keep_fraction is not None:
@@ -299,7 +304,7 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
             coef = path.coef(-1)[self.selected_features_]
             intercept = path.standardized_intercepts[-1] - path.center[self.selected_features_] @ coef
         else:
-            coef, intercept = self._fit_head(training, path, random)
+            coef, intercept = self._fit_head(training, path, random, held_bytes(options.max_memory))
         self._set_linear(coef, intercept)
 
     def _take_path(self, training: Training, path: GroupLassoPath) -> None:
@@ -314,7 +319,15 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         """Take coefficients (n_selected, n_classes) of the selected features."""
         if len(self.classes_) == 2:
             coef, intercept = coef[:, 1:] - coef[:, :1], intercept[1:] - intercept[:1]
-        self.coef_, self.intercept_ = np.ascontiguousarray(coef.T), intercept
+        self._kept_coef, self.intercept_ = np.ascontiguousarray(coef.T), intercept
+
+    @property
+    def coef_(self) -> NDArray[np.float64]:
+        """Coefficients of all features, (n_classes, n_features_in_), or (1, n_features_in_) for two classes."""
+        check_is_fitted(self)
+        coef = np.zeros((len(self._kept_coef), self.n_features_in_))
+        coef[:, self.selected_features_] = self._kept_coef
+        return coef
 
     def _check_combination(self) -> None:
         deciding = [name for name in ("layer", "last_layers", "keep_fraction") if getattr(self, name) is not None]
@@ -334,12 +347,10 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         if self.l1_ratio != 1:
             raise ValueError(f"l1_ratio must be 1 with solver='adam', got {self.l1_ratio!r}.")
 
-    def _kept(self, features: Any, selected: NDArray[np.int64], layers: NDArray[np.int64]) -> KeptFeatures:
-        return KeptFeatures(features, selected, layers, self._layer_scaling, held_bytes(self.max_memory))
-
     def _scores(self, features: Any, selected: NDArray[np.int64], layers: NDArray[np.int64]) -> NDArray[np.float64]:
         """Linear scores (n_samples, n_classes or 1) from the columns ``selected`` of ``features``, of these layers."""
-        return self._kept(features, selected, layers).scores(self.coef_.T, self.intercept_)
+        kept = KeptFeatures(features, selected, layers, self._layer_scaling, held_bytes(self.max_memory))
+        return kept.scores(self._kept_coef.T, self.intercept_)
 
     def _train_scores(self, training: Training, random: np.random.RandomState) -> NDArray[np.float64]:
         """||W_d||_2 of the published training on all features, (n_features,)."""
@@ -361,14 +372,13 @@ class Head2ToeClassifier(SelectedFeatures, ScoresClassifier, BaseEstimator):  # 
         return np.asarray(np.linalg.norm(coef, axis=1))
 
     def _fit_head(
-        self, training: Training, path: GroupLassoPath, random: np.random.RandomState
+        self, training: Training, path: GroupLassoPath, random: np.random.RandomState, limit: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Fresh head on the kept features: (n_selected, n_classes), (n_classes,)."""
         if self.head == "ridge":
-            limit, device = held_bytes(self.max_memory), resolve_device(self.device)
-            selected = self.selected_features_
+            device, selected = resolve_device(self.device), self.selected_features_
             return fit_ridge(training, path, selected, self.normalization, self.C, device, limit, self.memory)
-        kept = self._kept(training.features, self.selected_features_, training.layers)
+        kept = KeptFeatures(training.features, self.selected_features_, training.layers, self._layer_scaling, limit)
         values = kept.values()
         mean, scale = np.zeros(kept.shape[1]), np.ones(kept.shape[1])
         if standardizes(self.normalization):

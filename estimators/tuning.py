@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from numbers import Integral, Real
@@ -27,9 +27,11 @@ from sklearn.utils.validation import check_is_fitted
 from estimators.candidates import Candidate, Fit, fit_candidates, null_model, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
 from estimators.group_lasso.labels import as_labels
+from estimators.held import hold_for_folds
 from estimators.inputs import Training, check_features, check_training, class_weighted
 from estimators.kept import held_bytes, in_memory
 from estimators.mixture import drawn, mixture_weights, share_to_predict
+from estimators.normalization import scales_layers
 from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.solving import PathOptions
 
@@ -73,7 +75,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     device : str or torch.device, default="auto"
         "auto" is CUDA where there is one, else the CPU. Fitted attributes are on the host.
     max_memory : int or str, default=None
-        What X may take on the device ("4GB"), beyond which it is read in blocks; None for 80 % of what is free.
+        What X may take in memory ("4GB"), for all folds that are worked on at the same time together; None for 80 % of
+        what is free. Stored features are read once, for all folds, and held where that leaves as much again for each
+        fold's solver; processes share a second copy. What a solver cannot hold in its part is read in blocks.
     memory : str, path, joblib.Memory or None, default=None
         Folder or URL (``s3://bucket/paths``) where solved paths are kept, so that an interrupted or extended search
         goes on from there.
@@ -110,6 +114,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         frequencies.
     offset_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
         What is added to the sum of the scores: ``1 - weights_.sum()`` times the logarithms of the class frequencies.
+    coef_ : ndarray of shape (n_classes, n_features_in_), or (1, n_features_in_) for two classes, float64
+        Weighted sum of the ``coef_`` of ``estimators_``, made on access. Several that scale layers, each by the length
+        of what it kept, are no single linear model: there is then neither ``coef_`` nor ``intercept_``.
+    intercept_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
     n_splits_ : int
     n_iter_ : int
         Most solver steps that any alpha took in the fits on all samples.
@@ -230,7 +238,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         routed = self._route(sample_weight, params)
         splits = self._splits(training, routed.get("splitter", Bunch(split={})).split)
         scorer, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
-        options = PathOptions.of(self, normalization=None)
+        training, options, of_fold = hold_for_folds(
+            training, PathOptions.of(self, normalization=None), self.n_jobs, len(splits)
+        )
         mixed = []
         if self.refit == "mixture":
             mixed = list({candidate.decides: candidate.index for candidate in reversed(candidates)}.values())[::-1]
@@ -244,7 +254,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 scorer,
                 routed.scorer.score,
                 self.class_weight,
-                replace(options, label=f"fold {number}/{len(splits)}, "),
+                replace(of_fold, label=f"fold {number}/{len(splits)}, "),
                 mixed,
                 share,
             )
@@ -269,9 +279,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         fitted = {fit.candidate.index: self._estimator(training, fit) for fit in fits}
         self.best_estimator_ = fitted[self.best_index_]
         self.estimators_, self.weights_ = [fitted[index] for index in heaviest], weights[heaviest]
-        # What the weights leave over goes to the class frequencies; a class without weight has a score of -inf anyway.
+        # What the weights leave over goes to the class frequencies, whatever its sign: a class without any stays out.
         _, log_frequencies = null_model(training)
-        self.offset_ = (1.0 - self.weights_.sum()) * np.nan_to_num(log_frequencies, neginf=0.0)
+        log_frequencies[np.isfinite(log_frequencies)] *= 1.0 - self.weights_.sum()
+        self.offset_ = log_frequencies
         if len(training.classes) == 2:
             self.offset_ = np.diff(self.offset_)
         self.classes_ = training.classes
@@ -468,9 +479,40 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         union = self.selected_features_
         kept = features if len(union) == features.shape[1] else features[:, union]
         columns, layers = in_memory(kept, held_bytes(self.max_memory)), self.feature_layers_[union]
-        scores = sum(
-            weight * estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
-            for weight, estimator in zip(self.weights_, self.estimators_, strict=True)
+        scores = self._mixed(
+            estimator._scores(columns, np.searchsorted(union, estimator.selected_features_), layers)
+            for estimator in self.estimators_
         )
-        scores += self.offset_
-        return np.asarray(scores[:, 0] if len(self.classes_) == 2 else scores)
+        return scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def _mixed(self, parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Scores, or intercepts, of the mixture from those of ``estimators_``."""
+        weighted = zip(self.weights_, parts, strict=True)
+        return (
+            np.asarray(sum(weight * part if weight else np.zeros_like(part) for weight, part in weighted))
+            + self.offset_
+        )
+
+    @property
+    def coef_(self) -> NDArray[np.float64]:
+        """Coefficients of all features, (n_classes, n_features_in_), or (1, n_features_in_) for two classes."""
+        self._require_linear("coef_")
+        coef = np.zeros((len(self.best_estimator_._kept_coef), self.n_features_in_))
+        for weight, estimator in zip(self.weights_, self.estimators_, strict=True):
+            coef[:, estimator.selected_features_] += weight * estimator._kept_coef
+        return coef
+
+    @property
+    def intercept_(self) -> NDArray[np.float64]:
+        """Intercepts, (n_classes,), or (1,) for two classes."""
+        self._require_linear("intercept_")
+        return self._mixed(estimator.intercept_ for estimator in self.estimators_)
+
+    def _require_linear(self, name: str) -> None:
+        check_is_fitted(self)
+        if len(self.estimators_) > 1 and any(scales_layers(estimator.normalization) for estimator in self.estimators_):
+            raise AttributeError(
+                f"{type(self).__name__} has {name} where it is one linear model. This mixture is of "
+                f"{len(self.estimators_)} estimators, some of which scale each layer by the length of what they kept: "
+                f"see estimators_ and weights_, or set refit='best'."
+            )

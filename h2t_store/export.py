@@ -1,4 +1,4 @@
-"""Write an extraction as one file of another kind, a few rows at a time."""
+"""Write an extraction as one file of another kind, a block of rows at a time."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from h2t_store.matrix import FeatureMatrix
 
 __all__ = ["EXPORTS", "export"]
 
-_ROW_BYTES = 64 << 20
+_PIECE_BYTES = 64 << 20
 
 
 def export(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -55,11 +55,9 @@ def export(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], Non
 
 
 def _pieces(matrix: FeatureMatrix, progress: Callable[[int, int], None]) -> Iterator[NDArray[np.float32]]:
-    n_rows, n_columns = matrix.shape
-    step = max(1, _ROW_BYTES // max(1, n_columns * matrix.dtype.itemsize))
-    for start in range(0, n_rows, step):
-        yield np.asarray(matrix[start : start + step])
-        progress(min(start + step, n_rows), n_rows)
+    for rows, piece in matrix.row_blocks(_PIECE_BYTES):
+        yield piece
+        progress(rows.stop, len(matrix))
 
 
 def _names(matrix: FeatureMatrix) -> list[str]:

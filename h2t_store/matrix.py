@@ -362,6 +362,34 @@ class FeatureMatrix:
             yield _tight(at), self._read(stored[begin:end])
             begin = end
 
+    def row_blocks(self, max_bytes: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Read all rows in order, a block at a time.
+
+        Parameters
+        ----------
+        max_bytes : int
+            A block holds at most this many bytes, or the rows of one chunk. Blocks end at chunk borders, so that a
+            chunk is read once where the rows are in store order.
+
+        Yields
+        ------
+        rows : slice
+            Which rows of this matrix the block holds.
+        block : ndarray of shape (height, n_columns), float32
+        """
+        n_rows, n_columns = self.shape
+        height = max(1, max_bytes // max(1, n_columns * self.dtype.itemsize))
+        stored = np.arange(n_rows) if self._rows is None else self._rows
+        borders = np.append(np.flatnonzero(np.diff(stored // self._header.rows_per_block)) + 1, n_rows)
+        begin = 0
+        while begin < n_rows:
+            last = int(np.searchsorted(borders, begin + height, side="right")) - 1
+            end = int(borders[last]) if last >= 0 else 0
+            if end <= begin:
+                end = int(borders[last + 1])
+            yield slice(begin, end), np.asarray(self[begin:end])
+            begin = end
+
     def _read(self, columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read stored columns (any order) for the selected rows: every chunk that holds some of them, once."""
         header = self._header

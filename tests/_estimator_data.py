@@ -191,6 +191,11 @@ class FakeView:
         n, d = self.source.shape
         return len(np.arange(n)[self.rows]), len(np.arange(d)[self.columns])
 
+    def __getitem__(self, key: Any) -> "FakeView":
+        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
+        n, d = self.source.shape
+        return FakeView(self.source, np.arange(n)[self.rows][rows], np.arange(d)[self.columns][columns])
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         self.source.columns_read.update(np.arange(self.source.shape[1])[self.columns].tolist())
         return self.source.values[self.rows][:, self.columns].astype(dtype or np.float32)

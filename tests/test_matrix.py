@@ -84,6 +84,21 @@ def test_indexing_is_numpys(stored, rows, columns, again):
 
 @settings(deadline=None, max_examples=60)
 @given(rows=indices(N), columns=indices(D), max_bytes=st.integers(1, 400_000))
+def test_row_blocks_hold_every_row_once_and_end_where_chunks_do(stored, rows, columns, max_bytes):
+    matrix, values = stored
+    view, expected, chunk = matrix[rows, columns], values[rows][:, columns], np.arange(N)[rows] // ROWS
+    at = 0
+    for taken, block in view.row_blocks(max_bytes):
+        assert taken.start == at < taken.stop
+        at = taken.stop
+        np.testing.assert_array_equal(block, expected[taken])
+        assert at == len(expected) or chunk[at - 1] != chunk[at]
+        assert block.nbytes <= max_bytes or len(set(chunk[taken])) == 1
+    assert at == len(expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=indices(N), columns=indices(D), max_bytes=st.integers(1, 400_000))
 def test_column_blocks_hold_every_column_once_within_the_limit(stored, rows, columns, max_bytes):
     matrix, values = stored
     view, expected = matrix[rows, columns], values[rows][:, columns]

@@ -109,11 +109,16 @@ def make_operator(
     """
     held = storage_dtype(X, dtype)
     limit = memory_limit(max_memory, weights.device)
-    needed = X.shape[1] * (len(rows) * held.itemsize + 64) + 2 * READ_BYTES
+    needed = dense_bytes(len(rows), X.shape[1], held)
     statistics = _Moments(X.shape[1], weights, standardize=standardize, center=center)
     if needed <= limit:
         return DenseOperator(X, rows, statistics, held, double)
     return StreamedOperator(X, rows, statistics, held, double, limit)
+
+
+def dense_bytes(n_samples: int, n_features: int, dtype: torch.dtype) -> int:
+    """What X in memory takes, with the statistics of its columns and the blocks it is read by."""
+    return n_features * (n_samples * dtype.itemsize + 64) + 2 * READ_BYTES
 
 
 def storage_dtype(X: Features, dtype: str | torch.dtype | None) -> torch.dtype:
