@@ -17,6 +17,8 @@ from estimators.group_lasso.path import check_sample_weight
 from estimators.group_lasso.sources import FeatureMatrix, as_host_array, is_feature_matrix
 from estimators.normalization import columns_by_size, layer_index, layer_names
 
+_DTYPES = [np.float64, np.float32, np.float16]
+
 
 @dataclass(frozen=True)
 class Training:
@@ -95,9 +97,7 @@ def check_training(
                 f"y must have one label per row of X: got {len(labels)} labels for {features.shape[0]} rows."
             )
     else:
-        features, labels = validate_data(
-            estimator, as_host_array(X), labels, dtype=[np.float64, np.float32], ensure_all_finite=False
-        )
+        features, labels = validate_data(estimator, as_host_array(X), labels, dtype=_DTYPES, ensure_all_finite=False)
         estimator.recipe_ = None
     check_classification_targets(labels)
     classes, codes = np.unique(labels, return_inverse=True)
@@ -140,7 +140,7 @@ def check_features(estimator: BaseEstimator, X: Any, *, reset: bool) -> FeatureM
     """
     name = type(estimator).__name__
     if not is_feature_matrix(X):
-        array: NDArray[Any] = validate_data(estimator, as_host_array(X), dtype=[np.float64, np.float32], reset=reset)
+        array: NDArray[Any] = validate_data(estimator, as_host_array(X), dtype=_DTYPES, reset=reset)
         return array
     for count, what in zip(X.shape, ("sample(s)", "feature(s)"), strict=True):
         if count == 0:

@@ -188,10 +188,11 @@ class LayerScaled:
         self._layers = layers
         self._inverse = inverse
         self.shape: tuple[int, int] = (X.shape[0], X.shape[1])
-        self.dtype: np.dtype[Any] = np.dtype(X.dtype)
+        self.stored_dtype: np.dtype[Any] = np.dtype(getattr(X, "stored_dtype", X.dtype))
+        self.dtype: np.dtype[Any] = np.result_type(X.dtype, np.float32)
 
     def column_blocks(self, max_bytes: int = READ_BYTES) -> Iterator[tuple[Columns, NDArray[Any]]]:
-        """Blocks of whole columns, scaled, in the dtype of X."""
+        """Blocks of whole columns, scaled, in the dtype of X, or in float32 where that is narrower."""
         for columns, block in iterate_blocks(self._source, max_bytes):
             scale = self._inverse[:, self._layers[columns]]
             yield columns, np.multiply(block, scale).astype(self.dtype, copy=False)
