@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from estimators.group_lasso.operators import column_moments, memory_limit
-from estimators.group_lasso.path import full_precision
 from estimators.group_lasso.sources import READ_BYTES, ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.heads import HeadSpace, RidgeSolution, fit_ridge_head, head_space
 from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
+from estimators.switches import full_precision
 
 _HELD_SHARE = 4
 

@@ -21,7 +21,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load_backbone, pooled_layers, tapped
-from h2t_store.backbones.taps import exact_convolutions
+from h2t_store.backbones.switches import exact_arithmetic
 from h2t_store.chunks import CRC_BYTES
 from h2t_store.datasets import Source, open_source
 from h2t_store.engines.blocks import rows_per_block
@@ -335,7 +335,7 @@ def _behaviour(model: nn.Module, found: Sequence[Tap], images: Tensor) -> list[f
     """
     if not found:
         return []
-    with torch.no_grad(), exact_convolutions(), tapped(model, pooled_layers(found, [1])) as pooled:
+    with torch.no_grad(), exact_arithmetic, tapped(model, pooled_layers(found, [1])) as pooled:
         magnitudes = [float(values.abs().mean()) for values in pooled(images)]
     quarters = np.array_split(np.array(magnitudes), min(4, len(magnitudes)))
     return [float(f"{quarter.mean():.1e}") for quarter in quarters]

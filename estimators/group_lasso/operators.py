@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -399,10 +398,7 @@ def _blocks(X: Features, rows: Tensor, max_bytes: int) -> Iterator[tuple[slice |
     whole = len(rows) == X.shape[0]
     for columns, block in iterate_blocks(X, max_bytes):
         index = columns if isinstance(columns, slice) else torch.as_tensor(columns, dtype=torch.int64)
-        with warnings.catch_warnings():
-            # Read-only arrays, as joblib's memory maps are, are only read here.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensor = block if isinstance(block, Tensor) else torch.from_numpy(_native(block))
+        tensor = block if isinstance(block, Tensor) else torch.from_numpy(_unprotected(_native(block)))
         yield index, tensor if whole else tensor[rows.to(tensor.device)]
 
 
@@ -413,6 +409,20 @@ def _native(block: NDArray[Any]) -> NDArray[Any]:
     if block.dtype.kind == "f" and block.dtype.itemsize in (2, 4, 8):
         return block.astype(block.dtype.newbyteorder("="), copy=False)
     return block.astype(np.float64)
+
+
+class _Unprotected:
+    """An array's memory without its protection from being written."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.array = array
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def _unprotected(block: NDArray[Any]) -> NDArray[Any]:
+    """The same memory for torch, which warns of read-only arrays; joblib's memory maps are, and are only read here."""
+    return block if block.flags.writeable else np.asarray(_Unprotected(block))
 
 
 def _store(values: Tensor, block: Tensor, index: slice | Tensor) -> None:

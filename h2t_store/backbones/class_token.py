@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from h2t_store.backbones.attention import attention_modules
 from h2t_store.backbones.taps import Tap
-from h2t_store.backbones.watching import Place, hooks
+from h2t_store.backbones.watching import Place, hooks, in_this_thread
 
 __all__ = ["class_positions"]
 
@@ -65,12 +65,15 @@ def class_positions(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> dic
 
     modules = sorted({place.module for place in tokens})
     silent = attention_modules(model, image)
-    handles = [model.get_submodule(name).register_forward_hook(lambda *call: _zeros(call[-1])) for name in silent]
+    handles = [
+        model.get_submodule(name).register_forward_hook(in_this_thread(lambda *call: _zeros(call[-1])))
+        for name in silent
+    ]
     try:
         with torch.no_grad():
-            with hooks(model, modules, remember):
+            with hooks(model, modules) as listening, listening(remember):
                 model(image.clone())
-            with hooks(model, modules, compare):
+            with hooks(model, modules) as listening, listening(compare):
                 functional_call(model, changed, (image.clone(),))
     finally:
         for handle in handles:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store.backbones import tapped
-from h2t_store.backbones.taps import exact_convolutions
+from h2t_store.backbones.switches import exact_arithmetic
 from h2t_store.datasets import Source
 from h2t_store.datasets.names import shown
 from h2t_store.engines.blocks import RowBlock, batches
@@ -225,7 +225,7 @@ def _running(forward: Forward) -> Iterator[Callable[[Tensor], list[Tensor]]]:
         return parts[0] if len(parts) == 1 else [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
     autocast = torch.autocast(forward.device.type, torch.bfloat16, enabled=forward.amp)
-    with exact_convolutions(), autocast, tapped(forward.model, forward.layers, compiled=forward.compiled) as pooled:
+    with exact_arithmetic, autocast, tapped(forward.model, forward.layers, compiled=forward.compiled) as pooled:
         yield network
 
 

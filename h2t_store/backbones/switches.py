@@ -1,0 +1,91 @@
+"""Settings of torch that the whole process shares, changed for as long as a network is run and put back afterwards."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["exact_arithmetic", "module_by_module"]
+
+
+class _Switch:
+    """Changed when the first thread enters, put back when the last one leaves, in whatever order they do.
+
+    ``change`` makes the change and returns what undoes it.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._undo = self._change()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo()
+
+
+_CUDNN = {"enabled": True, "deterministic": True, "benchmark": False}
+# From the general to the particular: what says "none" follows the one above it.
+_PRECISIONS: list[Any] = [
+    torch.backends,
+    torch.backends.cudnn,
+    torch.backends.mkldnn,
+    torch.backends.cuda.matmul,
+    *(getattr(torch.backends.cudnn, operation, None) for operation in ("conv", "rnn")),
+    *(getattr(torch.backends.mkldnn, operation, None) for operation in ("matmul", "conv", "rnn")),
+]
+
+
+def _compute_exactly() -> Callable[[], None]:
+    """Set both of torch's interfaces; the older one cannot be read while the newer one contradicts it."""
+    cudnn: Any = torch.backends.cudnn
+    newer = [part for part in _PRECISIONS if hasattr(part, "fp32_precision")]  # since torch 2.9
+    precisions = []
+    for part in newer:
+        precisions.append(part.fp32_precision)
+        part.fp32_precision = "none"
+    products = torch.get_float32_matmul_precision()
+    try:
+        convolutions = cudnn.allow_tf32
+    except RuntimeError:  # it contradicts "none"
+        convolutions = True
+    flags = {name: getattr(cudnn, name) for name in _CUDNN}
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
+    _set(cudnn, _CUDNN)
+
+    def undo() -> None:
+        torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32 = convolutions
+        _set(cudnn, flags)
+        for part, precision in zip(newer, precisions, strict=True):
+            part.fp32_precision = precision
+
+    return undo
+
+
+def _set(module: Any, values: dict[str, bool]) -> None:
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+def _run_module_by_module() -> Callable[[], None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return lambda: torch.backends.mha.set_fastpath_enabled(before)
+
+
+exact_arithmetic = _Switch(_compute_exactly)
+"""Convolutions and products in full float32: TF32 is off by more than float16 storage is."""
+
+module_by_module = _Switch(_run_module_by_module)
+"""Encoder layers call their modules, which torch's fused form of them does not."""
