@@ -38,30 +38,26 @@ class _Switch(ContextDecorator):
                 self._undo()
 
 
-# From the general to the particular: what says "none" follows the one above it.
-_PRECISIONS: list[Any] = [
-    torch.backends,
-    torch.backends.cudnn,
-    torch.backends.mkldnn,
-    torch.backends.cuda.matmul,
-    getattr(torch.backends.mkldnn, "matmul", None),
-]
+# From the general to the particular: what says "none" follows the one above it. Through torch._C, as the setter of
+# torch.backends.mkldnn.fp32_precision sets another one.
+_PRECISIONS = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul")]
+_C: Any = torch._C
+_HAS_NEWER = hasattr(_C, "_get_fp32_precision_getter")  # since torch 2.9
 
 
 def _multiply_in_float32() -> Callable[[], None]:
     """Set both of torch's interfaces; the older one cannot be read while the newer one contradicts it."""
-    newer = [part for part in _PRECISIONS if hasattr(part, "fp32_precision")]  # since torch 2.9
-    found = []
-    for part in newer:
-        found.append(part.fp32_precision)
-        part.fp32_precision = "none"
+    found = {}
+    for part in _PRECISIONS if _HAS_NEWER else ():
+        found[part] = _C._get_fp32_precision_getter(*part)
+        _C._set_fp32_precision_setter(*part, "none")
     older = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
 
     def undo() -> None:
         torch.set_float32_matmul_precision(older)
-        for part, precision in zip(newer, found, strict=True):
-            part.fp32_precision = precision
+        for part, precision in found.items():
+            _C._set_fp32_precision_setter(*part, precision)
 
     return undo
 

@@ -27,7 +27,6 @@ __all__ = ["extract_main", "h2t_main"]
 _EXIT_CODES = """Exit status: 0 done; 1 error, told in one line on stderr; 2 wrong usage; 3 damage found (verify);
 130 or 143 stopped by Ctrl-C or SIGTERM after the row block in hand."""
 
-_IN_COMPANY = int(os.environ.get("WORLD_SIZE", "1")) > 1
 _ECHO_SECONDS = 2.0  # torchrun passes on the Ctrl-C that its processes had from the terminal already
 
 _extract_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -85,11 +84,12 @@ class _Interruption:
     def __init__(self) -> None:
         self.signal = 0
         self.asked_at = 0.0
+        self.echoed = False
         self.meter: Meter | None = None
 
     def __call__(self, number: int, _: Any) -> None:
         now = time.monotonic()
-        if self.signal and _IN_COMPANY and now - self.asked_at < _ECHO_SECONDS:
+        if self.signal and self.echoed and now - self.asked_at < _ECHO_SECONDS:
             return
         before, self.signal, self.asked_at = self.signal, number, now
         if before or self.meter is None or self.meter.began is None:
@@ -273,10 +273,10 @@ def _extract(
         ),
     ] = False,
     engine: Annotated[
-        Literal["local", "ray"],
+        Literal["local", "ray", "torchrun"],
         typer.Option(
-            help="Compute in this process, or on a Ray cluster (pip install 'head2toe[ray]'); what one began the other "
-            "can finish.",
+            help="Compute in this process, on a Ray cluster (pip install 'head2toe[ray]'), or in the processes that "
+            "torchrun started; what one engine began another can finish.",
             rich_help_panel="Cluster",
         ),
     ] = "local",
@@ -327,7 +327,7 @@ def _extract(
 
     extract pets/train --model resnet50 --store s3://bucket/pets.zarr --name pets/train --engine ray --workers 8
 
-    torchrun --nproc-per-node 4 -m h2t_store pets/train --model resnet50 --store pets.zarr --name pets/train
+    torchrun --nproc-per-node 4 -m h2t_store pets/train --model resnet50 --store pets.zarr --name p --engine torchrun
     """
     from h2t_store.extraction import check_running, extract
 
@@ -356,6 +356,7 @@ def _extract(
         _print_plan(prepare(data, **settings), workers, as_json)
         return
     start = time.perf_counter()
+    _interruption.echoed = engine == "torchrun"
     with _interruption.computing() as meter:
         matrix = extract(
             data,

@@ -128,7 +128,7 @@ class FeatureMatrix:
             store, name, digest = self._address
             with suppress(DamagedError):
                 now = FeatureStore(store).find(name)
-                if now is not None and now.header.digest != digest:
+                if now is not None and (now.header.digest, now.folder) != (digest, extraction.folder):
                     raise _replaced(now) from None
             raise
 

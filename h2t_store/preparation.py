@@ -290,8 +290,7 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         if chosen.type == "cuda":
-            chosen = torch.device("cuda", _local_rank() if chosen.index is None else chosen.index)
-            torch.cuda.set_device(chosen)
+            chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
         torch.empty(0, device=chosen)
     except Exception as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error
@@ -300,11 +299,6 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def _local_rank() -> int:
-    """Which of this machine's cards is this process's."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _find(

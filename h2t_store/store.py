@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Self
@@ -465,15 +465,19 @@ class FeatureStore:
 
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
-        for folder in self.place.folders():
-            if folder.name.startswith(_STAGED):
-                with suppress(StoreError):  # the others are there all the same
-                    self.finish_replacing(unquote(folder.name.removeprefix(_STAGED)))
-        return sorted(name for name, _ in _names_below(self.place))
+        staged = (
+            folder.name.removeprefix(_STAGED) for folder in self.place.folders() if folder.name.startswith(_STAGED)
+        )
+        between = {name for name in map(unquote, staged) if self._is_between(name)}
+        return sorted(between.union(name for name, _ in _names_below(self.place)))
 
     def folder(self, name: str) -> Place:
-        """Where an extraction of that name lies."""
+        """Where an extraction of that name is written."""
         return self.place / layout.check_name(name)
+
+    def found_at(self, name: str) -> Place:
+        """Where an extraction of that name is read: a crash amid `replace` leaves what was staged, complete."""
+        return self._staged(name) if self._is_between(name) else self.folder(name)
 
     def where(self, name: str) -> str:
         """An extraction, for messages."""
@@ -493,8 +497,7 @@ class FeatureStore:
 
     def require(self, name: str) -> None:
         """Raise `StoreError` unless something that is or was an extraction lies under that name."""
-        self.finish_replacing(name)
-        folder = self.folder(name)
+        folder = self.found_at(name)
         inside = any(_holds_arrays(self.folder(above)) for above in layout.names_above(name))
         if inside or not (_may_be_extraction(folder) or _holds_arrays(folder)):
             raise self._without(name)
@@ -503,7 +506,7 @@ class FeatureStore:
         """Open the extraction ``name``; None where there is none."""
         folder = self.folder(name)
         if not _may_be_extraction(folder):
-            self.finish_replacing(name)
+            folder = self.found_at(name)
             if not _may_be_extraction(folder):
                 return None
         return Extraction(folder, self.where(name))
@@ -528,6 +531,7 @@ class FeatureStore:
             with lock.lock(who) as lost:
                 self._locked[name] = lost
                 try:
+                    self._finish_replacing(name)
                     yield lost
                 except StoppedError:
                     self.require_lock(name)
@@ -557,6 +561,7 @@ class FeatureStore:
         for group in above:
             if _may_be_extraction(self.place / group):
                 raise StoreError(f"name {name!r}: {group!r} is an extraction already; choose another name")
+        self._finish_replacing(name)
         begun = self.find(name)
         if begun is not None:
             different = differences(begun.header.provenance["inputs"], header.provenance["inputs"])
@@ -582,6 +587,7 @@ class FeatureStore:
 
         Whole row blocks that are committed are taken over. Until `replace`, the extraction stays as it is.
         """
+        self._finish_replacing(name)
         before, folder = self.open(name), self._staged(name)
         where = f"{self.where(name)} (extended)"
         if _may_be_extraction(folder):
@@ -605,23 +611,11 @@ class FeatureStore:
     def _staged(self, name: str) -> Place:
         return self.place / f"{_STAGED}{layout.escaped(layout.check_name(name))}"
 
-    def finish_replacing(self, name: str) -> None:
-        """A crash can come amid `replace`: then only what was staged, complete, is there.
-
-        Raises
-        ------
-        StoreError
-            Where another process is at it, or it cannot be done.
-        """
-        if not self._is_between(name):
-            return
-        try:
-            with nullcontext() if name in self._locked else self.lock(name):
-                if self._is_between(name):
-                    self.require_lock(name)
-                    self._staged(name).put_in_place_of(self.folder(name), self.place)
-        except (StoreError, OSError) as error:
-            raise StoreError(f"{self.where(name)} is being extended: {one_line(error)}") from None
+    def _finish_replacing(self, name: str) -> None:
+        """Put what was staged in its place where a crash came amid `replace`."""
+        if self._is_between(name):
+            self.require_lock(name)
+            self._staged(name).put_in_place_of(self.folder(name), self.place)
 
     def _is_between(self, name: str) -> bool:
         staged = self._staged(name)

@@ -50,6 +50,7 @@ class Mortal(nn.Module):
 def mortal():
     return Mortal(Path(__file__).with_name("lives"))
 """
+os.environ.update(RAY_worker_niceness="0")  # or whatever else runs here keeps workers waiting, for minutes
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
 
 
@@ -58,7 +59,6 @@ def cluster():
     """Two nodes with a core each."""
     from ray.cluster_utils import Cluster
 
-    os.environ.update(RAY_worker_niceness="0")  # or whatever else runs here keeps them waiting
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes.add_node(num_cpus=1)
     ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -225,7 +225,7 @@ def test_errors_of_workers_are_what_they_are_here(cluster, tmp_path, folder):
         extract(folder, model=MODEL, num_gpus_per_worker=2, **common)
     with pytest.raises(H2TError, match="num_gpus_per_worker -1: accepted are numbers from 0"):
         extract(folder, model=MODEL, num_gpus_per_worker=-1, **common)
-    with pytest.raises(H2TError, match="engine 'dask': accepted are local and ray"):
+    with pytest.raises(H2TError, match="engine 'dask': accepted are local, ray and torchrun"):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x", engine="dask")
 
 

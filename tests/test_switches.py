@@ -53,6 +53,8 @@ def is_exact(switch) -> bool:
     if switch is module_by_module:
         return now["fast path"] is False
     products = now["products"] == "highest" and now["cublas"] is False
+    parts = [name for name in PARTS if switch is exact_arithmetic or "products" in name]
+    products &= all(now.get(f"new {part}") not in ("tf32", "bf16", "refused") for part in parts)
     if switch is exact_arithmetic:
         flags = [now[name] for name in ("convolutions", "enabled", "deterministic", "benchmark")]
         return products and flags == [False, True, True, False]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,25 +35,24 @@ class _Switch:
 
 
 _CUDNN = {"enabled": True, "deterministic": True, "benchmark": False}
-# From the general to the particular: what says "none" follows the one above it.
-_PRECISIONS: list[Any] = [
-    torch.backends,
-    torch.backends.cudnn,
-    torch.backends.mkldnn,
-    torch.backends.cuda.matmul,
-    *(getattr(torch.backends.cudnn, operation, None) for operation in ("conv", "rnn")),
-    *(getattr(torch.backends.mkldnn, operation, None) for operation in ("matmul", "conv", "rnn")),
+# From the general to the particular: what says "none" follows the one above it. Through torch._C, as the setter of
+# torch.backends.mkldnn.fp32_precision sets another one.
+_PRECISIONS = [
+    ("generic", "all"),
+    *product(("cuda", "mkldnn"), ("all",)),
+    *product(("cuda", "mkldnn"), ("matmul", "conv", "rnn")),
 ]
+_C: Any = torch._C
+_HAS_NEWER = hasattr(_C, "_get_fp32_precision_getter")  # since torch 2.9
 
 
 def _compute_exactly() -> Callable[[], None]:
     """Set both of torch's interfaces; the older one cannot be read while the newer one contradicts it."""
     cudnn: Any = torch.backends.cudnn
-    newer = [part for part in _PRECISIONS if hasattr(part, "fp32_precision")]  # since torch 2.9
-    precisions = []
-    for part in newer:
-        precisions.append(part.fp32_precision)
-        part.fp32_precision = "none"
+    precisions = {}
+    for part in _PRECISIONS if _HAS_NEWER else ():
+        precisions[part] = _C._get_fp32_precision_getter(*part)
+        _C._set_fp32_precision_setter(*part, "none")
     products = torch.get_float32_matmul_precision()
     try:
         convolutions = cudnn.allow_tf32
@@ -67,8 +67,8 @@ def _compute_exactly() -> Callable[[], None]:
         torch.set_float32_matmul_precision(products)
         cudnn.allow_tf32 = convolutions
         _set(cudnn, flags)
-        for part, precision in zip(newer, precisions, strict=True):
-            part.fp32_precision = precision
+        for part, precision in precisions.items():
+            _C._set_fp32_precision_setter(*part, precision)
 
     return undo
 

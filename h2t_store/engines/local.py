@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import tee
+from multiprocessing import current_process, get_all_start_methods, get_start_method
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -26,10 +27,10 @@ from h2t_store.datasets import Source
 from h2t_store.datasets.names import shown
 from h2t_store.engines.blocks import RowBlock, batches
 from h2t_store.engines.interface import Forward
-from h2t_store.errors import DataError, ModelError, StoppedError, TapError, one_line
+from h2t_store.errors import DataError, H2TError, ModelError, StoppedError, TapError, one_line
 from h2t_store.store import Extraction
 
-__all__ = ["choose_batch_size", "default_workers", "run", "seconds_per_image"]
+__all__ = ["check_workers", "choose_batch_size", "default_workers", "run", "seconds_per_image"]
 
 _log = logging.getLogger("h2t_store")
 _BLOCKS_BEING_WRITTEN = 2
@@ -37,6 +38,7 @@ _CPU_BATCH = 16
 _MAX_DEFAULT_WORKERS = 4
 _MAX_CUDA_BATCH = 256
 _CUDA_MEMORY_SHARE = 0.7
+_GUARD = "put what it is to do once below: if __name__ == '__main__':"
 
 
 class _Batch(NamedTuple):
@@ -106,6 +108,7 @@ def run(
     Blocks are taken from the iterable as they are needed, a few batches ahead where processes decode; 0 ``workers``
     decode in this one.
     """
+    check_workers(workers)
     workers = default_workers(source) if workers is None else workers
     for_loading, for_computing, remaining = tee(blocks, 3)
     segments = extraction.header.segments
@@ -134,16 +137,22 @@ def run(
             raise StoppedError("stopped after a row block")
     except Exception as error:
         if _is_of_a_worker(error):
-            raise DataError(
-                f"a process that decodes images failed: {one_line(error)} (fewer workers need less memory; with 0 this "
-                "process decodes)"
-            ) from error
+            raise DataError(f"a process that decodes images failed: {one_line(error)} ({_advice(error)})") from error
         raise
 
 
 def _is_of_a_worker(error: Exception) -> bool:
     """Whether torch says that a worker died, which a signal handler does in the midst of whatever runs."""
     return "DataLoader worker" in str(error)
+
+
+def _advice(error: Exception) -> str:
+    if "killed by signal" in str(error) or get_start_method() == "fork":
+        return "fewer workers need less memory; with 0 this process decodes"
+    return (
+        f"the start method {get_start_method()!r} runs the script once more in each process: {_GUARD}; "
+        "with 0 workers this process decodes"
+    )
 
 
 def _checked(loader: Iterable[_Batch], on_error: Literal["raise", "skip"]) -> Iterator[_Batch]:
@@ -224,8 +233,9 @@ def _running(forward: Forward) -> Iterator[Callable[[Tensor], list[Tensor]]]:
                 start += len(part)
         return parts[0] if len(parts) == 1 else [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
+    card = torch.cuda.device(forward.device) if forward.device.type == "cuda" else contextlib.nullcontext()
     autocast = torch.autocast(forward.device.type, torch.bfloat16, enabled=forward.amp)
-    with exact_arithmetic, autocast, tapped(forward.model, forward.layers, compiled=forward.compiled) as pooled:
+    with card, exact_arithmetic, autocast, tapped(forward.model, forward.layers, compiled=forward.compiled) as pooled:
         yield network
 
 
@@ -352,7 +362,21 @@ def choose_batch_size(forward: Forward, image_size: tuple[int, int]) -> int:
 
 def default_workers(source: Source) -> int:
     """How many processes decode the images of a source where nobody says."""
-    return 0 if source.in_memory else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+    return 0 if source.in_memory or not _may_start_processes() else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise `H2TError` where this process cannot start so many, or is only being started itself."""
+    if getattr(current_process(), "_inheriting", False):  # as multiprocessing asks itself
+        raise H2TError(f"a process that is being started runs the whole script, this call with it: {_GUARD}")
+    if workers and not _may_start_processes():
+        raise H2TError(f"workers {workers}: this is a process of a pool, which cannot start others; accepted is 0")
+
+
+def _may_start_processes() -> bool:
+    """Whether this is none of the processes that must not: those of a pool, of joblib, or of a data loader."""
+    method = get_start_method(allow_none=True)  # without, the user could no longer choose one
+    return not current_process().daemon and method in (None, *get_all_start_methods())
 
 
 def seconds_per_image(forward: Forward, source: Source, batch_size: int, workers: int | None = None) -> float:

@@ -41,7 +41,7 @@ _log = logging.getLogger("h2t_store")
 _NEWS_SECONDS = 0.5
 _CONNECT_SECONDS = 5
 _WAITING_SECONDS = 30.0
-_ANSWER_SECONDS = 120.0
+_ANSWER_SECONDS = 600.0
 _DEATHS_OF_EACH = 5
 
 P = ParamSpec("P")
@@ -402,6 +402,9 @@ def _resources() -> list[dict[str, float]]:
     forked, as those that decode images for the local engine, and then no answer ever comes.
     """
     task = ray.remote(num_cpus=0, max_retries=3)(_resources_seen_here).remote()
+    ready, _ = ray.wait([task], timeout=_WAITING_SECONDS)
+    if not ready:
+        _log.warning("no Ray worker answers yet; waiting (see: ray status)")
     try:
         found: list[dict[str, float]] = ray.get(task, timeout=_ANSWER_SECONDS)
     except GetTimeoutError:
