@@ -468,7 +468,7 @@ def info(store: _Store, name: _Name, as_json: _Json = False) -> None:
     ]
     if as_json:
         found = {"name": name} | _summary(extraction) | {"dtype": header.dtype, "class_names": list(header.classes)}
-        print(json_text(found | header.provenance | {"failures": failures, "layer_list": layers}))
+        print(json_text(found | extraction.provenance | {"failures": failures, "layer_list": layers}))
         return
     shown: dict[str, Any] = {
         "name": name,
@@ -479,7 +479,7 @@ def info(store: _Store, name: _Name, as_json: _Json = False) -> None:
         "state": _state(extraction),
     }
     for part in ("inputs", "environment"):
-        shown |= {key: value for key, value in header.provenance[part].items() if key not in shown}
+        shown |= {key: value for key, value in extraction.provenance[part].items() if key not in shown}
     facts(shown)
     for sample, reason in failures:
         print(f"skipped {sample}: {reason}")

@@ -156,7 +156,7 @@ class FeatureMatrix:
     @property
     def provenance(self) -> dict[str, Any]:
         """How the extraction was made: ``inputs`` that determine it, and its ``environment``."""
-        return self._header.provenance
+        return self._extraction.provenance
 
     @property
     def fingerprint(self) -> str:

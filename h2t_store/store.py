@@ -32,6 +32,7 @@ Names = Sequence[str] | NDArray[Any]
 
 _STAGED = ".append-"
 _LOCKS = ".locks"
+_AT_ONCE = "committed/images_at_once"
 _CACHED_BLOCKS = 4096
 _COMMITTED = b"\x01" + chunks.checksum(np.ones(1, np.uint8)).to_bytes(chunks.CRC_BYTES, "little")
 _MAX_UNSEEN = 10_000_000
@@ -52,6 +53,8 @@ class Extraction:
         Whether every row block was committed.
     n_failed : int
         How many samples were skipped; known once complete.
+    images_at_once : int, optional
+        The most images that went through the network at once wherever memory did not suffice for a batch.
 
     Parameters
     ----------
@@ -67,13 +70,34 @@ class Extraction:
         self.header = ExtractionHeader.from_attrs(attributes, where)
         self.complete = attributes.get("complete") is True
         self.n_failed: int = attributes.get("n_failed", 0) if self.complete else 0
-        expected = self.header.to_attrs() | self.header.state(self.n_failed if self.complete else None)
+        self.images_at_once: int | None = attributes.get("images_at_once")
+        expected = self.header.to_attrs() | self._state()
         if attributes != expected:
             raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged: their seal differs")
         if type(self.n_failed) is not int or not self._holds_its_rows() or not self._holds_its_columns():
             raise DamagedError(f"{where}: the attributes in its zarr.json are not those of an extraction")
         self._sound: set[str] = set()
         self.record = lru_cache(_CACHED_BLOCKS)(self.read_record)
+
+    def _state(self) -> dict[str, Any]:
+        return self.header.state(self.n_failed if self.complete else None, self.images_at_once)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """As in the header, with ``batch_size_used``: the smallest batch, where memory did not suffice for more."""
+        environment = self.header.provenance["environment"]
+        asked = environment.get("arguments", {}).get("batch_size")
+        used = {} if asked is None else {"batch_size_used": self.images_at_once or asked}
+        return self.header.provenance | {"environment": environment | used}
+
+    def find_images_at_once(self) -> int | None:
+        """The fewest that anyone who computes row blocks had to go on with."""
+        noted = [int(path) for path, _ in (self.folder / _AT_ONCE).files() if path.isdecimal()]
+        return min(filter(None, [self.images_at_once, *noted]), default=None)
+
+    def note_images_at_once(self, images: int) -> None:
+        """Row blocks from here on are computed with so many images at once; several processes may say so."""
+        (self.folder / f"{_AT_ONCE}/{images}").write_whole(b"", shared=True)
 
     def _holds_its_rows(self) -> bool:
         """Whether there are labels for most of the rows; only asked where so many rows would fill the memory."""
@@ -361,18 +385,19 @@ class Extraction:
             first = next(iter(failures.values()))
             remedy = f"(to start anew: h2t rm {self.where.replace(': ', ' ')}"
             raise DataError(f"{self.where}: no image could be read; the first: {first} {remedy})")
-        self.n_failed = len(failures)
-        self._write_attributes(self.n_failed)
+        self.n_failed, self.complete = len(failures), True
+        self.images_at_once = self.find_images_at_once()
+        self._write_attributes()
 
     def reopen(self, blocks: Iterable[int]) -> None:
         """Take the commitment of row blocks back, so that they are computed again."""
-        self._write_attributes(None)
+        self.complete = False
+        self._write_attributes()
         for block in blocks:
             self.chunk_file("committed", block).remove()
 
-    def _write_attributes(self, n_failed: int | None) -> None:
-        write_group(self.folder, self.header.to_attrs() | self.header.state(n_failed))
-        self.complete = n_failed is not None
+    def _write_attributes(self) -> None:
+        write_group(self.folder, self.header.to_attrs() | self._state())
 
     def write_labels(self, y: NDArray[np.int64], sample_ids: Names) -> None:
         """Write labels and identifiers again, which must be the same ones."""
@@ -469,7 +494,7 @@ class FeatureStore:
             folder.name.removeprefix(_STAGED) for folder in self.place.folders() if folder.name.startswith(_STAGED)
         )
         between = {name for name in map(unquote, staged) if self._is_between(name)}
-        return sorted(between.union(name for name, _ in _names_below(self.place)))
+        return sorted({*between, *(name for name, _ in _names_below(self.place))})
 
     def folder(self, name: str) -> Place:
         """Where an extraction of that name is written."""
@@ -597,6 +622,8 @@ class FeatureStore:
                     return staged
         self._discard(folder)
         staged = _create(folder, where, header, y, sample_ids)
+        if at_once := before.find_images_at_once():
+            staged.note_images_at_once(at_once)
         whole = before.header.n_samples // header.rows_per_block
         for block in np.flatnonzero(before.committed()[:whole]).tolist():
             staged.take_block(block, before)

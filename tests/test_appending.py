@@ -191,12 +191,12 @@ def between(tmp_path, folder, grow, monkeypatch):
 
 def run(main, *args) -> int:
     """Run a command in this process."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["h2t", *map(str, args)])
-        patch.setattr(signal, "signal", lambda *_: None)
-        patch.setattr(logging, "basicConfig", lambda **_: None)
-        patch.setattr(warnings, "simplefilter", lambda *_: None)
-        main()
+        for module, name in ((signal, "signal"), (logging, "basicConfig"), (warnings, "simplefilter")):
+            patch.setattr(module, name, lambda *_, **__: None)
+        with pytest.raises(SystemExit) as stop:
+            main()
     return stop.value.code
 
 

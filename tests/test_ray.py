@@ -111,11 +111,12 @@ def test_both_engines_write_the_same_bytes(cluster, tmp_path, folder):
 
 
 def test_what_is_in_memory_is_sent_and_what_is_logged_comes_back(cluster, tmp_path, images, labels, caplog):
-    common = dict(model=tiny_models.Functional(), name="x")
+    common = dict(model=tiny_models.Greedy(5), batch_size=8, name="x")
     here((images, labels), tmp_path / "local", **common)
     caplog.clear()
-    extract((images, labels), store=tmp_path / "ray", engine="ray", **common)
+    matrix = extract((images, labels), store=tmp_path / "ray", engine="ray", **common)
     assert tree(tmp_path / "local", "x") == tree(tmp_path / "ray", "x")
+    assert matrix.provenance["environment"]["batch_size_used"] == 4
     assert "does not say how its images are normalized" in caplog.text
 
 

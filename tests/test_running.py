@@ -20,6 +20,7 @@ from h2t_store.datasets import ArraySource
 from h2t_store.engines import blocks, local
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError
 from h2t_store.extraction import expected_seconds, extract_job
+from h2t_store.integrity import verify
 from h2t_store.preparation import prepare
 from h2t_store.store import FeatureStore
 
@@ -109,23 +110,9 @@ def test_on_error_is_checked(tmp_path, folder):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x", on_error="ignore")
 
 
-class Greedy(tiny_models.Functional):
-    """A network that memory suffices for only in batches of at most ``most`` images."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most, self.sizes = most, []
-
-    def forward(self, x):
-        self.sizes.append(len(x))
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().forward(x)
-
-
 def test_batches_are_halved_until_memory_suffices(tmp_path, images, caplog):
     torch.manual_seed(0)
-    model = Greedy(5)
+    model = tiny_models.Greedy(5)
     matrix = extract((images, None), model=model, store=tmp_path / "s", name="x", batch_size=16)
     assert "out of memory with 16 images at once: going on with 8" in caplog.text
     assert "out of memory with 8 images at once: going on with 4" in caplog.text
@@ -135,8 +122,39 @@ def test_batches_are_halved_until_memory_suffices(tmp_path, images, caplog):
     np.testing.assert_allclose(np.asarray(matrix), np.asarray(whole), rtol=2e-3, atol=1e-4)
 
 
+def test_the_batch_that_memory_sufficed_for_is_on_record_and_is_gone_on_with(tmp_path, folder, images):
+    model, store = tiny_models.Greedy(16), tmp_path / "s"
+    common = dict(model=model, store=store, name="x", batch_size=16, workers=0)
+
+    def used() -> tuple[int, int]:
+        environment = open_features(store, "x").provenance["environment"]
+        return environment["arguments"]["batch_size"], environment["batch_size_used"]
+
+    with pytest.raises(StoppedError):
+        extract(folder, stopped=lambda: model.memory(9), **common)  # after the first block
+    with pytest.raises(StoppedError):
+        extract(folder, stopped=lambda: model.memory(16), **common)  # after the second, with 8 images at once
+    model.sizes.clear()
+    extract(folder, **common)
+    assert set(model.sizes) <= {1, 2, 8}
+    assert used() == (16, 8)
+    FeatureStore(store).open("x").reopen([0])
+    model.memory(4)
+    extract(folder, **common)
+    assert used() == (16, 4)
+    model.memory(16)
+    Image.fromarray(images[0]).save(folder / "a/new.png")
+    model.sizes.clear()
+    extract(folder, append=True, **common)
+    assert max(model.sizes) == 4
+    assert used() == (16, 4)
+    assert list(verify(FeatureStore(store), "x")) == []
+    extract(folder, **(common | dict(name="y")))
+    assert open_features(store, "y").provenance["environment"]["batch_size_used"] == 16
+
+
 def test_an_image_that_does_not_fit_alone_is_an_error(tmp_path, images):
-    model = Greedy(2)
+    model = tiny_models.Greedy(2)
     job = prepare((images, None), model=model, batch_size=4)
     model.most = 0
     with pytest.raises(ModelError, match=r"the network failed on a batch of .*out of memory"):

@@ -121,7 +121,8 @@ def run(
         worker_init_fn=_leave_signals_to_the_parent,
     )
     rows_of_batches = batches(for_computing, batch_size, segments)
-    computed = _compute(forward, _checked(loader, on_error), rows_of_batches, source.sample_ids)
+    network = _running(forward, extraction.find_images_at_once(), extraction.note_images_at_once)
+    computed = _compute(forward, network, _checked(loader, on_error), rows_of_batches, source.sample_ids)
     try:
         with contextlib.closing(computed), _Writer(extraction, before) as writer:
             for block in remaining:
@@ -183,12 +184,16 @@ class _Features:
 
 @torch.inference_mode()
 def _compute(
-    forward: Forward, loaded: Iterable[_Batch], rows_of_batches: Iterable[range], sample_ids: NDArray[Any]
+    forward: Forward,
+    running: contextlib.AbstractContextManager[Callable[[Tensor], list[Tensor]]],
+    loaded: Iterable[_Batch],
+    rows_of_batches: Iterable[range],
+    sample_ids: NDArray[Any],
 ) -> Generator[_Features]:
     """Features of each batch as stored; on CUDA a batch is copied to the host while the next one is computed."""
     on_their_way: deque[tuple[_Features, list[int]]] = deque()
     ahead = 1 if forward.device.type == "cuda" else 0
-    with _running(forward) as network:
+    with running as network:
         for rows, batch in zip(rows_of_batches, loaded, strict=True):
             good = [row for i, row in enumerate(rows) if i not in batch.failed]
             try:
@@ -208,26 +213,32 @@ def _compute(
 
 
 @contextlib.contextmanager
-def _running(forward: Forward) -> Iterator[Callable[[Tensor], list[Tensor]]]:
-    """The network as a function from uint8 images to pooled activations, in halves where CUDA runs out of memory."""
+def _running(
+    forward: Forward, at_once: int | None = None, note: Callable[[int], None] = lambda images: None
+) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+    """The network as a function from uint8 images to pooled activations, in halves where CUDA runs out of memory.
+
+    ``note`` is called with how many images at once it goes on with; ``at_once`` are the most to begin with.
+    """
     shape = (1, len(forward.mean), 1, 1)
     mean, std = (torch.tensor(values, device=forward.device).view(shape) for values in (forward.mean, forward.std))
-    most = 1 << 30
+    most = at_once or 1 << 30
 
     def network(images: Tensor) -> list[Tensor]:
         nonlocal most
         parts: list[list[Tensor]] = []
         start = 0
         while start < len(images):
-            part = images[start : start + most].to(forward.device, non_blocking=True)
-            part = part.to(memory_format=forward.memory_format)
+            part = images[start : start + most]
             try:
+                part = part.to(forward.device, non_blocking=True).to(memory_format=forward.memory_format)
                 parts.append(pooled((part.float().div_(255) - mean).div_(std)))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
                 most = len(part) // 2
                 _log.warning("out of memory with %d images at once: going on with %d", len(part), most)
+                note(most)
                 torch.cuda.empty_cache()
             else:
                 start += len(part)
