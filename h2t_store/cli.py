@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from h2t_store.errors import DamagedError, H2TError, StoppedError, StoreError
 from h2t_store.reporting import Meter, duration, facts, json_text, progress, short, size, table
@@ -663,7 +664,7 @@ def _run(app: typer.Typer) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interruption)
     try:
-        code = app(standalone_mode=False)
+        code = _with_literal_help(typer.main.get_command(app))(standalone_mode=False)
         sys.stdout.flush()
     except StoppedError:
         code = _fail("stopped: finished row blocks are stored, the same command continues", 128 + _interruption.signal)
@@ -687,6 +688,18 @@ def _run(app: typer.Typer) -> None:
         # Called without anything, h2t has printed its help already.
         code = _fail(f"{error.format_message()} (see --help)", 2) if error.format_message() else 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_literal_help(command: Any) -> Any:
+    """The same command with brackets in its help that are printed: rich would take ``head2toe[s3]`` for markup."""
+    for part in (command, *command.params):
+        for name in ("help", "epilog", "show_default"):
+            text = getattr(part, name, None)
+            if isinstance(text, str):
+                setattr(part, name, escape(text))
+    for below in getattr(command, "commands", {}).values():
+        _with_literal_help(below)
+    return command
 
 
 def _fail(message: str, code: int) -> int:

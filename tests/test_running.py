@@ -124,7 +124,7 @@ def test_batches_are_halved_until_memory_suffices(tmp_path, images, caplog):
 
 def test_the_batch_that_memory_sufficed_for_is_on_record_and_is_gone_on_with(tmp_path, folder, images):
     model, store = tiny_models.Greedy(16), tmp_path / "s"
-    common = dict(model=model, store=store, name="x", batch_size=16, workers=0)
+    common = dict(model=model, img_size=8, store=store, name="x", batch_size=16, workers=0)
 
     def used() -> tuple[int, int]:
         environment = open_features(store, "x").provenance["environment"]
@@ -143,7 +143,8 @@ def test_the_batch_that_memory_sufficed_for_is_on_record_and_is_gone_on_with(tmp
     extract(folder, **common)
     assert used() == (16, 4)
     model.memory(16)
-    Image.fromarray(images[0]).save(folder / "a/new.png")
+    for i in range(6):
+        Image.fromarray(images[i][::-1]).save(folder / f"a/new{i}.png")
     model.sizes.clear()
     extract(folder, append=True, **common)
     assert max(model.sizes) == 4
