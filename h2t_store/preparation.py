@@ -21,7 +21,6 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load_backbone, pooled_layers, tapped
-from h2t_store.backbones.switches import exact_arithmetic
 from h2t_store.chunks import CRC_BYTES
 from h2t_store.datasets import Source, open_source
 from h2t_store.engines.blocks import rows_per_block
@@ -29,6 +28,7 @@ from h2t_store.engines.interface import Forward
 from h2t_store.engines.local import choose_batch_size
 from h2t_store.errors import H2TError, ModelError, TapError, one_line
 from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer
+from h2t_store.switches import exact_arithmetic
 
 __all__ = ["Job", "check_integer", "prepare", "with_whole_paths"]
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,25 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, folder, monkeypatch, 
     with pytest.raises(H2TError, match=r"ray_address '127\.0\.0\.1:1': \[Errno 111\] Connection refused"):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x", engine="ray", ray_address="127.0.0.1:1")
     assert not capsys.readouterr().err
+
+
+def test_a_connection_ends_when_the_last_who_uses_it_has_left(monkeypatch):
+    from h2t_store.engines import ray as engine
+
+    calls = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: calls.append("init"))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(engine, "_resources", list)
+    for order in ((0, 1), (1, 0)):
+        stacks = [ExitStack(), ExitStack()]
+        for stack in stacks:
+            stack.enter_context(engine.cluster("local"))
+        stacks[order[0]].close()
+        assert calls == ["init"]
+        stacks[order[1]].close()
+        assert calls == ["init", "shutdown"]
+        calls.clear()
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from h2t_store.backbones.axes import channel_axes
 from h2t_store.backbones.class_token import class_positions
 from h2t_store.backbones.paper import published_taps
 from h2t_store.backbones.presets import canonical_name, classifier, linear_entrances, preset
-from h2t_store.backbones.switches import exact_arithmetic
 from h2t_store.backbones.taps import ClassTokenPolicy, Tap
 from h2t_store.backbones.watching import Content, Place, Seen, hooks, is_linear_map, watch
 from h2t_store.errors import TapError, did_you_mean
+from h2t_store.switches import exact_arithmetic
 
 __all__ = ["PRESETS", "find_taps"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from h2t_store.backbones.switches import module_by_module
+from h2t_store.switches import module_by_module
 
 __all__ = ["Content", "Place", "Seen", "Side", "activations_in", "hooks", "in_this_thread", "is_linear_map", "watch"]
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store.backbones import tapped
-from h2t_store.backbones.switches import exact_arithmetic
 from h2t_store.datasets import Source
 from h2t_store.datasets.names import shown
 from h2t_store.engines.blocks import RowBlock, batches
 from h2t_store.engines.interface import Forward
 from h2t_store.errors import DataError, H2TError, ModelError, StoppedError, TapError, one_line
 from h2t_store.store import Extraction
+from h2t_store.switches import exact_arithmetic
 
 __all__ = ["check_workers", "choose_batch_size", "default_workers", "run", "seconds_per_image"]
 
@@ -151,7 +151,7 @@ def _advice(error: Exception) -> str:
     if "killed by signal" in str(error) or get_start_method() == "fork":
         return "fewer workers need less memory; with 0 this process decodes"
     return (
-        f"the start method {get_start_method()!r} runs the script once more in each process: {_GUARD}; "
+        f"the start method {get_start_method()!r} runs the script, a file, once more in each process: {_GUARD}; "
         "with 0 workers this process decodes"
     )
 

@@ -1,4 +1,4 @@
-"""Settings of torch that the whole process shares, changed for as long as a network is run and put back afterwards."""
+"""What the whole process shares, changed for as long as some thread needs it and put back afterwards."""
 
 import threading
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["exact_arithmetic", "module_by_module"]
+__all__ = ["Switch", "exact_arithmetic", "module_by_module"]
 
 
-class _Switch:
+class Switch:
     """Changed when the first thread enters, put back when the last one leaves, in whatever order they do.
 
     ``change`` makes the change and returns what undoes it.
@@ -84,8 +84,8 @@ def _run_module_by_module() -> Callable[[], None]:
     return lambda: torch.backends.mha.set_fastpath_enabled(before)
 
 
-exact_arithmetic = _Switch(_compute_exactly)
+exact_arithmetic = Switch(_compute_exactly)
 """Convolutions and products in full float32: TF32 is off by more than float16 storage is."""
 
-module_by_module = _Switch(_run_module_by_module)
+module_by_module = Switch(_run_module_by_module)
 """Encoder layers call their modules, which torch's fused form of them does not."""
