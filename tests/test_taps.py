@@ -393,8 +393,17 @@ def together(model, works):
     """Do each of the works in a thread of its own, in step at every layer of the network."""
     barrier = threading.Barrier(len(works))
     model.meet = barrier.wait
+
+    @torch.no_grad()
+    def do(work):
+        try:
+            return work()
+        except BaseException:
+            barrier.abort()  # or the others wait for ever
+            raise
+
     with ThreadPoolExecutor(len(works)) as pool:
-        results = list(pool.map(lambda work: torch.no_grad()(work)(), works))
+        results = list(pool.map(do, works))
     model.meet = lambda: None
     return results
 
