@@ -645,8 +645,8 @@ class FeatureStore:
             self._staged(name).put_in_place_of(self.folder(name), self.place)
 
     def _is_between(self, name: str) -> bool:
-        staged = self._staged(name)
         with suppress(StoreError):
+            staged = self._staged(name)
             return (
                 _kind(self.folder(name)) == "nothing"
                 and _kind(staged) == "extraction"

@@ -225,6 +225,7 @@ def test_what_reads_writes_nothing(tmp_path, folder):
 
 
 def test_what_reads_writes_nothing_after_a_crash_amid_a_replacement_either(between, folder, tmp_path, capsys):
+    (between / ".append-.." / "features").mkdir(parents=True)
     before = state_of(between)
     reading(between, folder, tmp_path)
     assert "x" in capsys.readouterr().out
