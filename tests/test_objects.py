@@ -430,13 +430,12 @@ def test_copies_that_fail_lose_nothing(store, folder, local, monkeypatch):
         take(self, other)
 
     monkeypatch.setattr(Bucket, "take", refuse)
-    for append in (True, False):
+    for _ in range(2):
         with pytest.raises(UnreachableError, match="403 Forbidden"):
-            extract(folder, store=store, name="a/x", append=append, **COMMON)
-    with pytest.raises(UnreachableError, match="403 Forbidden"):
-        open_features(store, "a/x")
+            extract(folder, store=store, name="a/x", append=True, **COMMON)
+        assert len(open_features(store, "a/x")) == 45
     monkeypatch.setattr(Bucket, "take", take)
-    assert len(open_features(store, "a/x")) == 45
+    extract(folder, store=store, name="a/x", append=True, **COMMON)
     assert same(store, local)
 
 
