@@ -53,11 +53,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store import extract
-from h2t_store.backbones.taps import exact_convolutions, tapped
+from h2t_store.backbones.taps import tapped
 from h2t_store.datasets import Source
 from h2t_store.extraction import extract_job
 from h2t_store.preparation import Job, prepare
 from h2t_store.store import FeatureStore
+from h2t_store.switches import exact_arithmetic
 
 MODELS = "resnet50,vit_small_patch16_224,convnext_tiny"
 COUNTS = "1000,10000,100000"
@@ -116,7 +117,7 @@ class Passes:
         """Run a network and drop what it gives."""
         start, first = perf_counter(), 0.0
         autocast = torch.autocast(self.forward.device.type, torch.bfloat16, enabled=self.forward.amp)
-        with exact_convolutions(), autocast:
+        with exact_arithmetic, autocast:
             for batch in self.batches(memory_format or self.forward.memory_format):
                 network(batch)
                 if not first:

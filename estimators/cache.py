@@ -175,6 +175,10 @@ class Codec(Generic[Solution]):
     unpack: Callable[[Arrays], Solution]
 
 
+class _UnusableError(Exception):
+    """What is stored is damaged."""
+
+
 def cached(
     place: Files | Objects,
     key: str,
@@ -187,7 +191,11 @@ def cached(
     What cannot be written is returned all the same, and a warning says so. A damaged file is computed anew.
     """
     name = f"{key}.npz"
-    stored = _load(place, name, codec)
+    stored = None
+    try:
+        stored = _load(place, name, codec)
+    except _UnusableError as error:
+        warnings.warn(f"{place}/{name} cannot be used ({error}) and is computed again.", UserWarning, stacklevel=3)
     if stored is not None and enough(stored):
         return stored
     with ExitStack() as stack:
@@ -196,8 +204,8 @@ def cached(
         except (OSError, NotImplementedError) as error:
             _warn_unwritable(place, error)
             return solve(stored)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said before
+        stored = None
+        with suppress(_UnusableError):  # said before
             stored = _load(place, name, codec)
         if stored is not None and enough(stored):
             return stored
@@ -232,6 +240,5 @@ def _load(place: Files | Objects, name: str, codec: Codec[Solution]) -> Solution
     except FileNotFoundError:
         return None
     except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files, obstore its own
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        warnings.warn(f"{place}/{name} cannot be used ({said}) and is computed again.", UserWarning, stacklevel=4)
-        return None
+        said = str(error).splitlines()[0] if str(error) else ""
+        raise _UnusableError(f"{type(error).__name__}: {said}") from error

@@ -40,7 +40,8 @@ from estimators.selection import (
     count_kept,
     warn_nothing_selected,
 )
-from estimators.solving import PathOptions, cpu_threads, solve_path
+from estimators.solving import PathOptions, solve_path
+from estimators.switches import cpu_threads
 
 _SEEDS = 2**31 - 1
 

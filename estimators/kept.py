@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from estimators.group_lasso.operators import column_moments, memory_limit, stored_precision
-from estimators.group_lasso.path import full_precision
 from estimators.group_lasso.sources import ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.heads import (
     Block,
@@ -23,6 +22,7 @@ from estimators.heads import (
     held_space_bytes,
 )
 from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
+from estimators.switches import full_precision
 
 _HELD_SHARE = 4
 _BLOCK_BYTES = 2 * 2**20

@@ -21,7 +21,8 @@ from estimators.group_lasso.result import GroupLassoPath
 from estimators.group_lasso.sources import is_feature_matrix
 from estimators.inputs import Training, check_features, check_training
 from estimators.normalization import NORMALIZATIONS
-from estimators.solving import PathOptions, cpu_threads, solve_path
+from estimators.solving import PathOptions, solve_path
+from estimators.switches import cpu_threads
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,12 +6,10 @@ them branches off the one above. So a path may be solved in parts, by several pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -170,17 +168,3 @@ def _unpack(arrays: Arrays) -> SolvedRatios:
 
 
 _CODEC = Codec(_pack, _unpack)
-
-
-@contextmanager
-def cpu_threads(n_jobs: int | None) -> Iterator[None]:
-    """Compute on this many CPU threads; None leaves it to torch, -1 is one per core."""
-    if n_jobs is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_jobs if n_jobs > 0 else max(1, joblib.cpu_count() + 1 + n_jobs))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from h2t_store.errors import DamagedError, H2TError, StoppedError, StoreError
 from h2t_store.reporting import Meter, duration, facts, json_text, progress, short, size, table
@@ -27,7 +28,6 @@ __all__ = ["extract_main", "h2t_main"]
 _EXIT_CODES = """Exit status: 0 done; 1 error, told in one line on stderr; 2 wrong usage; 3 damage found (verify);
 130 or 143 stopped by Ctrl-C or SIGTERM after the row block in hand."""
 
-_IN_COMPANY = int(os.environ.get("WORLD_SIZE", "1")) > 1
 _ECHO_SECONDS = 2.0  # torchrun passes on the Ctrl-C that its processes had from the terminal already
 
 _extract_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -85,11 +85,12 @@ class _Interruption:
     def __init__(self) -> None:
         self.signal = 0
         self.asked_at = 0.0
+        self.echoed = False
         self.meter: Meter | None = None
 
     def __call__(self, number: int, _: Any) -> None:
         now = time.monotonic()
-        if self.signal and _IN_COMPANY and now - self.asked_at < _ECHO_SECONDS:
+        if self.signal and self.echoed and now - self.asked_at < _ECHO_SECONDS:
             return
         before, self.signal, self.asked_at = self.signal, number, now
         if before or self.meter is None or self.meter.began is None:
@@ -273,10 +274,10 @@ def _extract(
         ),
     ] = False,
     engine: Annotated[
-        Literal["local", "ray"],
+        Literal["local", "ray", "torchrun"],
         typer.Option(
-            help="Compute in this process, or on a Ray cluster (pip install 'head2toe[ray]'); what one began the other "
-            "can finish.",
+            help="Compute in this process, on a Ray cluster (pip install 'head2toe[ray]'), or in the processes that "
+            "torchrun started; what one engine began another can finish.",
             rich_help_panel="Cluster",
         ),
     ] = "local",
@@ -327,7 +328,7 @@ def _extract(
 
     extract pets/train --model resnet50 --store s3://bucket/pets.zarr --name pets/train --engine ray --workers 8
 
-    torchrun --nproc-per-node 4 -m h2t_store pets/train --model resnet50 --store pets.zarr --name pets/train
+    torchrun --nproc-per-node 4 -m h2t_store pets/train --model resnet50 --store pets.zarr --name p --engine torchrun
     """
     from h2t_store.extraction import check_running, extract
 
@@ -356,6 +357,7 @@ def _extract(
         _print_plan(prepare(data, **settings), workers, as_json)
         return
     start = time.perf_counter()
+    _interruption.echoed = engine == "torchrun"
     with _interruption.computing() as meter:
         matrix = extract(
             data,
@@ -467,7 +469,7 @@ def info(store: _Store, name: _Name, as_json: _Json = False) -> None:
     ]
     if as_json:
         found = {"name": name} | _summary(extraction) | {"dtype": header.dtype, "class_names": list(header.classes)}
-        print(json_text(found | header.provenance | {"failures": failures, "layer_list": layers}))
+        print(json_text(found | extraction.provenance | {"failures": failures, "layer_list": layers}))
         return
     shown: dict[str, Any] = {
         "name": name,
@@ -478,7 +480,7 @@ def info(store: _Store, name: _Name, as_json: _Json = False) -> None:
         "state": _state(extraction),
     }
     for part in ("inputs", "environment"):
-        shown |= {key: value for key, value in header.provenance[part].items() if key not in shown}
+        shown |= {key: value for key, value in extraction.provenance[part].items() if key not in shown}
     facts(shown)
     for sample, reason in failures:
         print(f"skipped {sample}: {reason}")
@@ -662,7 +664,7 @@ def _run(app: typer.Typer) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interruption)
     try:
-        code = app(standalone_mode=False)
+        code = _with_literal_help(typer.main.get_command(app))(standalone_mode=False)
         sys.stdout.flush()
     except StoppedError:
         code = _fail("stopped: finished row blocks are stored, the same command continues", 128 + _interruption.signal)
@@ -686,6 +688,18 @@ def _run(app: typer.Typer) -> None:
         # Called without anything, h2t has printed its help already.
         code = _fail(f"{error.format_message()} (see --help)", 2) if error.format_message() else 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_literal_help(command: Any) -> Any:
+    """The same command with brackets in its help that are printed: rich would take ``head2toe[s3]`` for markup."""
+    for part in (command, *command.params):
+        for name in ("help", "epilog", "show_default"):
+            text = getattr(part, name, None)
+            if isinstance(text, str):
+                setattr(part, name, escape(text))
+    for below in getattr(command, "commands", {}).values():
+        _with_literal_help(below)
+    return command
 
 
 def _fail(message: str, code: int) -> int:

@@ -31,7 +31,7 @@ __all__ = ["check_running", "expected_seconds", "extract", "extract_job", "requi
 
 _log = logging.getLogger("h2t_store")
 _ON_ERROR = ("raise", "skip")
-_ENGINES = ("local", "ray")
+_ENGINES = ("local", "ray", "torchrun")
 _SAME_MAGNITUDE = 0.05
 
 
@@ -59,7 +59,7 @@ def extract(
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
     append: bool = False,
-    engine: Literal["local", "ray"] = "local",
+    engine: Literal["local", "ray", "torchrun"] = "local",
     ray_address: str | None = None,
     num_gpus_per_worker: float | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -68,7 +68,7 @@ def extract(
     """Run a frozen network once over a dataset and store the pooled activations of its layers.
 
     What is stored already is not computed again: a finished extraction is opened, an interrupted one is continued at
-    the first missing row block. Under ``torchrun`` the processes share the row blocks.
+    the first missing row block.
 
     Parameters
     ----------
@@ -109,8 +109,9 @@ def extract(
     batch_size : int or "auto"
         Images per forward pass; halved for as long as CUDA runs out of memory.
     workers : int, optional
-        Processes that decode images; 0 decodes in this one. By default up to 4, and 0 for images in memory. With the
-        engine ``ray`` the workers that each hold the network; by default one for each share of GPUs, or one per node.
+        Processes that decode images; 0 decodes in this one. By default up to 4, and 0 for images in memory and in the
+        processes of pools, which cannot start others. With the engine ``ray`` the workers that each hold the network;
+        by default one for each share of GPUs, or one per node.
     device : str or torch.device
         ``auto`` takes CUDA where it is present, else the CPU.
     amp : bool
@@ -124,9 +125,10 @@ def extract(
         matrix (see `FeatureMatrix.failures`).
     append : bool
         Extend the extraction by images that the data has got since; what is stored stays as it is.
-    engine : {"local", "ray"}
-        Compute in this process, or on a Ray cluster, whose nodes all find ``store`` and ``data`` at the same
-        addresses. What one began the other can finish, bit for bit the same on the same kind of device.
+    engine : {"local", "ray", "torchrun"}
+        Compute in this process; on a Ray cluster, whose nodes all find ``store`` and ``data`` at the same addresses; or
+        in the processes that ``torchrun`` started, each with a card of its own, which share the row blocks. What one
+        engine began another can finish, bit for bit the same on the same kind of device.
     ray_address : str, optional
         Of a running cluster, or ``auto``; ``local`` starts one. By default ``RAY_ADDRESS``, else as Ray decides.
     num_gpus_per_worker : float, optional
@@ -153,8 +155,7 @@ def extract(
     if batch_size == "auto":
         batch_size = _batch_size_begun(store, name) or "auto"
     with (
-        _current_card_kept(device),
-        ranks() as processes,
+        ranks() if engine == "torchrun" else contextlib.nullcontext(ALONE) as processes,
         _engine(engine, processes, store, ray_address, num_gpus_per_worker, device) as (prepared, run),
     ):
         job = prepared(
@@ -194,16 +195,9 @@ def extract(
             )
 
 
-def _current_card_kept(device: str | torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Put back at the end which CUDA device is the current one: an extraction makes it its own."""
-    if str(device) == "cpu" or not torch.cuda.is_available():
-        return contextlib.nullcontext()
-    return torch.cuda.device(torch.cuda.current_device())
-
-
 @contextlib.contextmanager
 def _engine(
-    engine: Literal["local", "ray"],
+    engine: Literal["local", "ray", "torchrun"],
     processes: Ranks,
     store: str | os.PathLike[str],
     address: str | None,
@@ -211,15 +205,23 @@ def _engine(
     device: str | torch.device,
 ) -> Iterator[tuple[Callable[..., Job], Engine]]:
     """What finds out what to compute, and what computes it: both in this process, or both on Ray workers."""
-    if in_one_process(store) and (engine == "ray" or processes.size > 1):
+    if in_one_process(store) and engine != "local":
         raise StoreError(f"store {store!r} is in the memory of one process: others cannot write into it")
     if engine == "local":
         yield prepare, local.run
         return
+    if engine == "torchrun":
+
+        def on_its_card(data: Any, **settings: Any) -> Job:
+            device = settings["device"]
+            if torch.cuda.is_available() and str(device) in ("auto", "cuda"):
+                device = f"cuda:{processes.local_rank}"
+            return prepare(data, **(settings | {"device": device}))
+
+        yield on_its_card, local.run
+        return
     from h2t_store.engines import ray
 
-    if processes.size > 1:
-        raise H2TError("engine 'ray' under torchrun: start it once, Ray starts the workers")
     with ray.cluster(address, num_gpus, str(device)) as cluster:
 
         def prepared(data: Any, **settings: Any) -> Job:
@@ -255,10 +257,11 @@ def check_running(
     check_name(name)
     if workers is not None:
         check_integer("workers", workers, 0)
+    local.check_workers(None if engine == "ray" else workers)
     if on_error not in _ON_ERROR:
         raise H2TError(f"on_error {on_error!r}: accepted are {' and '.join(_ON_ERROR)}")
     if engine not in _ENGINES:
-        raise H2TError(f"engine {engine!r}: accepted are {' and '.join(_ENGINES)}")
+        raise H2TError(f"engine {engine!r}: accepted are local, ray and torchrun")
     if num_gpus_per_worker is not None and not 0 <= num_gpus_per_worker < math.inf:
         raise H2TError(f"num_gpus_per_worker {num_gpus_per_worker!r}: accepted are numbers from 0")
 

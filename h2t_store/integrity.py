@@ -67,7 +67,7 @@ def verify(
         Where there is no such extraction.
     """
     store.require(name)
-    folder = store.folder(name)
+    folder = store.found_at(name)
     yield from _damaged_groups(store, name)
     try:
         extraction = Extraction(folder, store.where(name))

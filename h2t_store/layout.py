@@ -60,7 +60,7 @@ MAX_LABEL_ROWS = 65536
 UNLABELLED = -1
 STORAGE_DTYPES = ("float16", "float32")
 _NAN = float("nan")  # one object, so that equal specs compare equal
-_STATE = ("digest", "complete", "n_failed", "seal")
+_STATE = ("digest", "complete", "n_failed", "images_at_once", "seal")
 
 
 class Layer(NamedTuple):
@@ -151,11 +151,16 @@ class ExtractionHeader:
         """As JSON-ready attributes, with their digest."""
         return self._content() | {"digest": self.digest}
 
-    def state(self, n_failed: int | None = None) -> dict[str, Any]:
-        """Attributes that say whether it is complete, and then how many samples failed, under a seal."""
-        if n_failed is None:
+    def state(self, n_failed: int | None = None, images_at_once: int | None = None) -> dict[str, Any]:
+        """Attributes that say whether it is complete, and then how many samples failed, under a seal.
+
+        ``images_at_once`` is there if memory did not suffice for the batch size that was asked for.
+        """
+        known = {"n_failed": n_failed, "images_at_once": images_at_once}
+        found = {key: value for key, value in known.items() if value is not None}
+        if not found:
             return {"complete": False}
-        return {"complete": True, "n_failed": n_failed, "seal": _digest({"of": self.digest, "n_failed": n_failed})}
+        return {"complete": n_failed is not None, **found, "seal": _digest({"of": self.digest, **found})}
 
     def _content(self) -> dict[str, Any]:
         return {

@@ -136,7 +136,7 @@ class FeatureMatrix:
             store, name, digest = self._address
             with suppress(DamagedError):
                 now = FeatureStore(store).find(name)
-                if now is not None and now.header.digest != digest:
+                if now is not None and (now.header.digest, now.folder) != (digest, extraction.folder):
                     raise _replaced(now) from None
             raise
 
@@ -164,7 +164,7 @@ class FeatureMatrix:
     @property
     def provenance(self) -> dict[str, Any]:
         """How the extraction was made: ``inputs`` that determine it, and its ``environment``."""
-        return self._header.provenance
+        return self._extraction.provenance
 
     @property
     def fingerprint(self) -> str:

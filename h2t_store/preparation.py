@@ -21,7 +21,6 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from h2t_store.backbones import Backbone, ClassTokenPolicy, Tap, find_taps, load_backbone, pooled_layers, tapped
-from h2t_store.backbones.taps import exact_convolutions
 from h2t_store.chunks import CRC_BYTES
 from h2t_store.datasets import Source, open_source
 from h2t_store.datasets.pictures import DECODING
@@ -30,6 +29,7 @@ from h2t_store.engines.interface import Forward
 from h2t_store.engines.local import choose_batch_size
 from h2t_store.errors import H2TError, ModelError, TapError, one_line
 from h2t_store.layout import STORAGE_DTYPES, ExtractionHeader, Layer
+from h2t_store.switches import exact_arithmetic
 
 __all__ = ["Job", "check_integer", "prepare", "with_whole_paths"]
 
@@ -291,8 +291,7 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         if chosen.type == "cuda":
-            chosen = torch.device("cuda", _local_rank() if chosen.index is None else chosen.index)
-            torch.cuda.set_device(chosen)
+            chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
         torch.empty(0, device=chosen)
     except Exception as error:
         raise ModelError(f"device {str(device)!r} cannot be used here: {one_line(error)}") from error
@@ -301,11 +300,6 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def _local_rank() -> int:
-    """Which of this machine's cards is this process's."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _find(
@@ -336,7 +330,7 @@ def _behaviour(model: nn.Module, found: Sequence[Tap], images: Tensor) -> list[f
     """
     if not found:
         return []
-    with torch.no_grad(), exact_convolutions(), tapped(model, pooled_layers(found, [1])) as pooled:
+    with torch.no_grad(), exact_arithmetic, tapped(model, pooled_layers(found, [1])) as pooled:
         magnitudes = [float(values.abs().mean()) for values in pooled(images)]
     quarters = np.array_split(np.array(magnitudes), min(4, len(magnitudes)))
     return [float(f"{quarter.mean():.1e}") for quarter in quarters]

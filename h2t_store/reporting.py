@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["Meter", "duration", "facts", "json_text", "progress", "short", "size", "table"]
 
@@ -112,7 +112,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table; lines are not broken where output goes to a file."""
     shown = Table(*header, box=None, pad_edge=False)
     for row in rows:
-        shown.add_row(*(escape(str(cell)) for cell in row))
+        shown.add_row(*(Text(str(cell)) for cell in row))
     (Console() if sys.stdout.isatty() else Console(width=10_000)).print(shown)
 
 

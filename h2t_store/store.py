@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Self
@@ -32,6 +32,7 @@ Names = Sequence[str] | NDArray[Any]
 
 _STAGED = ".append-"
 _LOCKS = ".locks"
+_AT_ONCE = "committed/images_at_once"
 _CACHED_BLOCKS = 4096
 _COMMITTED = b"\x01" + chunks.checksum(np.ones(1, np.uint8)).to_bytes(chunks.CRC_BYTES, "little")
 _MAX_UNSEEN = 10_000_000
@@ -52,6 +53,8 @@ class Extraction:
         Whether every row block was committed.
     n_failed : int
         How many samples were skipped; known once complete.
+    images_at_once : int, optional
+        The most images that went through the network at once wherever memory did not suffice for a batch.
 
     Parameters
     ----------
@@ -67,13 +70,34 @@ class Extraction:
         self.header = ExtractionHeader.from_attrs(attributes, where)
         self.complete = attributes.get("complete") is True
         self.n_failed: int = attributes.get("n_failed", 0) if self.complete else 0
-        expected = self.header.to_attrs() | self.header.state(self.n_failed if self.complete else None)
+        self.images_at_once: int | None = attributes.get("images_at_once")
+        expected = self.header.to_attrs() | self._state()
         if attributes != expected:
             raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged: their seal differs")
         if type(self.n_failed) is not int or not self._holds_its_rows() or not self._holds_its_columns():
             raise DamagedError(f"{where}: the attributes in its zarr.json are not those of an extraction")
         self._sound: set[str] = set()
         self.record = lru_cache(_CACHED_BLOCKS)(self.read_record)
+
+    def _state(self) -> dict[str, Any]:
+        return self.header.state(self.n_failed if self.complete else None, self.images_at_once)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """As in the header, with ``batch_size_used``: the smallest batch, where memory did not suffice for more."""
+        environment = self.header.provenance["environment"]
+        asked = environment.get("arguments", {}).get("batch_size")
+        used = {} if asked is None else {"batch_size_used": self.images_at_once or asked}
+        return self.header.provenance | {"environment": environment | used}
+
+    def find_images_at_once(self) -> int | None:
+        """The fewest that anyone who computes row blocks had to go on with."""
+        noted = [int(path) for path, _ in (self.folder / _AT_ONCE).files() if path.isdecimal()]
+        return min(filter(None, [self.images_at_once, *noted]), default=None)
+
+    def note_images_at_once(self, images: int) -> None:
+        """Row blocks from here on are computed with so many images at once; several processes may say so."""
+        (self.folder / f"{_AT_ONCE}/{images}").write_whole(b"", shared=True)
 
     def _holds_its_rows(self) -> bool:
         """Whether there are labels for most of the rows; only asked where so many rows would fill the memory."""
@@ -361,18 +385,19 @@ class Extraction:
             first = next(iter(failures.values()))
             remedy = f"(to start anew: h2t rm {self.where.replace(': ', ' ')}"
             raise DataError(f"{self.where}: no image could be read; the first: {first} {remedy})")
-        self.n_failed = len(failures)
-        self._write_attributes(self.n_failed)
+        self.n_failed, self.complete = len(failures), True
+        self.images_at_once = self.find_images_at_once()
+        self._write_attributes()
 
     def reopen(self, blocks: Iterable[int]) -> None:
         """Take the commitment of row blocks back, so that they are computed again."""
-        self._write_attributes(None)
+        self.complete = False
+        self._write_attributes()
         for block in blocks:
             self.chunk_file("committed", block).remove()
 
-    def _write_attributes(self, n_failed: int | None) -> None:
-        write_group(self.folder, self.header.to_attrs() | self.header.state(n_failed))
-        self.complete = n_failed is not None
+    def _write_attributes(self) -> None:
+        write_group(self.folder, self.header.to_attrs() | self._state())
 
     def write_labels(self, y: NDArray[np.int64], sample_ids: Names) -> None:
         """Write labels and identifiers again, which must be the same ones."""
@@ -465,15 +490,19 @@ class FeatureStore:
 
     def names(self) -> list[str]:
         """Names of the extractions, finished or not, damaged or not, sorted."""
-        for folder in self.place.folders():
-            if folder.name.startswith(_STAGED):
-                with suppress(StoreError):  # the others are there all the same
-                    self.finish_replacing(unquote(folder.name.removeprefix(_STAGED)))
-        return sorted(name for name, _ in _names_below(self.place))
+        staged = (
+            folder.name.removeprefix(_STAGED) for folder in self.place.folders() if folder.name.startswith(_STAGED)
+        )
+        between = {name for name in map(unquote, staged) if self._is_between(name)}
+        return sorted({*between, *(name for name, _ in _names_below(self.place))})
 
     def folder(self, name: str) -> Place:
-        """Where an extraction of that name lies."""
+        """Where an extraction of that name is written."""
         return self.place / layout.check_name(name)
+
+    def found_at(self, name: str) -> Place:
+        """Where an extraction of that name is read: a crash amid `replace` leaves what was staged, complete."""
+        return self._staged(name) if self._is_between(name) else self.folder(name)
 
     def where(self, name: str) -> str:
         """An extraction, for messages."""
@@ -493,8 +522,7 @@ class FeatureStore:
 
     def require(self, name: str) -> None:
         """Raise `StoreError` unless something that is or was an extraction lies under that name."""
-        self.finish_replacing(name)
-        folder = self.folder(name)
+        folder = self.found_at(name)
         inside = any(_holds_arrays(self.folder(above)) for above in layout.names_above(name))
         if inside or not (_may_be_extraction(folder) or _holds_arrays(folder)):
             raise self._without(name)
@@ -503,7 +531,7 @@ class FeatureStore:
         """Open the extraction ``name``; None where there is none."""
         folder = self.folder(name)
         if not _may_be_extraction(folder):
-            self.finish_replacing(name)
+            folder = self.found_at(name)
             if not _may_be_extraction(folder):
                 return None
         return Extraction(folder, self.where(name))
@@ -528,6 +556,7 @@ class FeatureStore:
             with lock.lock(who) as lost:
                 self._locked[name] = lost
                 try:
+                    self._finish_replacing(name)
                     yield lost
                 except StoppedError:
                     self.require_lock(name)
@@ -557,6 +586,7 @@ class FeatureStore:
         for group in above:
             if _may_be_extraction(self.place / group):
                 raise StoreError(f"name {name!r}: {group!r} is an extraction already; choose another name")
+        self._finish_replacing(name)
         begun = self.find(name)
         if begun is not None:
             different = differences(begun.header.provenance["inputs"], header.provenance["inputs"])
@@ -582,6 +612,7 @@ class FeatureStore:
 
         Whole row blocks that are committed are taken over. Until `replace`, the extraction stays as it is.
         """
+        self._finish_replacing(name)
         before, folder = self.open(name), self._staged(name)
         where = f"{self.where(name)} (extended)"
         if _may_be_extraction(folder):
@@ -591,6 +622,8 @@ class FeatureStore:
                     return staged
         self._discard(folder)
         staged = _create(folder, where, header, y, sample_ids)
+        if at_once := before.find_images_at_once():
+            staged.note_images_at_once(at_once)
         whole = before.header.n_samples // header.rows_per_block
         for block in np.flatnonzero(before.committed()[:whole]).tolist():
             staged.take_block(block, before)
@@ -605,27 +638,15 @@ class FeatureStore:
     def _staged(self, name: str) -> Place:
         return self.place / f"{_STAGED}{layout.escaped(layout.check_name(name))}"
 
-    def finish_replacing(self, name: str) -> None:
-        """A crash can come amid `replace`: then only what was staged, complete, is there.
-
-        Raises
-        ------
-        StoreError
-            Where another process is at it, or it cannot be done.
-        """
-        if not self._is_between(name):
-            return
-        try:
-            with nullcontext() if name in self._locked else self.lock(name):
-                if self._is_between(name):
-                    self.require_lock(name)
-                    self._staged(name).put_in_place_of(self.folder(name), self.place)
-        except (StoreError, OSError) as error:
-            raise StoreError(f"{self.where(name)} is being extended: {one_line(error)}") from None
+    def _finish_replacing(self, name: str) -> None:
+        """Put what was staged in its place where a crash came amid `replace`."""
+        if self._is_between(name):
+            self.require_lock(name)
+            self._staged(name).put_in_place_of(self.folder(name), self.place)
 
     def _is_between(self, name: str) -> bool:
-        staged = self._staged(name)
         with suppress(StoreError):
+            staged = self._staged(name)
             return (
                 _kind(self.folder(name)) == "nothing"
                 and _kind(staged) == "extraction"

@@ -78,3 +78,13 @@ def solved_ratios(monkeypatch):
 def files_below(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
+    """What a writer would change: everything below a folder with its inode, times, mode and content."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in [folder, *folder.rglob("*")]:
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() else sorted(child.name for child in path.iterdir())
+        found[str(path)] = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_mode, content)
+    return found

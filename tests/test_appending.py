@@ -1,17 +1,21 @@
 """Extending an extraction by images that its source has got since."""
 
+import logging
+import signal
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
-from conftest import MODELS
+from conftest import MODELS, state_of
 from PIL import Image
 
-from h2t_store import extract, open_features
+from h2t_store import cli, extract, open_features, repair
 from h2t_store.datasets.source import Source
 from h2t_store.engines import blocks
-from h2t_store.errors import IncompleteError, StoreError
+from h2t_store.errors import IncompleteError, StoppedError, StoreError
 from h2t_store.integrity import verify
 from h2t_store.store import Extraction, FeatureStore
 
@@ -165,9 +169,9 @@ def test_until_it_is_done_the_earlier_extraction_stays_and_an_interrupted_one_co
     assert list(verify(FeatureStore(tmp_path / "s"), "x")) == []
 
 
-def test_a_crash_between_the_halves_of_the_replacement_is_finished_by_whoever_comes_next(
-    tmp_path, folder, grow, monkeypatch
-):
+@pytest.fixture
+def between(tmp_path, folder, grow, monkeypatch):
+    """A store that a crash left between the halves of a replacement."""
     extract(folder, **common(tmp_path))
     grow("b/x.png")
     real = Path.rename
@@ -177,11 +181,93 @@ def test_a_crash_between_the_halves_of_the_replacement_is_finished_by_whoever_co
             raise KeyboardInterrupt
         return real(self, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(KeyboardInterrupt):
-        extract(folder, append=True, **common(tmp_path))
-    monkeypatch.undo()
-    assert open_features(tmp_path / "s", "x").shape[0] == 41
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            extract(folder, append=True, **common(tmp_path))
+    assert not (tmp_path / "s/x").exists()
+    return tmp_path / "s"
+
+
+def run(main, *args) -> int:
+    """Run a command in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["h2t", *map(str, args)])
+        for module, name in ((signal, "signal"), (logging, "basicConfig"), (warnings, "simplefilter")):
+            patch.setattr(module, name, lambda *_, **__: None)
+        with pytest.raises(SystemExit) as stop:
+            main()
+    return stop.value.code
+
+
+def reading(store: Path, folder: Path, out: Path) -> None:
+    """Everything that only reads."""
+    for command in ("ls", "verify"):
+        assert run(cli.h2t_main, command, store) == 0
+    for command in ("info", "verify"):
+        assert run(cli.h2t_main, command, store, "x") == 0
+    assert run(cli.h2t_main, "info", store, "y") == 1
+    assert run(cli.h2t_main, "export", store, "x", out / "x.npy") == 0
+    X = open_features(store, "x")
+    assert np.isfinite(np.asarray(X)).all()
+    assert len(X.sample_ids) == len(X.y) == len(X)
+    assert X.layer_norms().shape[0] == len(X)
+    assert X.failures == []
+    assert FeatureStore(store).names() == ["x"]
+    extract(folder, **(common(store.parent)))  # which is complete
+
+
+def test_what_reads_writes_nothing(tmp_path, folder):
+    extract(folder, **common(tmp_path))
+    before = state_of(tmp_path / "s")
+    reading(tmp_path / "s", folder, tmp_path)
+    assert state_of(tmp_path / "s") == before
+
+
+def test_what_reads_writes_nothing_after_a_crash_amid_a_replacement_either(between, folder, tmp_path, capsys):
+    (between / ".append-.." / "features").mkdir(parents=True)
+    before = state_of(between)
+    reading(between, folder, tmp_path)
+    assert "x" in capsys.readouterr().out
+    assert open_features(between, "x").shape[0] == 41
+    assert state_of(between) == before
+
+
+def test_what_reads_writes_nothing_amid_an_extension(tmp_path, folder, grow, monkeypatch):
+    extract(folder, **common(tmp_path))
+    grow(*(f"b/new{i:02}.png" for i in range(30)))
+    with pytest.raises(StoppedError):
+        extract(folder, append=True, stopped=lambda: True, **common(tmp_path))
+    before = state_of(tmp_path / "s")
+    assert open_features(tmp_path / "s", "x").shape[0] == 40
+    assert run(cli.h2t_main, "ls", tmp_path / "s") == run(cli.h2t_main, "verify", tmp_path / "s") == 0
+    assert state_of(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize("writer", ["extract", "append", "repair", "rm"])
+def test_who_writes_next_finishes_a_replacement_that_a_crash_cut_off(between, folder, grow, tmp_path, writer):
+    X = open_features(between, "x")
+    if writer == "rm":
+        assert run(cli.h2t_main, "rm", between, "x", "--yes") == 0
+        assert FeatureStore(between).names() == []
+        assert not [path for path in between.iterdir() if path.name.startswith(".append-")]
+        return
+    if writer == "repair":
+        assert repair(between, "x") == []
+    else:
+        grow("c/y.png")
+        arguments = dict(append=writer == "append", **common(tmp_path))
+        if writer == "extract":
+            with pytest.raises(StoreError, match="the data has 1 more images now: add them with --append"):
+                extract(folder, **arguments)
+        else:
+            extract(folder, **arguments)
+    assert (between / "x").exists()
+    assert not (between / ".append-x").exists()
+    assert open_features(between, "x").shape[0] == 41 + (writer == "append")
+    assert list(verify(FeatureStore(between), "x")) == []
+    with pytest.raises(StoreError, match="was replaced by another extraction since this matrix was opened"):
+        np.asarray(X)
 
 
 def test_an_unfinished_extraction_is_finished_before_it_is_extended(tmp_path, folder, grow, monkeypatch):

@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+import typer
 from conftest import MODELS
 from PIL import Image
 
@@ -81,13 +82,14 @@ def test_ls_info_and_rm(run, folder, tmp_path):
 
 def test_ls_shows_odd_names_and_damage_and_goes_on(run, folder, tmp_path):
     store = tmp_path / "s"
-    for name in ("x[b]y", "z"):
+    for name in ("x[b]y", "[red]", ":cat:", "z"):
         run("extract", folder, "--model", MODEL, "--store", store, "--name", name)
     path = store / "z" / "zarr.json"
     path.write_text(path.read_text().replace("small_input", "other"))
     code, out, _ = run("h2t", "ls", store)
     assert code == 0
-    assert re.search(r"^x\[b\]y .*complete", out, re.MULTILINE)
+    for name in ("x[b]y", "[red]", ":cat:"):
+        assert re.search(rf"^{re.escape(name)} .*complete", out, re.MULTILINE)
     assert re.search(r"^z .*damaged: .*changed or damaged", out, re.MULTILINE)
 
 
@@ -345,3 +347,24 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
         ).stderr
         == b""
     )
+
+
+def helps(command):
+    """What is written to be read in the help of a command and its parts, by the arguments that print it."""
+    own = [getattr(part, name, None) for part in (command, *command.params) for name in ("help", "epilog")]
+    yield [], [text for text in own if isinstance(text, str)]
+    for name, below in getattr(command, "commands", {}).items():
+        yield from (([name, *args], texts) for args, texts in helps(below))
+
+
+@pytest.mark.parametrize("command", ["extract", "h2t"])
+def test_help_is_printed_as_it_is_written_brackets_too(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "600")
+    written = list(helps(typer.main.get_command({"extract": cli._extract_app, "h2t": cli._h2t_app}[command])))
+    assert command == "h2t" or any("'head2toe[s3]'" in text for text in written[0][1])
+    for args, texts in written:
+        code, out, _ = run(command, *args, "--help")
+        assert code == 0
+        out = "".join(out.split())
+        for text in texts:
+            assert "".join(text.split()) in out

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ class Mortal(nn.Module):
 def mortal():
     return Mortal(Path(__file__).with_name("lives"))
 """
+os.environ.update(RAY_worker_niceness="0")  # or whatever else runs here keeps workers waiting, for minutes
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
 
 
@@ -59,7 +61,6 @@ def cluster():
     """Two nodes with a core each."""
     from ray.cluster_utils import Cluster
 
-    os.environ.update(RAY_worker_niceness="0")  # or whatever else runs here keeps them waiting
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes.add_node(num_cpus=1)
     ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -117,11 +118,12 @@ def test_both_engines_write_the_same_bytes_and_say_the_same(cluster, tmp_path, f
 
 
 def test_what_is_in_memory_is_sent_and_what_is_logged_comes_back(cluster, tmp_path, images, labels, caplog):
-    common = dict(model=tiny_models.Functional(), name="x")
+    common = dict(model=tiny_models.Greedy(5), batch_size=8, name="x")
     here((images, labels), tmp_path / "local", **common)
     caplog.clear()
-    extract((images, labels), store=tmp_path / "ray", engine="ray", **common)
+    matrix = extract((images, labels), store=tmp_path / "ray", engine="ray", **common)
     assert tree(tmp_path / "local", "x") == tree(tmp_path / "ray", "x")
+    assert matrix.provenance["environment"]["batch_size_used"] == 4
     assert "does not say how its images are normalized" in caplog.text
 
 
@@ -231,7 +233,7 @@ def test_errors_of_workers_are_what_they_are_here(cluster, tmp_path, folder):
         extract(folder, model=MODEL, num_gpus_per_worker=2, **common)
     with pytest.raises(H2TError, match="num_gpus_per_worker -1: accepted are numbers from 0"):
         extract(folder, model=MODEL, num_gpus_per_worker=-1, **common)
-    with pytest.raises(H2TError, match="engine 'dask': accepted are local and ray"):
+    with pytest.raises(H2TError, match="engine 'dask': accepted are local, ray and torchrun"):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x", engine="dask")
 
 
@@ -240,6 +242,25 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, folder, monkeypatch, 
     with pytest.raises(H2TError, match=r"ray_address '127\.0\.0\.1:1': \[Errno 111\] Connection refused"):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x", engine="ray", ray_address="127.0.0.1:1")
     assert not capsys.readouterr().err
+
+
+def test_a_connection_ends_when_the_last_who_uses_it_has_left(monkeypatch):
+    from h2t_store.engines import ray as engine
+
+    calls = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: calls.append("init"))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(engine, "_resources", list)
+    for order in ((0, 1), (1, 0)):
+        stacks = [ExitStack(), ExitStack()]
+        for stack in stacks:
+            stack.enter_context(engine.cluster("local"))
+        stacks[order[0]].close()
+        assert calls == ["init"]
+        stacks[order[1]].close()
+        assert calls == ["init", "shutdown"]
+        calls.clear()
 
 
 @pytest.fixture

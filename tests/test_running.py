@@ -1,6 +1,7 @@
 """How batches are run: images that fail, memory that does not suffice, several processes, what is to be expected."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import torch.distributed as dist
 from conftest import MODELS
 from PIL import Image
 
 from h2t_store import extract, open_features
 from h2t_store.datasets import ArraySource
 from h2t_store.engines import blocks, local
-from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError
+from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError
 from h2t_store.extraction import expected_seconds, extract_job
+from h2t_store.integrity import verify
 from h2t_store.preparation import prepare
 from h2t_store.store import FeatureStore
 
@@ -132,23 +135,9 @@ def test_on_error_is_checked(tmp_path, folder):
         extract(folder, model=MODEL, store=tmp_path / "s", name="x", on_error="ignore")
 
 
-class Greedy(tiny_models.Functional):
-    """A network that memory suffices for only in batches of at most ``most`` images."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most, self.sizes = most, []
-
-    def forward(self, x):
-        self.sizes.append(len(x))
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().forward(x)
-
-
 def test_batches_are_halved_until_memory_suffices(tmp_path, images, caplog):
     torch.manual_seed(0)
-    model = Greedy(5)
+    model = tiny_models.Greedy(5)
     matrix = extract((images, None), model=model, store=tmp_path / "s", name="x", batch_size=16)
     assert "out of memory with 16 images at once: going on with 8" in caplog.text
     assert "out of memory with 8 images at once: going on with 4" in caplog.text
@@ -158,8 +147,40 @@ def test_batches_are_halved_until_memory_suffices(tmp_path, images, caplog):
     np.testing.assert_allclose(np.asarray(matrix), np.asarray(whole), rtol=2e-3, atol=1e-4)
 
 
+def test_the_batch_that_memory_sufficed_for_is_on_record_and_is_gone_on_with(tmp_path, folder, images):
+    model, store = tiny_models.Greedy(16), tmp_path / "s"
+    common = dict(model=model, img_size=8, store=store, name="x", batch_size=16, workers=0)
+
+    def used() -> tuple[int, int]:
+        environment = open_features(store, "x").provenance["environment"]
+        return environment["arguments"]["batch_size"], environment["batch_size_used"]
+
+    with pytest.raises(StoppedError):
+        extract(folder, stopped=lambda: model.memory(9), **common)  # after the first block
+    with pytest.raises(StoppedError):
+        extract(folder, stopped=lambda: model.memory(16), **common)  # after the second, with 8 images at once
+    model.sizes.clear()
+    extract(folder, **common)
+    assert set(model.sizes) <= {1, 2, 8}
+    assert used() == (16, 8)
+    FeatureStore(store).open("x").reopen([0])
+    model.memory(4)
+    extract(folder, **common)
+    assert used() == (16, 4)
+    model.memory(16)
+    for i in range(6):
+        Image.fromarray(images[i][::-1]).save(folder / f"a/new{i}.png")
+    model.sizes.clear()
+    extract(folder, append=True, **common)
+    assert max(model.sizes) == 4
+    assert used() == (16, 4)
+    assert list(verify(FeatureStore(store), "x")) == []
+    extract(folder, **(common | dict(name="y")))
+    assert open_features(store, "y").provenance["environment"]["batch_size_used"] == 16
+
+
 def test_an_image_that_does_not_fit_alone_is_an_error(tmp_path, images):
-    model = Greedy(2)
+    model = tiny_models.Greedy(2)
     job = prepare((images, None), model=model, batch_size=4)
     model.most = 0
     with pytest.raises(ModelError, match=r"the network failed on a batch of .*out of memory"):
@@ -184,7 +205,7 @@ def test_torchrun_shares_the_blocks_and_gives_the_same_bits(tmp_path, images):
     args = [str(tmp_path / "p"), "--model", MODEL, "--store", str(tmp_path / "s"), "--device", "cpu", "-j", "0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "h2t_store", *args, "--name", "shared"],
+        [*torchrun, "-m", "h2t_store", *args, "--name", "shared", "--engine", "torchrun"],
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -193,6 +214,49 @@ def test_torchrun_shares_the_blocks_and_gives_the_same_bits(tmp_path, images):
     shared = open_features(tmp_path / "s", "shared")
     assert shared.sample_ids.tolist() == alone.sample_ids.tolist()
     np.testing.assert_allclose(np.asarray(shared), np.asarray(alone), rtol=2e-3, atol=1e-4)
+
+
+INHERITED = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+
+def test_what_a_training_script_left_in_the_environment_starts_nothing(tmp_path, images, monkeypatch):
+    for name, value in INHERITED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", None)
+    assert len(extract((images, None), model=MODEL, store=tmp_path / "s", name="x")) == 40
+
+
+@pytest.fixture
+def group():
+    """A process group of the user's own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_process_group_of_the_users_own_is_joined_only_when_asked(tmp_path, images, monkeypatch, group):
+    met = []
+    monkeypatch.setattr(dist, "new_group", lambda new=dist.new_group, **options: met.append(new(**options)) or met[-1])
+    extract((images, None), model=MODEL, store=tmp_path / "s", name="x")
+    assert not met
+    extract((images, None), model=MODEL, store=tmp_path / "s", name="y", engine="torchrun")
+    assert len(met) == 1
+    assert dist.is_initialized()
+    with pytest.raises(StoreError, match="is in the memory of one process"):
+        extract((images, None), model=MODEL, store="memory://ranks", name="y", engine="torchrun")
+
+
+def test_torchrun_as_the_engine_without_torchrun_is_one_line(tmp_path, images, monkeypatch):
+    for name in INHERITED:
+        monkeypatch.delenv(name, raising=False)
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", engine="torchrun")
+    with pytest.raises(H2TError, match=r"did not start this process \(RANK, WORLD_SIZE, .*: run torchrun --nproc"):
+        extract((images, None), **common)
+    for name, value in (INHERITED | {"RANK": "many"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(H2TError, match="engine 'torchrun': the other processes cannot be joined: "):
+        extract((images, None), **common)
+    assert not (tmp_path / "s").exists()
 
 
 def test_several_target_sizes_are_one_pass_with_nothing_twice(tmp_path, images):
@@ -237,3 +301,57 @@ def test_cuda_finds_a_batch_size_and_survives_a_small_memory(tmp_path, images):
     size = matrix.provenance["environment"]["arguments"]["batch_size"]
     assert size >= 1
     assert size & (size - 1) == 0
+
+
+@pytest.fixture(params=["of a pool", "of joblib"])
+def process_without_children(request, monkeypatch):
+    """Have this process be one that must not start others, as multiprocessing and joblib make them."""
+    if request.param == "of a pool":
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+        yield
+        return
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("loky", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_process_of_a_pool_decodes_by_itself(process_without_children, tmp_path, folder):
+    common = dict(model=MODEL, store=tmp_path / "s", name="x")
+    with pytest.raises(H2TError, match="workers 2: this is a process of a pool, which cannot start others; accepted"):
+        extract(folder, workers=2, **common)
+    assert not (tmp_path / "s").exists()
+    assert extract(folder, **common).shape[0] == 40
+
+
+def test_a_process_that_is_being_started_does_not_start_the_job_again(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(H2TError, match=r"runs the whole script.*below: if __name__ == '__main__':"):
+        extract(folder, model=MODEL, store=tmp_path / "s", name="x")
+
+
+def test_a_script_without_a_main_guard_is_told_of_it(tmp_path, folder):
+    script = tmp_path / "script.py"
+    common = dict(model=MODEL, store=str(tmp_path / "s"), name="x", workers=1)
+    script.write_text(f"""
+import multiprocessing
+from h2t_store import extract
+multiprocessing.set_start_method("spawn", force=True)
+extract({str(folder)!r}, **{common!r})
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("h2t_store.errors.")]
+    assert len(said) == 2  # the process that was started, and the one that started it
+    assert all("put what it is to do once below: if __name__ == '__main__':" in line for line in said)
+    assert not any("memory" in line for line in said)
+
+
+def test_the_start_method_can_still_be_chosen_afterwards(tmp_path, images):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(None, force=True)
+    try:
+        extract((images, None), model=MODEL, store=tmp_path / "s", name="x")
+        assert multiprocessing.get_start_method(allow_none=True) is None
+    finally:
+        multiprocessing.set_start_method(before, force=True)

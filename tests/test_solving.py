@@ -16,7 +16,8 @@ from sklearn.model_selection import GridSearchCV
 
 from estimators import GroupLassoPath, Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector, solving
 from estimators.inputs import check_training
-from estimators.solving import PathOptions, chain_to, cpu_threads, solve_path
+from estimators.solving import PathOptions, chain_to, solve_path
+from estimators.switches import cpu_threads
 
 RATIOS = [0.3, 0.85**4, 0.1, 0.6, 0.31, 1.0]
 WIDTHS = (12, 1, 17)

@@ -1,3 +1,5 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -365,3 +367,106 @@ def test_another_shape_than_expected_is_one_clear_error():
         pytest.raises(TapError, match=r"tap 'layers.0': shape \(2, 4, 9, 9\) for 2 images, expected \(2, 4, 8, 8\)"),
     ):
         forward(example(9))
+
+
+class Meeting(nn.Module):
+    """A shared module called twice; all threads wait for each other between any two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.act = nn.ReLU()
+        self.head = nn.Linear(4, 5)
+        self.meet = lambda: None
+
+    def forward(self, x):
+        for conv in (self.conv1, self.conv2):
+            self.meet()
+            x = self.act(conv(x))
+        self.meet()
+        return self.head(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def together(model, works):
+    """Do each of the works in a thread of its own, in step at every layer of the network."""
+    barrier = threading.Barrier(len(works))
+    model.meet = barrier.wait
+
+    @torch.no_grad()
+    def do(work):
+        try:
+            return work()
+        except BaseException:
+            barrier.abort()  # or the others wait for ever
+            raise
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        results = list(pool.map(do, works))
+    model.meet = lambda: None
+    return results
+
+
+@torch.no_grad()
+def test_threads_that_run_one_network_each_get_their_own_activations():
+    model = Meeting().eval()
+    batches = [torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 3, 4)]
+    layers = pooled_layers(find_taps(model, example(), "activations,act*")[0], (64,))
+    with tapped(model, layers) as forward:
+        expected = [forward(x) for x in batches]
+        got = together(model, [lambda x=x: forward(x) for x in batches])
+    for one, other in zip(got, expected, strict=True):
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+@torch.no_grad()
+def test_one_network_may_be_tapped_several_times_at_once_and_run_without():
+    model, x = Meeting().eval(), example()
+    coarse, fine = (pooled_layers(find_taps(model, x, "activations")[0], (size,)) for size in (4, 64))
+    with tapped(model, coarse) as forward:
+        expected = forward(x)
+        with tapped(model, fine) as other:
+            finer, logits = other(x[:1]), model(x[:1])
+            assert all(a.equal(b) for a, b in zip(forward(x), expected, strict=True))
+        got = together(model, [lambda: forward(x), lambda: other_run(model, fine, x[:1]), lambda: model(x[:1])])
+    assert all(a.equal(b) for a, b in zip(got[0], expected, strict=True))
+    assert all(a.equal(b) for a, b in zip(got[1], finer, strict=True))
+    assert got[2].equal(logits)
+
+
+def other_run(model, layers, x):
+    with tapped(model, layers) as forward:
+        return forward(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_networks_are_run_by_threads_too(compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, compile=torch.compile: compile(model, backend="eager"))
+    model = tiny_models.SharedInplace().eval()
+    layers = pooled_layers(find_taps(model, example(), "activations")[0], (64,))
+    with torch.no_grad(), tapped(model, layers, compiled=compiled) as forward, tapped(model, layers) as other:
+        expected = other(example())
+        with ThreadPoolExecutor(3) as pool:
+            got = list(pool.map(lambda _: torch.no_grad()(forward)(example()), range(6)))
+    for activations in got:
+        assert all(a.equal(b) for a, b in zip(activations, expected, strict=True))
+
+
+def test_finding_class_tokens_does_not_reach_into_another_thread():
+    """It silences attention, which a thread that runs the same network must not notice."""
+    model, x = tiny_models.SequenceFirst().eval(), example()
+    alone = torch.no_grad()(model.forward)
+    with tapped(model, []):  # which has attention computed step by step
+        expected, seen = alone(x), []
+
+    def another_thread_runs_it(*_):
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(model, x).result())
+
+    model.mlp.register_forward_pre_hook(another_thread_runs_it)
+    found, _ = find_taps(model, x, "activations", "keep")
+    assert any(tap.class_token is not None for tap in found)
+    assert len(seen) > 3
+    assert all(output.equal(expected) for output in seen)

@@ -89,6 +89,25 @@ class Exploding(nn.Module):
         return self.scale(self.conv(x)).mean((2, 3))
 
 
+class Greedy(Functional):
+    """A network that memory suffices for only in batches of at most ``most`` images."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.sizes = most, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x)
+
+    def memory(self, most: int) -> bool:
+        """From now on memory suffices for so many; true, so that it can be the answer to whether to stop."""
+        self.most = most
+        return True
+
+
 def functional() -> nn.Module:
     return Functional()
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
@@ -40,6 +39,7 @@ from estimators.group_lasso.problem import (
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath, PathPoint
 from estimators.group_lasso.sources import Features, as_features
+from estimators.switches import full_precision
 
 _DOUBLE_BELOW = 1e-5
 _SMALLEST_GROWTH = 64
@@ -261,17 +261,6 @@ def _pose(
     targets = torch.nn.functional.one_hot(torch.as_tensor(codes)).double().T.contiguous()
     weights = torch.as_tensor(weight / weight.sum())
     return Problem(targets.to(device), weights.to(device), l1_ratio, fit_intercept)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 in float32, whatever shortcut is allowed outside: certificates rest on them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _check_alphas(name: str, alphas: ArrayLike | None) -> None:

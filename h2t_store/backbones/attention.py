@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from h2t_store.backbones.watching import is_linear_map
+from h2t_store.backbones.watching import in_this_thread, is_linear_map
 
 __all__ = ["attention_modules"]
 
@@ -42,8 +42,8 @@ def attention_modules(model: nn.Module, image: Tensor) -> set[str]:
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(module.register_forward_hook(leave))
+        handles.append(module.register_forward_pre_hook(in_this_thread(lambda *_, name=name: running.append(name))))
+        handles.append(module.register_forward_hook(in_this_thread(leave)))
     try:
         with torch.no_grad(), _Operations(note):
             model(image.clone())

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from h2t_store.backbones.attention import attention_modules
 from h2t_store.backbones.taps import Tap
-from h2t_store.backbones.watching import Place, hooks
+from h2t_store.backbones.watching import Place, hooks, in_this_thread
 
 __all__ = ["class_positions"]
 
@@ -44,9 +45,9 @@ def class_positions(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> dic
     if not parameters or not tokens:
         return {}
     generator = torch.Generator().manual_seed(0)
-    changed = {
-        name: value + (1 + value.std(correction=0)) * torch.randn(value.shape, generator=generator).to(value)
-        for name, value in parameters.items()
+    changed: dict[Tensor, Tensor] = {
+        value: value + (1 + value.std(correction=0)) * torch.randn(value.shape, generator=generator).to(value)
+        for value in parameters.values()
     }
     before: dict[Place, Tensor] = {}
     votes: dict[int, Counter[int]] = defaultdict(Counter)
@@ -65,17 +66,35 @@ def class_positions(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> dic
 
     modules = sorted({place.module for place in tokens})
     silent = attention_modules(model, image)
-    handles = [model.get_submodule(name).register_forward_hook(lambda *call: _zeros(call[-1])) for name in silent]
+    handles = [
+        model.get_submodule(name).register_forward_hook(in_this_thread(lambda *call: _zeros(call[-1])))
+        for name in silent
+    ]
     try:
         with torch.no_grad():
-            with hooks(model, modules, remember):
+            with hooks(model, modules) as listening, listening(remember):
                 model(image.clone())
-            with hooks(model, modules, compare):
-                functional_call(model, changed, (image.clone(),))
+            with hooks(model, modules) as listening, listening(compare), _Replaced(changed):
+                model(image.clone())
     finally:
         for handle in handles:
             handle.remove()
     return {count: positions.most_common(1)[0][0] for count, positions in votes.items()}
+
+
+class _Replaced(TorchFunctionMode):
+    """Computes with other tensors in the place of some; unlike functional_call, in this thread alone."""
+
+    def __init__(self, tensors: dict[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(self._other, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _other(self, value: Any) -> Any:
+        return self.tensors.get(value, value) if isinstance(value, Tensor) else value
 
 
 def _zeros(output: Any) -> Any:

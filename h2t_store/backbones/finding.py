@@ -16,9 +16,10 @@ from h2t_store.backbones.axes import channel_axes
 from h2t_store.backbones.class_token import class_positions
 from h2t_store.backbones.paper import published_taps
 from h2t_store.backbones.presets import canonical_name, classifier, linear_entrances, preset
-from h2t_store.backbones.taps import ClassTokenPolicy, Tap, exact_convolutions
+from h2t_store.backbones.taps import ClassTokenPolicy, Tap
 from h2t_store.backbones.watching import Content, Place, Seen, hooks, is_linear_map, watch
 from h2t_store.errors import TapError, did_you_mean
+from h2t_store.switches import exact_arithmetic
 
 __all__ = ["PRESETS", "find_taps"]
 
@@ -69,7 +70,7 @@ def find_taps(
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
         raise TapError(f"taps: nothing given; accepted are {', '.join(PRESETS)} and globs over module names")
-    with torch.inference_mode(False), exact_convolutions():
+    with torch.inference_mode(False), exact_arithmetic:
         found, asked, everything = _resolve(model, example[:1].clone(), parts)
         kept, wrong = _by_image(model, example, found)
         if "activations" in parts:
@@ -171,9 +172,9 @@ def _by_image(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> tuple[l
 
     modules = sorted({tap.place.module for tap in taps})
     with torch.no_grad():
-        with hooks(model, modules, receive_both):
+        with hooks(model, modules) as listening, listening(receive_both):
             model(example.clone())
-        with hooks(model, modules, receive_alone):
+        with hooks(model, modules) as listening, listening(receive_alone):
             model(example[1:].clone())
     return [tap for tap in by_place.values() if tap.name not in wrong], wrong
 

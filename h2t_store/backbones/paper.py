@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from h2t_store.backbones.attention import attention_modules
 from h2t_store.backbones.presets import blocks, classifier
-from h2t_store.backbones.watching import Seen, activations_in, is_linear_map
+from h2t_store.backbones.watching import Seen, activations_in, in_this_thread, is_linear_map
 from h2t_store.errors import TapError
 
 __all__ = ["published_taps"]
@@ -239,9 +239,10 @@ def _following(model: nn.Module, image: Tensor, silent: dict[str, str]) -> set[s
     handles = []
     for name, layer in silent.items():
         module = model.get_submodule(name)
-        handles += [module.register_forward_pre_hook(scatter), module.register_forward_hook(note(name))]
+        handles.append(module.register_forward_pre_hook(in_this_thread(scatter)))
+        handles.append(module.register_forward_hook(in_this_thread(note(name))))
         quiet = model.get_submodule(layer)
-        handles.append(quiet.register_forward_hook(lambda _, args, output: torch.zeros_like(output)))
+        handles.append(quiet.register_forward_hook(in_this_thread(lambda _, args, output: torch.zeros_like(output))))
     try:
         with torch.no_grad():
             for seed in (0, 1):

@@ -12,9 +12,10 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,6 +34,7 @@ __all__ = ["Backbone", "code_digest", "load_backbone"]
 
 _log = logging.getLogger("h2t_store")
 
+_building = RLock()
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -127,8 +129,7 @@ def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> 
     elif pretrained and not name.startswith("local-dir:"):
         _require_connection(name, huggingface_hub.constants.ENDPOINT)
     build: Callable[..., nn.Module] = timm.create_model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _random_numbers_from(seed):
         try:
             if pretrained and not name.startswith(_HUB_PREFIXES):
                 _require_weights(name)
@@ -138,7 +139,7 @@ def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> 
                 except TypeError as error:
                     if "img_size" not in str(error):
                         raise
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)
             return build(name, pretrained=pretrained)
         except ModelError:
             raise
@@ -183,11 +184,10 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
     if module_spec is None or module_spec.loader is None:
         raise ModelError(f"model {spec!r}: {path_text!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    before = set(sys.modules)
-    sys.modules[module_spec.name] = module
-    sys.path.insert(0, str(path.resolve().parent))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _random_numbers_from(seed):
+        before = set(sys.modules)
+        sys.modules[module_spec.name] = module
+        sys.path.insert(0, str(path.resolve().parent))
         try:
             module_spec.loader.exec_module(module)
             factory = getattr(module, factory_name, None)
@@ -204,9 +204,18 @@ def _from_file(spec: str, seed: int) -> tuple[str, nn.Module, bytes]:
             ) from error
         finally:
             sys.path.remove(str(path.resolve().parent))
+        neighbours = _take_neighbours(path, before)
     if not isinstance(network, nn.Module):
         raise ModelError(f"model {spec!r}: the factory returned {type(network).__name__}, not a torch.nn.Module")
-    return f"{path.name}:{factory_name}", network, path.read_bytes() + _take_neighbours(path, before)
+    return f"{path.name}:{factory_name}", network, path.read_bytes() + neighbours
+
+
+@contextlib.contextmanager
+def _random_numbers_from(seed: int) -> Iterator[None]:
+    """A network is built by one thread at a time, as random numbers, modules and their search path are everyone's."""
+    with _building, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _take_neighbours(path: Path, before: set[str]) -> bytes:

@@ -7,7 +7,7 @@ tap for each call: ``act``, ``act#2``, …; one that returns several tensors has
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from h2t_store.backbones.pooling import Kind, pool, pooled_width, window
 from h2t_store.backbones.watching import Place, hooks
 from h2t_store.errors import TapError
 
-__all__ = ["ClassTokenPolicy", "Pooled", "Tap", "exact_convolutions", "pooled_layers", "tapped"]
+__all__ = ["ClassTokenPolicy", "Pooled", "Tap", "pooled_layers", "tapped"]
 
 ClassTokenPolicy = Literal["pool", "only", "keep"]
 
@@ -191,14 +191,6 @@ def pooled_layers(taps: Sequence[Tap], target_sizes: Sequence[int]) -> list[Pool
     return layers
 
 
-def exact_convolutions() -> AbstractContextManager[None]:
-    """Convolutions in full float32: TF32, the default on CUDA, is off by more than float16 storage is."""
-    context: AbstractContextManager[None] = torch.backends.cudnn.flags(
-        enabled=True, deterministic=True, allow_tf32=False
-    )
-    return context
-
-
 @contextmanager
 def tapped(
     model: nn.Module, layers: Sequence[Pooled], *, compiled: bool = False
@@ -206,7 +198,7 @@ def tapped(
     """Turn a network into a function from images to pooled activations.
 
     Every activation is pooled the moment it exists, once per target size, so only pooled values outlive a layer, and
-    what the network overwrites later does not matter.
+    what the network overwrites later does not matter. Several threads may call it at once, and tap the same network.
 
     Yields
     ------
@@ -218,22 +210,20 @@ def tapped(
     for i, layer in enumerate(layers):
         index[layer.tap.place].append(i)
     run = torch.compile(model) if compiled else model
-    pooled: dict[int, Tensor] = {}
-    n = 0
-
-    def receive(place: Place, tensor: Tensor) -> None:
-        for i in index.get(place, ()):
-            pooled[i] = layers[i].tap.pool(tensor, n, layers[i].target_size)
 
     def forward(images: Tensor) -> list[Tensor]:
-        nonlocal n
-        n = len(images)
-        pooled.clear()
-        run(images)
+        pooled: dict[int, Tensor] = {}
+
+        def receive(place: Place, tensor: Tensor) -> None:
+            for i in index.get(place, ()):
+                pooled[i] = layers[i].tap.pool(tensor, len(images), layers[i].target_size)
+
+        with listening(receive):
+            run(images)
         for i, layer in enumerate(layers):
             if i not in pooled:
                 raise TapError(f"tap {layer.tap.name!r}: the network did not run this module this time")
         return [pooled[i] for i in range(len(layers))]
 
-    with hooks(model, sorted({layer.tap.place.module for layer in layers}), receive):
+    with hooks(model, sorted({layer.tap.place.module for layer in layers})) as listening:
         yield forward

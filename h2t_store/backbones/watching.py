@@ -4,9 +4,9 @@ Tensors are told apart by what they hold, not by the module they came from: the 
 convolution is one tensor, seen at two places.
 """
 
-from collections import Counter
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Content", "Place", "Seen", "Side", "activations_in", "hooks", "is_linear_map", "watch"]
+from h2t_store.switches import module_by_module
+
+__all__ = ["Content", "Place", "Seen", "Side", "activations_in", "hooks", "in_this_thread", "is_linear_map", "watch"]
 
 Side = Literal["in", "out"]
 Content = tuple[int, int, int, int]  # address, number of values, memory they span, version: views share all four
@@ -87,41 +89,78 @@ def watch(model: nn.Module, x: Tensor) -> list[Seen]:
         content = (tensor.data_ptr(), tensor.numel(), span, tensor._version)
         seen.append(Seen(place, tensor, content, (*content, tuple(tensor.shape), tensor.stride())))
 
-    with torch.no_grad(), hooks(model, [name for name, _ in model.named_modules()], note):
+    with torch.no_grad(), hooks(model, [name for name, _ in model.named_modules()]) as listening, listening(note):
         model(x)
     return seen
 
 
+Receive = Callable[[Place, Tensor], None]
+
+
+class _Listener(threading.local):
+    """Who hears what the network computes in this thread, and how often each module was called in this pass."""
+
+    def __init__(self) -> None:
+        self.receive: Receive | None = None
+        self.calls: dict[str, int] = {}
+
+
 @contextmanager
-def hooks(model: nn.Module, modules: Sequence[str], receive: Callable[[Place, Tensor], None]) -> Iterator[None]:
-    """Call ``receive`` with every tensor that enters and that leaves each of the modules, in every forward pass."""
-    calls: Counter[str] = Counter()
+def hooks(model: nn.Module, modules: Sequence[str]) -> Iterator[Callable[[Receive], AbstractContextManager[None]]]:
+    """Have forward passes tell of every tensor that enters and that leaves each of the modules.
+
+    Yields
+    ------
+    callable
+        ``with listening(receive):`` calls ``receive`` with what this thread computes meanwhile. Other threads may run
+        the same network, with listeners of their own or with none.
+    """
+    listener = _Listener()
 
     def before(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for item, tensor in enumerate(activations_in((args, kwargs))):
-                receive(Place(name, "in", calls[name], item), tensor)
+        # Between the two steps of removing a hook, torch calls it without the keywords.
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if listener.receive is not None:
+                for item, tensor in enumerate(activations_in((args, kwargs))):
+                    listener.receive(Place(name, "in", listener.calls.get(name, 0), item), tensor)
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            for item, tensor in enumerate(activations_in(output)):
-                receive(Place(name, "out", calls[name], item), tensor)
-            calls[name] += 1
+            if listener.receive is not None:
+                call = listener.calls.get(name, 0)
+                for item, tensor in enumerate(activations_in(output)):
+                    listener.receive(Place(name, "out", call, item), tensor)
+                listener.calls[name] = call + 1
 
         return hook
 
-    handles = [model.register_forward_pre_hook(lambda *_: calls.clear(), prepend=True)]
+    def begin(*_: Any) -> None:
+        listener.calls = {}
+
+    @contextmanager
+    def listening(receive: Receive) -> Iterator[None]:
+        outer, listener.receive = listener.receive, receive
+        try:
+            yield
+        finally:
+            listener.receive = outer
+
+    handles = [model.register_forward_pre_hook(begin, prepend=True)]
     for name in modules:
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it fuses a whole encoder layer and calls none of its modules
     try:
-        yield
+        with module_by_module:
+            yield listening
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing in other threads, which may run the same network."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None

@@ -9,8 +9,8 @@ import importlib.util
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from h2t_store.datasets.labels import encode
 from h2t_store.datasets.names import Classes, Names, as_names, count, shown
 from h2t_store.datasets.source import UNLABELLED, Source
 from h2t_store.errors import DataError, one_line
+from h2t_store.switches import Switch
 
 __all__ = ["HubSource", "open_hub"]
 
@@ -119,11 +120,9 @@ def _prepared(name: str, cache: Path | None) -> Any:
         raise DataError(f"datasets {datasets.__version__} can run code of a dataset: pip install 'datasets>=4'")
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
         raise DataError(f"data 'hfds/{name}': there is no such folder")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     unreachable = None if os.path.isdir(name) else why_unreachable(huggingface_hub.constants.ENDPOINT)
     try:
-        with _offline() if unreachable else nullcontext():
+        with _without_progress, _offline if unreachable else nullcontext():
             builder = datasets.load_dataset_builder(name, cache_dir=None if cache is None else str(cache))
             if builder.name not in _FORMATS:
                 raise DataError(f"data 'hfds/{name}' is {builder.name}; accepted are {', '.join(_FORMATS)}")
@@ -138,20 +137,32 @@ def _prepared(name: str, cache: Path | None) -> Any:
         raise DataError(f"data 'hfds/{name}': {reason}") from error
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Have what is in the cache used without asking the Hub again and again first."""
+def _go_offline() -> Callable[[], None]:
+    """Have what is in the cache used without asking the Hub again and again first; gives what undoes it."""
     import datasets
 
     places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
+
+    def set_to(values: Sequence[bool]) -> None:
+        for place, value in zip(places, values, strict=True):
             place.HF_HUB_OFFLINE = value
+
+    set_to([True, True])
+    return lambda: set_to(before)
+
+
+def _hide_progress() -> Callable[[], None]:
+    import datasets
+
+    if sys.stderr.isatty() or not datasets.is_progress_bar_enabled():
+        return lambda: None
+    datasets.disable_progress_bars()
+    enable: Callable[[], None] = datasets.enable_progress_bars
+    return enable
+
+
+_offline, _without_progress = Switch(_go_offline), Switch(_hide_progress)
 
 
 def _table(name: str, cache: Path | None, split: str, image: str, label: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import tee
+from multiprocessing import current_process, get_all_start_methods, get_start_method
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -21,16 +22,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store.backbones import tapped
-from h2t_store.backbones.taps import exact_convolutions
 from h2t_store.datasets import Source
 from h2t_store.datasets.names import shown
 from h2t_store.engines.blocks import RowBlock, batches
 from h2t_store.engines.interface import Forward
 from h2t_store.engines.remarks import Remarks
-from h2t_store.errors import DataError, ModelError, StoppedError, TapError, one_line
+from h2t_store.errors import DataError, H2TError, ModelError, StoppedError, TapError, one_line
 from h2t_store.store import Extraction
+from h2t_store.switches import exact_arithmetic
 
-__all__ = ["choose_batch_size", "default_workers", "run", "seconds_per_image"]
+__all__ = ["check_workers", "choose_batch_size", "default_workers", "run", "seconds_per_image"]
 
 _log = logging.getLogger("h2t_store")
 _BLOCKS_BEING_WRITTEN = 2
@@ -38,6 +39,7 @@ _CPU_BATCH = 16
 _MAX_DEFAULT_WORKERS = 4
 _MAX_CUDA_BATCH = 256
 _CUDA_MEMORY_SHARE = 0.7
+_GUARD = "put what it is to do once below: if __name__ == '__main__':"
 
 
 class _Batch(NamedTuple):
@@ -118,6 +120,7 @@ def run(
     Blocks are taken from the iterable as they are needed, a few batches ahead where processes decode; 0 ``workers``
     decode in this one.
     """
+    check_workers(workers)
     workers = default_workers(source) if workers is None else workers
     for_loading, for_computing, remaining = tee(blocks, 3)
     segments = extraction.header.segments
@@ -130,7 +133,9 @@ def run(
         worker_init_fn=_leave_signals_to_the_parent,
     )
     rows_of_batches = batches(for_computing, batch_size, segments)
-    computed = _compute(forward, _checked(loader, on_error, remark), rows_of_batches, source.sample_ids)
+    network = _running(forward, extraction.find_images_at_once(), extraction.note_images_at_once)
+    checked = _checked(loader, on_error, remark)
+    computed = _compute(forward, network, checked, rows_of_batches, source.sample_ids)
     try:
         with contextlib.closing(computed), _Writer(extraction, before) as writer:
             for block in remaining:
@@ -151,15 +156,21 @@ def run(
 
 
 def _worker_failed(error: Exception) -> DataError:
-    return DataError(
-        f"a process that decodes images failed: {one_line(error)} (fewer workers need less memory; with 0 this process "
-        "decodes)"
-    )
+    return DataError(f"a process that decodes images failed: {one_line(error)} ({_advice(error)})")
 
 
 def _is_of_a_worker(error: Exception) -> bool:
     """Whether torch says that a worker died, which a signal handler does in the midst of whatever runs."""
     return "DataLoader worker" in str(error)
+
+
+def _advice(error: Exception) -> str:
+    if "killed by signal" in str(error) or get_start_method() == "fork":
+        return "fewer workers need less memory; with 0 this process decodes"
+    return (
+        f"the start method {get_start_method()!r} runs the script, a file, once more in each process: {_GUARD}; "
+        "with 0 workers this process decodes"
+    )
 
 
 def _checked(
@@ -195,12 +206,16 @@ class _Features:
 
 @torch.inference_mode()
 def _compute(
-    forward: Forward, loaded: Iterable[_Batch], rows_of_batches: Iterable[range], sample_ids: NDArray[Any]
+    forward: Forward,
+    running: contextlib.AbstractContextManager[Callable[[Tensor], list[Tensor]]],
+    loaded: Iterable[_Batch],
+    rows_of_batches: Iterable[range],
+    sample_ids: NDArray[Any],
 ) -> Generator[_Features]:
     """Features of each batch as stored; on CUDA a batch is copied to the host while the next one is computed."""
     on_their_way: deque[tuple[_Features, list[int]]] = deque()
     ahead = 1 if forward.device.type == "cuda" else 0
-    with _running(forward) as network:
+    with running as network:
         for rows, batch in zip(rows_of_batches, loaded, strict=True):
             good = [row for i, row in enumerate(rows) if i not in batch.failed]
             try:
@@ -220,33 +235,40 @@ def _compute(
 
 
 @contextlib.contextmanager
-def _running(forward: Forward) -> Iterator[Callable[[Tensor], list[Tensor]]]:
-    """The network as a function from uint8 images to pooled activations, in halves where CUDA runs out of memory."""
+def _running(
+    forward: Forward, at_once: int | None = None, note: Callable[[int], None] = lambda images: None
+) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+    """The network as a function from uint8 images to pooled activations, in halves where CUDA runs out of memory.
+
+    ``note`` is called with how many images at once it goes on with; ``at_once`` are the most to begin with.
+    """
     shape = (1, len(forward.mean), 1, 1)
     mean, std = (torch.tensor(values, device=forward.device).view(shape) for values in (forward.mean, forward.std))
-    most = 1 << 30
+    most = at_once or 1 << 30
 
     def network(images: Tensor) -> list[Tensor]:
         nonlocal most
         parts: list[list[Tensor]] = []
         start = 0
         while start < len(images):
-            part = images[start : start + most].to(forward.device, non_blocking=True)
-            part = part.to(memory_format=forward.memory_format)
+            part = images[start : start + most]
             try:
+                part = part.to(forward.device, non_blocking=True).to(memory_format=forward.memory_format)
                 parts.append(pooled((part.float().div_(255) - mean).div_(std)))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
                 most = len(part) // 2
                 _log.warning("out of memory with %d images at once: going on with %d", len(part), most)
+                note(most)
                 torch.cuda.empty_cache()
             else:
                 start += len(part)
         return parts[0] if len(parts) == 1 else [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
+    card = torch.cuda.device(forward.device) if forward.device.type == "cuda" else contextlib.nullcontext()
     autocast = torch.autocast(forward.device.type, torch.bfloat16, enabled=forward.amp)
-    with exact_convolutions(), autocast, tapped(forward.model, forward.layers, compiled=forward.compiled) as pooled:
+    with card, exact_arithmetic, autocast, tapped(forward.model, forward.layers, compiled=forward.compiled) as pooled:
         yield network
 
 
@@ -372,7 +394,21 @@ def choose_batch_size(forward: Forward, image_size: tuple[int, int]) -> int:
 
 def default_workers(source: Source) -> int:
     """How many processes decode the images of a source where nobody says."""
-    return 0 if source.in_memory else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+    return 0 if source.in_memory or not _may_start_processes() else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise `H2TError` where this process cannot start so many, or is only being started itself."""
+    if getattr(current_process(), "_inheriting", False):  # as multiprocessing asks itself
+        raise H2TError(f"a process that is being started runs the whole script, this call with it: {_GUARD}")
+    if workers and not _may_start_processes():
+        raise H2TError(f"workers {workers}: this is a process of a pool, which cannot start others; accepted is 0")
+
+
+def _may_start_processes() -> bool:
+    """Whether this is none of the processes that must not: those of a pool, of joblib, or of a data loader."""
+    method = get_start_method(allow_none=True)  # without, the user could no longer choose one
+    return not current_process().daemon and method in (None, *get_all_start_methods())
 
 
 def seconds_per_image(forward: Forward, source: Source, batch_size: int, workers: int | None = None) -> float:

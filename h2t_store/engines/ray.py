@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.machinery import PathFinder
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import H2TError, StoppedError, one_line
 from h2t_store.places import Place
 from h2t_store.store import Extraction
+from h2t_store.switches import Switch
 
 try:
     import ray
@@ -42,7 +44,7 @@ _log = logging.getLogger("h2t_store")
 _NEWS_SECONDS = 0.5
 _CONNECT_SECONDS = 5
 _WAITING_SECONDS = 30.0
-_ANSWER_SECONDS = 120.0
+_ANSWER_SECONDS = 600.0
 _DEATHS_OF_EACH = 5
 
 P = ParamSpec("P")
@@ -424,6 +426,9 @@ def _resources() -> list[dict[str, float]]:
     forked, as those that decode images for the local engine, and then no answer ever comes.
     """
     task = ray.remote(num_cpus=0, max_retries=3)(_resources_seen_here).remote()
+    ready, _ = ray.wait([task], timeout=_WAITING_SECONDS)
+    if not ready:
+        _log.warning("no Ray worker answers yet; waiting (see: ray status)")
     try:
         found: list[dict[str, float]] = ray.get(task, timeout=_ANSWER_SECONDS)
     except GetTimeoutError:
@@ -453,20 +458,26 @@ def cluster(address: str | None = None, num_gpus: float | None = None, device: s
     H2TError
         Where there is no such cluster.
     """
-    already = ray.is_initialized()
-    if not already:
-        try:
-            _require_head(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise H2TError(f"ray_address {address!r}: {one_line(error)}") from error
-    try:
+    with _connections.setdefault(address, Switch(partial(_connect, address))):
         gpus = sum(node.get("GPU", 0) for node in _resources())
         if num_gpus is None:
             num_gpus = 1.0 if gpus and device != "cpu" else 0.0
         if num_gpus > gpus:
             raise H2TError(f"num_gpus_per_worker {num_gpus:g}: the Ray cluster has {gpus:g} GPUs")
         yield Cluster(num_gpus)
-    finally:
-        if not already:
-            ray.shutdown()
+
+
+_connections: dict[str | None, Switch] = {}
+
+
+def _connect(address: str | None) -> Callable[[], None]:
+    """Connect, unless something in this process did; gives what ends that."""
+    if ray.is_initialized():
+        return lambda: None
+    try:
+        _require_head(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise H2TError(f"ray_address {address!r}: {one_line(error)}") from error
+    shutdown: Callable[[], None] = ray.shutdown
+    return shutdown
