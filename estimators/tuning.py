@@ -235,7 +235,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         self._validate_params()
         training = check_training(self, X, y, sample_weight, None)
         candidates = self._candidates(training)
-        routed = self._route(sample_weight, params)
+        routed = self._route(None if sample_weight is None else training.sample_weight, params)
         splits = self._splits(training, routed.get("splitter", Bunch(split={})).split)
         scorer, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
         training, options, of_fold = hold_for_folds(
