@@ -83,11 +83,11 @@ class Fit:
 
 
 def fit_candidates(
-    training: Training, candidates: Sequence[Candidate], options: PathOptions, polish: bool
+    training: Training, candidates: Sequence[Candidate], options: PathOptions, rough: bool
 ) -> Iterator[Fit]:
     """Fit candidates: one path per target size and normalization, one gathering of features per selection.
 
-    C goes from small to large; ``polish`` as in `RidgeHead.fit`.
+    C goes from small to large; ``rough`` as in `RidgeHead.fit`.
     """
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
     for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
@@ -96,7 +96,7 @@ def fit_candidates(
         of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
         for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
             group = [candidate for candidate in of_size if candidate.normalization == normalization]
-            for fit in _fit_group(part, group, replace(of_part, normalization=normalization), limit, polish):
+            for fit in _fit_group(part, group, replace(of_part, normalization=normalization), limit, rough):
                 if target_size is not None:
                     fit = replace(fit, selected=training.sizes[target_size][fit.selected])
                 yield fit
@@ -109,7 +109,7 @@ def _fit_group(
     group: Sequence[Candidate],
     options: PathOptions,
     limit: float,
-    polish: bool,
+    rough: bool,
 ) -> Iterator[Fit]:
     """Fit candidates of one target size and normalization."""
     normalization, device = options.normalization, resolve_device(options.device)
@@ -133,7 +133,7 @@ def _fit_group(
             sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
         ):
             like = (same[0].kept, C)
-            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like), polish)
+            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like), rough)
             if head is not None and head.solution is not None:
                 solutions[like] = head.solution
             for candidate in alike:
@@ -233,7 +233,7 @@ def score_fold(
         n_features[:] = 0
         return scores, n_features, log_probabilities, log_frequencies
     previous: NDArray[np.float64] | None = None
-    for fit in fit_candidates(part, candidates, options, polish=False):
+    for fit in fit_candidates(part, candidates, options, rough=True):
         index = fit.candidate.index
         if previous is not fit.coef:
             previous = fit.coef

@@ -29,7 +29,7 @@ from estimators.group_lasso.problem import (
     null_probabilities,
 )
 
-_TOLERANCE = 1e-8
+TOLERANCE = 1e-8
 _MAX_ITER = 100
 _CG_STEPS = 30
 _STALE = 20
@@ -79,7 +79,7 @@ class HeldSpace:
 
     def diagonal(self, curvature: Tensor) -> Tensor:
         """Of Z'HZ for the diagonal matrix H, (size,)."""
-        return self.matrix.square() @ curvature
+        return torch.cat([rows.square() @ curvature for rows in self.matrix.split(_PANEL)])
 
     def combination(self, coordinates: Tensor) -> Tensor:
         """A (n_classes, n_samples) with A Z the coefficients of the features, for coordinates on L."""
@@ -218,7 +218,7 @@ def fit_ridge_head(
     start: RidgeSolution | None = None,
     similar: RidgeSolution | None = None,
     work: torch.dtype = torch.float64,
-    polish: bool = True,
+    tolerance: float = 0.0,
 ) -> RidgeSolution:
     """Minimise C * sum_i s_i CE(y_i, V z_i + c) + ||V||_F^2 / 2, as scikit-learn's LogisticRegression does.
 
@@ -239,9 +239,10 @@ def fit_ridge_head(
         A solution for this C and these samples with other features.
     work : torch.dtype, default=torch.float64
         Of the conjugate gradients: float32 is twice as fast. Where it makes no more progress, float64 takes over.
-    polish : bool, default=True
-        Go on from 1e-8 as far as float64 allows. The objective is then exact to 1e-15 or so, and the probabilities,
-        for which 1e-8 may mean 1e-3, to 1e-6 or better whatever C.
+    tolerance : float, default=0.0
+        How far the objective may be from the optimum, relative to that of V = 0, at most 1e-8. 0 goes on as far as
+        float64 allows, which takes a few times as long: results then do not depend on the start. At 1e-8 probabilities
+        may be off by 1e-3 where C is large.
 
     Returns
     -------
@@ -258,37 +259,40 @@ def fit_ridge_head(
     strength = (2.0 if len(targets) == 2 else 1.0) / min(max(C * total, 1.0 / _STRONGEST), _STRONGEST)
     null = null_objective(problem)
     coordinates, products, intercept = _first_guess(space, problem, strength, start, similar)
-    finest = 0.0 if polish else INTERCEPT_TOLERANCE
+    finest = 0.0 if tolerance < TOLERANCE else INTERCEPT_TOLERANCE
     point = evaluate(problem, products, intercept, finest)
     rough = space.to(work)
     preconditioner: _Preconditioner | None = None
-    n_products, gap, best, lowest, stalled = _STALE, math.inf, math.inf, math.inf, 0
+    gap = best = lowest = math.inf
+    stalled, stale = 0, True
     for _ in range(_MAX_ITER):
         gradient = space.pull(point.residual) + strength * coordinates
         # With the best intercept, what remains is strongly convex in V: the optimum is no further below than this.
         gap = float(gradient.square().sum()) / (2.0 * strength) if point.exact else math.inf
         value = point.loss + _ridge(coordinates, strength)
-        better = gap < 0.5 * best or value < lowest - _TOLERANCE * null
+        better = gap < 0.5 * best or value < lowest - TOLERANCE * null
         best, lowest, stalled = min(gap, best), min(value, lowest), 0 if better else stalled + 1
-        solved = gap <= _TOLERANCE * null
-        if (solved and not polish) or (rough is space and stalled > _PATIENCE):
+        solved = gap <= TOLERANCE * null
+        if gap <= tolerance * null or (rough is space and stalled > _PATIENCE):
             break
         if rough is not space and (solved or stalled > _PATIENCE):
-            rough, n_products, stalled = space, _STALE, 0
-        if n_products >= _STALE:
+            rough, stalled, stale = space, 0, True
+        if stale:
             preconditioner = _Preconditioner.at(rough, problem.weights, point.probabilities, strength)
         if preconditioner is None:
             if rough is space:
                 break
-            rough, n_products = space, _STALE
+            rough, stale = space, True
             continue
-        if polish and rough is space:
-            forcing = min(_FORCING, math.sqrt(gap / null))
+        if solved:
+            forcing = max(math.sqrt(gap / null), 0.5 * math.sqrt(tolerance * null / gap))
         else:
-            forcing = max(_FORCING, min(_LOOSEST, math.sqrt(_TOLERANCE * null / gap)))
+            forcing = max(_FORCING, min(_LOOSEST, math.sqrt(TOLERANCE * null / gap)))
         direction, n_products = _newton_direction(
             rough, problem, point.probabilities, preconditioner, gradient, forcing
         )
+        # Where it is solved, steps are long because they are to be exact.
+        stale = n_products >= _STALE and not solved
         moved, step = space.scores(direction), 1.0
         slope = float((gradient * direction).sum())
         while step > _SMALLEST_STEP:
@@ -303,11 +307,11 @@ def fit_ridge_head(
         elif rough is space:
             break
         else:
-            rough, n_products = space, _STALE
-    if gap > _TOLERANCE * null:
+            rough, stale = space, True
+    if gap > TOLERANCE * null:
         warnings.warn(
             f"The ridge head stopped within {gap / null:.1e} of its optimum, relative to the objective of zero "
-            f"coefficients, instead of {_TOLERANCE:.0e}. Lower C, or scale the features.",
+            f"coefficients, instead of {TOLERANCE:.0e}. Lower C, or scale the features.",
             ConvergenceWarning,
             stacklevel=2,
         )

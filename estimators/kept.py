@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from estimators.group_lasso.operators import column_moments, memory_limit, stored_precision
 from estimators.group_lasso.sources import ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.heads import (
+    TOLERANCE,
     Block,
     HeadSpace,
     HeldSpace,
@@ -26,6 +27,7 @@ from estimators.switches import full_precision
 
 _HELD_SHARE = 4
 _BLOCK_BYTES = 2 * 2**20
+_FINE_TOLERANCE = 1e-14
 
 
 def held_bytes(max_memory: int | str | None) -> int:
@@ -202,7 +204,7 @@ class RidgeHead:
 
     @full_precision()
     def fit(
-        self, C: float, similar: RidgeSolution | None = None, polish: bool = True
+        self, C: float, similar: RidgeSolution | None = None, rough: bool = False
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve for one C, starting from the solution for the C before.
 
@@ -211,8 +213,9 @@ class RidgeHead:
         C : float
         similar : RidgeSolution, default=None
             A ``solution`` for this C of a head with other features, to start from instead.
-        polish : bool, default=True
-            As in `fit_ridge_head`; float64 features are polished in any case.
+        rough : bool, default=False
+            Stop at 1e-8 of the objective, which is enough to compare heads, where the features are narrower than
+            float64.
 
         Returns
         -------
@@ -221,9 +224,9 @@ class RidgeHead:
         intercept : ndarray of shape (n_classes,), float64
             -inf for classes left out.
         """
-        polish = polish or self._work == torch.float64
+        tolerance = 0.0 if self._work == torch.float64 else TOLERANCE if rough else _FINE_TOLERANCE
         self.solution = fit_ridge_head(
-            self._space, self._targets, self._weight, C, self.solution, similar, self._work, polish
+            self._space, self._targets, self._weight, C, self.solution, similar, self._work, tolerance
         )
         coordinates, intercept = self.solution.coordinates, self.solution.intercept
         if isinstance(self._space, HeldSpace) and self._space.pivots is not None:

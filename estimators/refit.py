@@ -37,7 +37,7 @@ def ridge_head(
     normalization : {"standard", "layer", "layer+standard"} or None
     device : torch.device
     max_bytes : float
-        As in `KeptFeatures`.
+        As in `KeptFeatures`: a quarter of the memory that there is. The head takes up to twice that.
     """
     moments = (path.center[selected], path.inverse_scale[selected]) if normalization == "standard" else None
     return RidgeHead(
@@ -48,7 +48,7 @@ def ridge_head(
         standardizes(normalization),
         device,
         moments,
-        max_bytes,
+        2 * max_bytes,
     )
 
 

@@ -275,7 +275,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             weights[self.best_index_] = 1.0
         heaviest = np.argsort(-weights, kind="stable")[: np.count_nonzero(weights)].tolist() or [self.best_index_]
         chosen = [candidates[index] for index in dict.fromkeys([*heaviest, self.best_index_])]
-        fits = fit_candidates(training, chosen, replace(options, label="all samples, "), polish=True)
+        fits = fit_candidates(training, chosen, replace(options, label="all samples, "), rough=False)
         fitted = {fit.candidate.index: self._estimator(training, fit) for fit in fits}
         self.best_estimator_ = fitted[self.best_index_]
         self.estimators_, self.weights_ = [fitted[index] for index in heaviest], weights[heaviest]
