@@ -90,7 +90,8 @@ def test_more_rows_than_the_samples_tell_apart(n, k, d, dtype, free):
     """The loss does not bend along some directions, and without a ridge neither does the penalty."""
     small, (gap, violation) = Small(n, n=n, k=k, d=d, dtype=dtype, free=free, share=0.01), GOALS[dtype]
     coef, intercept, _ = small.solve(gap=gap, kkt=violation)
-    assert small.judge(coef, intercept)[1] <= gap + (0.0 if dtype == torch.float64 else 1e-6)
+    # How far rounding lets a singular system be solved differs between processors.
+    assert small.judge(coef, intercept)[1] <= gap + (1e-9 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("rho", [0.4, 1.0])
@@ -109,7 +110,7 @@ def test_every_step_decreases_the_objective(rho, size):
     n_steps = small.solve(start, gap=1e-10, kkt=1e-6)[2]
     values = [small.judge(*small.solve(start, gap=1e-10, kkt=1e-6, max_iter=i)[:2])[0] for i in range(n_steps + 1)]
     assert len(values) > 4
-    assert (np.diff(values) < 1e-14).all()
+    assert (np.diff(values) < 1e-12).all()
     assert values[-1] < values[0] - 1e-3
 
 
@@ -161,7 +162,7 @@ def test_no_more_steps_are_taken_than_allowed_nor_than_are_of_use():
     assert small.solve(gap=0.0, kkt=0.0, max_iter=3)[2] == 3
     coef, intercept, n_iter = small.solve(gap=0.0, kkt=0.0, max_iter=10**6)
     assert n_iter < 100
-    assert small.judge(coef, intercept)[1] < 1e-13
+    assert small.judge(coef, intercept)[1] < 1e-11
 
 
 @pytest.mark.parametrize("device", DEVICES)
