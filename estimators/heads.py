@@ -79,7 +79,7 @@ class HeldSpace:
 
     def diagonal(self, curvature: Tensor) -> Tensor:
         """Of Z'HZ for the diagonal matrix H, (size,)."""
-        return torch.cat([rows.square() @ curvature for rows in self.matrix.split(_PANEL)])
+        return torch.cat([rows.square() @ curvature for rows in torch.split(self.matrix, _PANEL)])
 
     def combination(self, coordinates: Tensor) -> Tensor:
         """A (n_classes, n_samples) with A Z the coefficients of the features, for coordinates on L."""

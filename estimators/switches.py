@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ContextDecorator, contextmanager
+from functools import partial
 from typing import Any
 
 import joblib
@@ -38,31 +39,60 @@ class _Switch(ContextDecorator):
                 self._undo()
 
 
-# From the general to the particular: what says "none" follows the one above it. Through torch._C, as the setter of
-# torch.backends.mkldnn.fp32_precision sets another one.
-_PRECISIONS = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul")]
+_LOCK, _HELD = torch.__dict__.setdefault("_head2toe_settings", (threading.Lock(), {}))
+"""Who uses a setting, and what it was before: kept with torch, as features and estimators do not know each other."""
+
 _C: Any = torch._C
-_HAS_NEWER = hasattr(_C, "_get_fp32_precision_getter")  # since torch 2.9
+_Setting = tuple[str, Callable[[], Any], Callable[[Any], None], Any]
 
 
-def _multiply_in_float32() -> Callable[[], None]:
-    """Set both of torch's interfaces; the older one cannot be read while the newer one contradicts it."""
-    found = {}
-    for part in _PRECISIONS if _HAS_NEWER else ():
-        found[part] = _C._get_fp32_precision_getter(*part)
-        _C._set_fp32_precision_setter(*part, "none")
-    older = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def _hold(settings: list[_Setting]) -> Callable[[], None]:
+    """Give settings (name, how to read, how to write, value) their value until the last who holds them lets go."""
+    with _LOCK:
+        for name, read, write, value in settings:
+            users, before = _HELD.get(name, (0, None))
+            if not users:
+                before = read()
+                write(value)
+            _HELD[name] = users + 1, before
 
-    def undo() -> None:
-        torch.set_float32_matmul_precision(older)
-        for part, precision in found.items():
-            _C._set_fp32_precision_setter(*part, precision)
+    def let_go() -> None:
+        with _LOCK:
+            for name, _, write, _ in reversed(settings):
+                users, before = _HELD.pop(name)
+                if users > 1:
+                    _HELD[name] = users - 1, before
+                else:
+                    write(before)
 
-    return undo
+    return let_go
 
 
-_products = _Switch(_multiply_in_float32)
+def _precisions(parts: Iterable[tuple[str, str]]) -> list[_Setting]:
+    """Torch's newer interface to the precision of float32, since 2.9: what says "none" follows what is more general.
+
+    Through torch._C, as the setter of torch.backends.mkldnn.fp32_precision sets another one.
+    """
+    if not hasattr(_C, "_get_fp32_precision_getter"):
+        return []
+    return [
+        (
+            " ".join(part),
+            partial(_C._get_fp32_precision_getter, *part),
+            partial(_C._set_fp32_precision_setter, *part),
+            "none",
+        )
+        for part in parts
+    ]
+
+
+# The older interface cannot be read while the newer one contradicts it.
+_PRODUCTS: list[_Setting] = [
+    *_precisions([("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul")]),
+    ("products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+]
+
+_products = _Switch(lambda: _hold(_PRODUCTS))
 
 
 def full_precision() -> _Switch:

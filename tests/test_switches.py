@@ -142,6 +142,27 @@ def test_a_switch_holds_until_the_last_thread_has_left(switch, order, fails):
     assert settings() == before
 
 
+@pytest.mark.parametrize(
+    "set_by_user",
+    [*USERS.values(), *(pytest.param(user, marks=NEW) for user in USERS_OF_NEW.values())],
+    ids=[*USERS, *(f"the newer interface: {name}" for name in USERS_OF_NEW)],
+)
+@pytest.mark.parametrize("first_in", [0, 1], ids=["fit first", "extraction first"])
+@pytest.mark.parametrize("first_out", [0, 1], ids=["fit ends first", "extraction ends first"])
+def test_a_fit_beside_an_extraction_holds_and_gives_back(set_by_user, first_in, first_out):
+    set_by_user()
+    before = settings()
+    both = [full_precision(), exact_arithmetic]
+    stacks = [ExitStack(), ExitStack()]
+    for which in (first_in, 1 - first_in):
+        stacks[which].enter_context(both[which])
+    assert all(map(is_exact, both))
+    stacks[first_out].close()
+    assert is_exact(both[1 - first_out])
+    stacks[1 - first_out].close()
+    assert settings() == before
+
+
 def test_overlapping_fits_are_each_in_full_precision():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(30, 8)), np.arange(30) % 2
