@@ -166,6 +166,7 @@ def data(request, tmp_path):
         (["a/b/Training/cat/1.png", "a/b/Testing/cat/1.png", "a/b/x/1.png"], "Testing, Training"),
         (["train/cat/1.png", "misc/1.png"], "train"),
         (["train2014/cat/1.png", "train2017/cat/1.png"], "train2014, train2017"),
+        (["seg_train/seg_train/cat/1.png", "seg_test/seg_test/cat/1.png", "misc/1.png"], "seg_test, seg_train"),
     ],
 )
 def test_folders_named_like_splits_are_never_mixed(data, names, choices):
@@ -209,7 +210,7 @@ def test_a_split_that_several_folders_go_by_is_named_in_full(data):
     assert len(open_source(path, "val")) == 1
 
 
-@pytest.mark.parametrize("top", ["train", "TEST", "set/validation", "train/train"])
+@pytest.mark.parametrize("top", ["train", "TEST", "set/validation", "train/train", "seg_test/seg_test"])
 def test_the_folder_of_a_split_that_is_alone_is_read_as_one(data, top):
     path = data(f"{top}/cat/1.png", f"{top}/dog/2.png")
     source = open_source(path)
@@ -233,10 +234,10 @@ def test_classes_that_are_called_like_one_split_are_classes(data):
     assert source.notes == ["train, train2 are read as classes: to read one alone, name it as split"]
 
 
-def test_names_that_only_begin_like_splits_are_classes(data):
+def test_names_that_only_begin_or_end_like_splits_are_classes(data):
     names = ["train_station/a/1.png", "test_tube/b/1.png", "valley/c/1.png", "trainer/d/1.png", "developer/1.png"]
-    source = open_source(data(*names))
-    assert len(source.classes) == 5
+    source = open_source(data(*names, "bullet_train/1.png", "litmus_test/1.png"))
+    assert len(source.classes) == 7
     assert source.notes == []
 
 

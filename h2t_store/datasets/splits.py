@@ -25,7 +25,8 @@ _SYNONYMS = {
 """Names that timm takes for the same split, and ``dev``."""
 
 _LIKE_A_SPLIT = re.compile(
-    rf"({'|'.join(sorted(_SYNONYMS, key=len, reverse=True))})[ _-]?(?:set|data|dataset|images?|imgs?|split)?[ _-]?\d*",
+    rf"(?:(.+)[ _-])?({'|'.join(sorted(_SYNONYMS, key=len, reverse=True))})"
+    r"[ _-]?(?:set|data|dataset|images?|imgs?|split)?[ _-]?\d*",
     re.IGNORECASE,
 )
 _MOST_NAMED = 6
@@ -71,13 +72,15 @@ def choose_split(images: Iterable[str], where: str) -> tuple[str, list[str]]:
     fork = chosen = ""
     while len(folders_in[fork]) == 1 and fork not in with_images:
         fork = _below(fork, next(iter(folders_in[fork])))
-        if _kind(fork.rpartition("/")[2]) is not None:
+        prefix, kind = _prefix_and_kind(fork.rpartition("/")[2])
+        if kind is not None and (not prefix or fork not in with_images):
             chosen = fork
     notes = [f"the folder {shown(chosen)} is read as a split"] if chosen else []
     for folder in sorted(folders_in):
-        names = [name for name in sorted(folders_in[folder]) if _kind(name) is not None]
-        if len({_kind(name) for name in names}) > 1:
-            raise DataError(_choose(names, where if folder == fork else f"{where}, {shown(folder)!r},", folder == fork))
+        for names in _by_prefix(folders_in[folder]):
+            if len({_prefix_and_kind(name) for name in names}) > 1:
+                there = where if folder == fork else f"{where}, {shown(folder)!r},"
+                raise DataError(_choose(names, there, folder == fork))
     names = [name for name in sorted(folders_in[fork]) if _kind(name) is not None]
     if names:
         if any(folders_in.get(_below(fork, name)) for name in names):
@@ -96,8 +99,24 @@ def _choose(names: list[str], where: str, can_be_chosen: bool) -> str:
 
 
 def _kind(name: str) -> str | None:
+    prefix, kind = _prefix_and_kind(name)
+    return None if prefix else kind
+
+
+def _prefix_and_kind(name: str) -> tuple[str, str | None]:
+    """``("", "train")`` for ``training_set``, ``("seg", "train")`` for ``seg_train``; no kind where it is no split."""
     match = _LIKE_A_SPLIT.fullmatch(name)
-    return _SYNONYMS[match[1].lower()] if match else None
+    return ((match[1] or "").lower(), _SYNONYMS[match[2].lower()]) if match else ("", None)
+
+
+def _by_prefix(folders: Iterable[str]) -> list[list[str]]:
+    """Folders named like splits, those with the same prefix together."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(folders):
+        prefix, kind = _prefix_and_kind(name)
+        if kind is not None:
+            groups[prefix].append(name)
+    return list(groups.values())
 
 
 def _below(above: str, name: str) -> str:
