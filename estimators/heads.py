@@ -32,6 +32,8 @@ from estimators.group_lasso.problem import (
 TOLERANCE = 1e-8
 _MAX_ITER = 100
 _CG_STEPS = 30
+_MOST_CG_STEPS = 960
+_FINEST_FORCING = 1e-4
 _STALE = 20
 _FORCING = 0.2
 _LOOSEST = 0.5
@@ -264,7 +266,7 @@ def fit_ridge_head(
     rough = space.to(work)
     preconditioner: _Preconditioner | None = None
     gap = best = lowest = math.inf
-    stalled, stale = 0, True
+    stalled, stale, most = 0, True, _CG_STEPS
     for _ in range(_MAX_ITER):
         gradient = space.pull(point.residual) + strength * coordinates
         # With the best intercept, what remains is strongly convex in V: the optimum is no further below than this.
@@ -285,12 +287,14 @@ def fit_ridge_head(
             rough, stale = space, True
             continue
         if solved:
-            forcing = max(math.sqrt(gap / null), 0.5 * math.sqrt(tolerance * null / gap))
+            forcing = max(_FINEST_FORCING, math.sqrt(gap / null), 0.5 * math.sqrt(tolerance * null / gap))
         else:
             forcing = max(_FORCING, min(_LOOSEST, math.sqrt(TOLERANCE * null / gap)))
         direction, n_products = _newton_direction(
-            rough, problem, point.probabilities, preconditioner, gradient, forcing
+            rough, problem, point.probabilities, preconditioner, gradient, forcing, most
         )
+        if n_products == most and not solved:
+            most = min(2 * most, _MOST_CG_STEPS)
         # Where it is solved, steps are long because they are to be exact.
         stale = n_products >= _STALE and not solved
         moved, step = space.scores(direction), 1.0
@@ -392,8 +396,9 @@ def _newton_direction(
     preconditioner: _Preconditioner,
     gradient: Tensor,
     forcing: float,
+    most: int,
 ) -> tuple[Tensor, int]:
-    """Minus the inverse Hessian times the gradient, roughly, and how many products it took."""
+    """Minus the inverse Hessian times the gradient, roughly, and how many products it took, ``most`` if need be."""
     work = preconditioner.inverse.dtype
     likely, weighted = probabilities.to(work), (problem.weights * probabilities).to(work)
     hessian = intercept_hessian(problem, probabilities)
@@ -413,7 +418,7 @@ def _newton_direction(
     size = float((residual * search).sum())
     goal = forcing**2 * size
     n_products = 0
-    while n_products < _CG_STEPS:
+    while n_products < most:
         n_products += 1
         product = space.pull(bend(space.scores(search))).add_(search, alpha=preconditioner.strength)
         curvature = float((search * product).sum())

@@ -24,6 +24,7 @@ _CONVERGED = 1e-18
 _ROUNDING = 1e-15
 _VIOLATION = 1e-9
 _NOTICEABLE = 1e-9
+_LEAST_RIDGE = 1e-13
 
 
 def mixture_weights(
@@ -147,7 +148,9 @@ class _Mixture:
         centred = self.held_out - (self.held_out * probabilities).sum(axis=2, keepdims=True)
         root = (centred * np.sqrt(self.share[:, None] * probabilities)).reshape(len(self.held_out), -1)
         hessian: NDArray[np.float64] = root @ root.T
-        hessian[np.diag_indices_from(hessian)] += _RATE / self.sample_weight.sum() * _RIDGE
+        # The ridge of very large sample weights is lost in rounding, and models may be as many as samples.
+        least = _LEAST_RIDGE * np.trace(hessian)
+        hessian[np.diag_indices_from(hessian)] += max(_RATE / self.sample_weight.sum() * _RIDGE, least)
         return hessian
 
 

@@ -59,6 +59,14 @@ def test_the_head_is_right_whatever_is_asked(seed, spread, relative_offset, rank
     np.testing.assert_allclose(model.predict_proba(X), reference(X, y, 10**C, X), atol=3e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_many_classes_on_features_of_little_rank_need_long_steps(dtype):
+    """Classes of unlike curvature, and directions that only rounding fills in float16."""
+    X, y = features(6, 0.0, 20, dtype, n=120, d=30, k=10)
+    model = Head2ToeClassifier(keep_fraction=1.0, C=1e4).fit(X, y)
+    np.testing.assert_allclose(model.predict_proba(X), reference(X, y, 1e4, X), atol=1e-6)
+
+
 @pytest.mark.parametrize("offset", [0.0, 3.0, 30.0])
 def test_features_in_float16_are_taken_as_they_are(offset):
     X, y = features(5, offset, 20, np.float16)
@@ -114,6 +122,16 @@ def test_weights_at_the_limits_of_float64_end(weight):
     assert np.isfinite(head.predict_proba(X)).all()
     if weight < 1:  # a penalty that rules leaves the class frequencies
         np.testing.assert_allclose(head.predict_proba(X), np.tile(np.bincount(y) / len(y), (len(y), 1)), atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_mixture_is_found_whatever_the_weights_sum_to():
+    rng = np.random.default_rng(5)
+    y = np.arange(90) % 3
+    X = rng.normal(size=(90, 20)) + rng.normal(size=(3, 20))[y]
+    search = Head2ToeClassifierCV(alphas=(0.5, 0.2), keep_fractions=(None, 1.0), Cs=(0.01, 1.0), cv=3, single_layers=0)
+    assert np.isfinite(search.fit(X, y, sample_weight=np.full(90, 1e307)).predict_proba(X)).all()
+    assert search.weights_.any()
 
 
 def test_scores_of_a_search_are_weighted_whatever_the_weights_sum_to():
