@@ -246,6 +246,7 @@ def grey_png(values: Sequence[int], **chunks: bytes) -> bytes:
 
 OME = b'<OME><Pixels SignificantBits="10"/></OME>\0'
 GUESSED_12 = "are 16-bit grey without a value above 4095: taken for 12-bit (if that is wrong, convert to 8 bits)"
+FAINT = "are 16-bit grey without a value above 16383, so dark (if they have fewer bits, convert to 8 bits)"
 GUESSED_8 = "are 16-bit grey without a value above 255: taken for 8-bit (if that is wrong, convert to 8 bits)"
 
 
@@ -265,7 +266,8 @@ GUESSED_8 = "are 16-bit grey without a value above 255: taken for 8-bit (if that
         (tiff(packed([0, 4095, 2048], 16, ">"), 3, [16], 1, ">"), [0, 255, 128], [GUESSED_12]),
         (tiff(packed([0, 4095, 2048], 16), 3, [16], 0), [255, 0, 127], [GUESSED_12]),
         (grey_png([0, 255, 128]), [0, 255, 128], [GUESSED_8]),
-        (grey_png([0, 4096, 255]), [0, 16, 0], []),
+        (grey_png([0, 16383, 8192]), [0, 63, 32], [FAINT]),
+        (grey_png([0, 4096, 255]), [0, 16, 0], [FAINT]),
         (grey_png([0, 0, 0]), [0, 0, 0], []),
         (b"P5 3 1 4095 " + packed([0, 4095, 2048], 16, ">"), [0, 255, 128], []),
         (b"P5 3 1 4095 " + packed([0, 100, 50], 16, ">"), [0, 6, 3], []),

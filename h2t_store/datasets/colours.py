@@ -15,6 +15,7 @@ _SIGNED = 2
 
 _TRANSPARENT = "are transparent in part: transparency is dropped and the colours under it are used, as in timm"
 _GUESSED = "are 16-bit grey without a value above {}: taken for {}-bit (if that is wrong, convert to 8 bits)"
+_FAINT = "are 16-bit grey without a value above 16383, so dark (if they have fewer bits, convert to 8 bits)"
 _DARK = "are 16-bit colour without a value above 4095, so nearly black: convert to 8 bits"
 
 
@@ -69,6 +70,8 @@ def _from_grey(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[
     found = grey_bits(values, bits, image.format == "PNG")
     if found < 16 and found != bits and values.any():
         remarks.append(_GUESSED.format((1 << found) - 1, found))
+    if found == 16 and bits is None and values.max() < 1 << 14:
+        remarks.append(_FAINT)
     if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # type: ignore[attr-defined]
         values = np.uint16((1 << found) - 1) - values  # white is zero
     return Image.fromarray((values >> (found - 8)).astype(np.uint8)).convert("RGB"), remarks

@@ -129,6 +129,7 @@ def open_tar(path: Path, split: str | None) -> TarSource:
     images = sorted(name for name in latest if is_image_name(name) and not _is_hidden(name))
     other = [name for name in latest if not is_image_name(name) and not _is_hidden(name)]
     require_images(images, other, where)
+    inside = ""
     if split is not None:
         inside = f"{find_split(split, lambda folder: _folders_in(images, folder), where)}/"
         images = [name for name in images if name.startswith(inside)]
@@ -137,9 +138,10 @@ def open_tar(path: Path, split: str | None) -> TarSource:
     folders = [os.path.dirname(name) for name in images]
     below = [folder[len(chosen_split) :].lstrip("/") for folder in folders]
     y, classes = classes_of(_below_what_is_common(below), images, where)
+    held = [folder for folder in members.folders if folder.startswith(inside)]
     notes = [
         *left_out(other, "files are not images and were left out"),
-        *count(_without_images(members.folders, folders), "folders hold no images"),
+        *count(_without_images(held, folders), "folders hold no images"),
         *count(hidden, "hidden files were left out"),
         *count(members.special, "links, devices and sparse files were left out"),
         *count(replaced, "files were left out, as the tar holds later ones of the same name"),

@@ -168,8 +168,8 @@ def _advice(error: Exception) -> str:
     if "killed by signal" in str(error) or get_start_method() == "fork":
         return "fewer workers need less memory; with 0 this process decodes"
     return (
-        f"the start method {get_start_method()!r} runs the script, a file, once more in each process: {_GUARD}; "
-        "with 0 workers this process decodes"
+        f"the start method {get_start_method()!r} runs the script, a file, once more in each process: {_GUARD} "
+        "(with 0 workers this process decodes)"
     )
 
 
