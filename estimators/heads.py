@@ -181,7 +181,6 @@ def held_space(blocks: Iterable[Block], n_samples: int, n_features: int) -> Held
 def _factored(products: Tensor) -> HeldSpace:
     """The space of L' for products ZZ', of which the lower triangle is given; as many rows as Z has rank."""
     factor, order, rank, _ = pstrf(products.cpu().numpy(), lower=1)
-    rank = max(rank, 1)
     pivots = torch.as_tensor(order - 1, dtype=torch.int64, device=products.device)
     matrix = products.new_empty((rank, len(products)))
     matrix[:, pivots] = torch.as_tensor(np.tril(factor)[:, :rank].T, device=products.device)
@@ -312,7 +311,7 @@ def fit_ridge_head(
             break
         else:
             rough, stale = space, True
-    if gap > TOLERANCE * null:
+    if not gap <= TOLERANCE * null:
         warnings.warn(
             f"The ridge head stopped within {gap / null:.1e} of its optimum, relative to the objective of zero "
             f"coefficients, instead of {TOLERANCE:.0e}. Lower C, or scale the features.",

@@ -128,3 +128,11 @@ def test_columns_beyond_max_bytes_are_read_in_blocks_with_the_same_result(n, d, 
     monkeypatch.setattr("estimators.kept._BLOCK_BYTES", 8 * n * 7)
     coef, _ = fit(X, y, weight, 1.0, standardized=True)
     np.testing.assert_allclose(coef, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 10), (30, 80)])
+def test_features_that_are_all_constant_leave_the_class_frequencies(n, d):
+    _, y, weight = make_problem(10, n=n)
+    coef, intercept = fit(np.full((n, d), 3.0), y, weight, 1.0, standardized=True)
+    np.testing.assert_array_equal(coef, 0)
+    np.testing.assert_allclose(softmax(intercept), np.bincount(y, weight) / weight.sum(), rtol=1e-12)
