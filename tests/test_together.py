@@ -172,6 +172,7 @@ def test_a_search_tries_every_target_size_by_itself(both, solved_ratios, refit):
     np.testing.assert_array_equal(search.best_estimator_.feature_layers_, alone.feature_layers_)
     np.testing.assert_allclose(search.best_estimator_.predict_proba(both), alone.predict_proba(both), atol=1e-4)
     mixed = sum(w * one.decision_function(both) for w, one in zip(search.weights_, search.estimators_, strict=True))
+    mixed = mixed + search.offset_
     np.testing.assert_allclose(search.decision_function(both), mixed, atol=1e-9)
     assert search.feature_scores_.shape == (both.shape[1],)
 
