@@ -31,9 +31,9 @@ from common import HERE, alternate, machine, ratio, shown
 from durability import files_of, write_images
 
 from h2t_store import FeatureMatrix, extract, open_features
-from h2t_store.integrity import verify
-from h2t_store.places import open_place
-from h2t_store.store import FeatureStore
+from h2t_store.storage.places import open_place
+from h2t_store.storage.store import FeatureStore
+from h2t_store.storage.verify import verify
 
 sys.path.append(str(HERE.parent / "tests"))
 MODELS = HERE.parent / "tests/tiny_models.py"

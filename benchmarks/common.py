@@ -95,8 +95,8 @@ def big_store(gigabytes: float, work: Path) -> tuple[Path, tuple[int, int]]:
 
 def fill_store(path: Path, n_samples: int, n_features: int) -> None:
     """A store of synthetic features, written by row blocks as an extraction is."""
-    from h2t_store.layout import ExtractionHeader, Layer
-    from h2t_store.store import FeatureStore
+    from h2t_store.storage.layout import ExtractionHeader, Layer
+    from h2t_store.storage.store import FeatureStore
 
     width, rows, n_classes = 4096, 500, 10
     edges = [*range(0, n_features, width), n_features]

@@ -31,10 +31,10 @@ import torch
 from common import HERE, machine
 from PIL import Image
 
-from h2t_store import cli, extraction, open_features
+from h2t_store import cli, extracting, open_features
 from h2t_store.errors import H2TError, IncompleteError
-from h2t_store.integrity import verify
-from h2t_store.store import FeatureStore
+from h2t_store.storage.store import FeatureStore
+from h2t_store.storage.verify import verify
 
 MODEL = f"{HERE.parent / 'tests/tiny_models.py'}:small_input"
 NAME = "pets/train"
@@ -65,7 +65,7 @@ def start(data: Path, store: Path, *options: str, name: str = NAME) -> int:
         log = os.open(f"{store}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        assert extraction  # imported before the fork
+        assert extracting  # imported before the fork
         torch.set_num_threads(1)
         sys.argv = ["extract", str(data), "--model", MODEL, "--store", str(store), "--name", name, *options]
         cli.extract_main()

@@ -53,11 +53,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store import extract
-from h2t_store.backbones.taps import tapped
-from h2t_store.datasets import Source
-from h2t_store.extraction import extract_job
-from h2t_store.preparation import Job, prepare
-from h2t_store.store import FeatureStore
+from h2t_store.engines.preparation import Job, prepare
+from h2t_store.extracting import extract_job
+from h2t_store.images import Source
+from h2t_store.network.taps import tapped
+from h2t_store.storage.store import FeatureStore
 from h2t_store.switches import exact_arithmetic
 
 MODELS = "resnet50,vit_small_patch16_224,convnext_tiny"

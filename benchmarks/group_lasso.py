@@ -213,7 +213,7 @@ def run_saga(spec: dict[str, Any]) -> dict[str, Any]:
 def run_adam(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from estimators.group_lasso.adam import train
+    from estimators.adam import train
 
     torch.set_num_threads(spec["threads"])
     loaded = np.load(spec["data"])

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from estimators import Head2ToeClassifierCV
+from estimators.adam import train as train_by_adam
 from estimators.group_lasso import group_lasso_path
-from estimators.group_lasso.adam import train as train_by_adam
-from estimators.normalization import layer_index
+from estimators.scaling import layer_index
 from estimators.selection import count_kept
 from h2t_store import FeatureMatrix
-from h2t_store.preparation import Job
+from h2t_store.engines.preparation import Job
 
 FOLDS = 5
 FRACTIONS = (0.01, 0.05, 0.2)

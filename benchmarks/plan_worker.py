@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from h2t_store.engines.blocks import Plan
+from h2t_store.engines.plan import Plan
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from h2t_store.backbones.resnet_cifar import ResNetCifar, default_cfgs
+from h2t_store.network.resnet_cifar import ResNetCifar, default_cfgs
 
 WARMUP_EPOCHS = 2
 PADDING = 4

@@ -22,7 +22,7 @@ from joblib import parallel_config
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector
 from h2t_store import FeatureMatrix, open_features
 from h2t_store.export import EXPORTS, export
-from h2t_store.store import Extraction
+from h2t_store.storage.store import Extraction
 
 SEARCH: dict[str, Any] = {"alphas": (0.5, 0.2), "Cs": (0.01, 1.0), "keep_fractions": (None, 0.1, 1.0)}
 

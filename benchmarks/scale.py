@@ -22,11 +22,11 @@ from common import HERE, launch, machine
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from h2t_store.chunks import CRC_BYTES
-from h2t_store.datasets import open_source
-from h2t_store.engines.blocks import rows_per_block
-from h2t_store.layout import ExtractionHeader, array_specs
-from h2t_store.preparation import Job, prepare
+from h2t_store.engines.plan import rows_per_block
+from h2t_store.engines.preparation import Job, prepare
+from h2t_store.images import open_source
+from h2t_store.storage.chunks import CRC_BYTES
+from h2t_store.storage.layout import ExtractionHeader, array_specs
 
 NETWORKS = {"resnet50": "pool", "vit_base_patch16_224": "keep"}
 TARGET_SIZES = (512, 8192)

@@ -30,10 +30,10 @@ from common import alternate, drop_caches, machine, peak_mb, ratio, shown
 from numpy.typing import NDArray
 
 from h2t_store import FeatureMatrix, open_features
-from h2t_store.engines.blocks import Plan, RowBlock, rows_per_block
-from h2t_store.layout import ExtractionHeader, Layer
-from h2t_store.store import FeatureStore
-from h2t_store.threads import in_threads
+from h2t_store.engines.plan import Plan, RowBlock, rows_per_block
+from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.store import FeatureStore
+from h2t_store.storage.threads import in_threads
 
 WIDTHS = (256,) * 12 + (512,) * 8 + (1024, 256, 512, 2048, 256)  # repeated for as many layers as are asked for
 NAME = "bench"

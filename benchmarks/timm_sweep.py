@@ -64,7 +64,7 @@ def try_model(name: str) -> dict[str, Any]:
     """Find the taps of a model, pool two images at its own size, and check what comes out."""
     import torch
 
-    from h2t_store.backbones import find_taps, load_backbone, pooled_layers, tapped
+    from h2t_store.network import find_taps, load_backbone, pooled_layers, tapped
 
     torch.set_num_threads(THREADS)
     backbone = load_backbone(name, pretrained=False)

@@ -36,7 +36,7 @@ from methods import CHOOSE_SIZE, METHODS, SETTINGS, Data, MatrixFlops, forward_f
 from report import write
 
 from h2t_store import FeatureMatrix, extract
-from h2t_store.preparation import Job, prepare
+from h2t_store.engines.preparation import Job, prepare
 
 VTAB_FILES = {"train": "train800val200.txt", "test": "test.txt"}
 TARGET_SIZES = (512, 16)

@@ -3,8 +3,8 @@
 from estimators.classifier import Head2ToeClassifier
 from estimators.display import Head2ToeLayersDisplay, Head2ToePathDisplay
 from estimators.group_lasso import GroupLassoPath, group_lasso_path
+from estimators.search import Head2ToeClassifierCV
 from estimators.selection import Head2ToeSelector
-from estimators.tuning import Head2ToeClassifierCV
 
 __all__ = [
     "GroupLassoPath",

@@ -23,7 +23,7 @@ import xxhash
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from estimators.group_lasso.sources import FeatureMatrix, iterate_blocks
+from estimators.features import FeatureMatrix, iterate_blocks
 
 _FORMAT = "head2toe 1"
 _POLL_SECONDS = 0.02

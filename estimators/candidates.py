@@ -19,13 +19,13 @@ from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution
 from estimators.held import hold
-from estimators.inputs import Training, class_weighted
 from estimators.kept import KeptFeatures, held_bytes, in_memory
 from estimators.mixture import drawn
-from estimators.normalization import kept_scaling
+from estimators.paths import PathOptions, solve_path
 from estimators.refit import ridge_head
+from estimators.scaling import kept_scaling
 from estimators.selection import kept_features
-from estimators.solving import PathOptions, solve_path
+from estimators.training import Training, class_weighted
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,16 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from estimators.group_lasso.adam import train
+from estimators.adam import train
+from estimators.features import ColumnSource
 from estimators.group_lasso.labels import as_labels
 from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.group_lasso.sources import ColumnSource
 from estimators.held import hold
-from estimators.inputs import Training, check_features, check_training
 from estimators.kept import KeptFeatures, held_bytes
-from estimators.normalization import (
+from estimators.paths import PathOptions, solve_path
+from estimators.refit import fit_ridge
+from estimators.scaling import (
     NORMALIZATIONS,
     LayerScaled,
     inverse_layer_norms,
@@ -33,15 +34,14 @@ from estimators.normalization import (
     standardizes,
     weighted_moments,
 )
-from estimators.refit import fit_ridge
 from estimators.selection import (
     PATH_CONSTRAINTS,
     SelectedFeatures,
     count_kept,
     warn_nothing_selected,
 )
-from estimators.solving import PathOptions, solve_path
 from estimators.switches import cpu_threads
+from estimators.training import Training, check_features, check_training
 
 _SEEDS = 2**31 - 1
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
+from estimators.search import Head2ToeClassifierCV
 from estimators.selection import SelectedFeatures, layer_totals
-from estimators.tuning import Head2ToeClassifierCV
 
 # Okabe and Ito's colours without yellow, which white swallows; a marker each, so that greyscale tells them apart too.
 

@@ -12,10 +12,10 @@ from joblib import effective_n_jobs
 from joblib.parallel import BACKENDS, get_active_backend
 from numpy.typing import NDArray
 
+from estimators.features import FeatureMatrix, is_feature_matrix
 from estimators.group_lasso.operators import dense_bytes, memory_limit, resolve_device, storage_dtype
-from estimators.group_lasso.sources import FeatureMatrix, is_feature_matrix
-from estimators.inputs import Training
-from estimators.solving import PathOptions
+from estimators.paths import PathOptions
+from estimators.training import Training
 
 _BLOCK_BYTES = 2**20
 _LOCAL = ("loky", "multiprocessing")

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from estimators.features import ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.group_lasso.operators import column_moments, memory_limit, stored_precision
-from estimators.group_lasso.sources import ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
 from estimators.heads import (
     TOLERANCE,
     Block,
@@ -22,7 +22,7 @@ from estimators.heads import (
     held_space,
     held_space_bytes,
 )
-from estimators.normalization import LayerScaled, inverse_layer_norms, inverse_norms
+from estimators.scaling import LayerScaled, inverse_layer_norms, inverse_norms
 from estimators.switches import full_precision
 
 _HELD_SHARE = 4

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from estimators.cache import Arrays, Codec, cache_place, cached, fingerprint, problem_key
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.inputs import Training
 from estimators.kept import KeptFeatures, RidgeHead
-from estimators.normalization import kept_scaling, scales_layers, standardizes
+from estimators.scaling import kept_scaling, scales_layers, standardizes
+from estimators.training import Training
 
 Linear = tuple[NDArray[np.float64], NDArray[np.float64]]
 

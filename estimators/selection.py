@@ -17,12 +17,12 @@ from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, assert_all_finite, check_is_fitted
 
+from estimators.features import is_feature_matrix
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.group_lasso.sources import is_feature_matrix
-from estimators.inputs import Training, check_features, check_training
-from estimators.normalization import NORMALIZATIONS
-from estimators.solving import PathOptions, solve_path
+from estimators.paths import PathOptions, solve_path
+from estimators.scaling import NORMALIZATIONS
 from estimators.switches import cpu_threads
+from estimators.training import Training, check_features, check_training
 
 if TYPE_CHECKING:
     import pandas as pd

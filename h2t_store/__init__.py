@@ -7,7 +7,7 @@ whole. They are imported on first use, so that opening a store does not load the
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from h2t_store.extraction import extract
+    from h2t_store.extracting import extract
     from h2t_store.matrix import FeatureMatrix, open_features
     from h2t_store.repairing import repair
 
@@ -16,7 +16,7 @@ __all__ = ["FeatureMatrix", "extract", "open_features", "repair"]
 
 def __getattr__(name: str) -> Any:
     if name == "extract":
-        from h2t_store.extraction import extract
+        from h2t_store.extracting import extract
 
         return extract
     if name == "repair":

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from h2t_store.errors import DamagedError, IncompleteError, StoreError, did_you_mean
-from h2t_store.layout import ExtractionHeader, Layer, n_blocks
 from h2t_store.recipe import recipe_differences, recipe_of
-from h2t_store.store import Extraction, FeatureStore
-from h2t_store.threads import in_threads
+from h2t_store.storage.layout import ExtractionHeader, Layer, n_blocks
+from h2t_store.storage.store import Extraction, FeatureStore
+from h2t_store.storage.threads import in_threads
 
 if TYPE_CHECKING:
     import pandas as pd

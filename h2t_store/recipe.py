@@ -7,7 +7,7 @@ Features can stand in for one another where weights, preprocessing, pooling and 
 from collections.abc import Iterable
 from typing import Any
 
-from h2t_store.layout import ExtractionHeader, Layer
+from h2t_store.storage.layout import ExtractionHeader, Layer
 
 __all__ = ["recipe_differences", "recipe_of"]
 

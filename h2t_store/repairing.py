@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from h2t_store.datasets import Source, arrange
+from h2t_store.engines.preparation import Job, prepare
 from h2t_store.errors import DamagedError, StoreError
-from h2t_store.extraction import extract_job, require_same_environment
-from h2t_store.integrity import Damage, restore_documents, verify
-from h2t_store.preparation import Job, prepare
-from h2t_store.store import Extraction, FeatureStore, differences
+from h2t_store.extracting import extract_job, require_same_environment
+from h2t_store.images import Source, arrange
+from h2t_store.storage.store import Extraction, FeatureStore, differences
+from h2t_store.storage.verify import Damage, restore_documents, verify
 
 __all__ = ["repair"]
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from estimators import solving
+from estimators import paths
 from h2t_store.errors import DataError
 
 MODELS = Path(__file__).with_name("tiny_models.py")
@@ -65,13 +65,13 @@ def offline(monkeypatch) -> None:
 @pytest.fixture
 def solved_ratios(monkeypatch):
     """The fractions of alpha_max that are solved for, one list per call of the solver."""
-    calls, solver = [], solving.group_lasso_path
+    calls, solver = [], paths.group_lasso_path
 
     def counted(X, y, *, alpha_ratios, **others):
         calls.append(np.asarray(alpha_ratios).tolist())
         return solver(X, y, alpha_ratios=alpha_ratios, **others)
 
-    monkeypatch.setattr(solving, "group_lasso_path", counted)
+    monkeypatch.setattr(paths, "group_lasso_path", counted)
     return calls
 
 

@@ -13,7 +13,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from test_classifier import WIDTHS, layered_problem, scale_layers
 
 from estimators import Head2ToeClassifier, group_lasso_path
-from estimators.group_lasso.adam import train
+from estimators.adam import train
 
 
 def drawn(seed, n, d, k):

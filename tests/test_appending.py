@@ -13,18 +13,18 @@ from conftest import MODELS, state_of
 from PIL import Image
 
 from h2t_store import cli, extract, open_features, repair
-from h2t_store.datasets.source import Source
-from h2t_store.engines import blocks
+from h2t_store.engines import plan
 from h2t_store.errors import IncompleteError, StoppedError, StoreError
-from h2t_store.integrity import verify
-from h2t_store.store import Extraction, FeatureStore
+from h2t_store.images.source import Source
+from h2t_store.storage.store import Extraction, FeatureStore
+from h2t_store.storage.verify import verify
 
 MODEL = f"{MODELS}:small_input"
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from joblib import Parallel, delayed
 
 from estimators import cache
 from estimators.cache import Codec, Files, cache_place, cached, fingerprint, problem_key
-from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.matrix import open_features
-from h2t_store.store import FeatureStore
+from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.store import FeatureStore
 
 LAYERS = (Layer("stem", 0, 3, (3, 1, 1)), Layer("head", 3, 8, (5,)))
 CODEC = Codec(pack=lambda solution: {"a": solution, "b": 2 * solution}, unpack=lambda arrays: arrays["b"] - arrays["a"])

@@ -6,9 +6,9 @@ import tiny_models
 import torch
 from torchvision.models import VisionTransformer
 
-from h2t_store.backbones import Tap, find_taps, pooled_layers, tapped
-from h2t_store.backbones.watching import Place
 from h2t_store.errors import TapError
+from h2t_store.network import Tap, find_taps, pooled_layers, tapped
+from h2t_store.network.watching import Place
 
 
 def example(size: int) -> torch.Tensor:

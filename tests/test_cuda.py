@@ -9,9 +9,8 @@ import torch
 from _estimator_data import FakeFeatures
 from pretended_cuda import Gpu, pretended_cuda
 
-from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector, group_lasso_path
-from estimators.group_lasso import sources
-from estimators.group_lasso.adam import train
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector, features, group_lasso_path
+from estimators.adam import train
 from estimators.group_lasso.operators import make_operator, memory_limit
 
 N, D = 20, 24
@@ -26,7 +25,7 @@ def gpu() -> Iterator[Gpu]:
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
     """Several blocks, where arrays would make one."""
-    monkeypatch.setattr(sources, "_CACHE_BYTES", 5 * N * 8)
+    monkeypatch.setattr(features, "_CACHE_BYTES", 5 * N * 8)
 
 
 def problem(n: int = N, d: int = D, k: int = 3) -> tuple[Any, Any]:
@@ -120,7 +119,7 @@ def streamed_pass(gpu: Gpu, X: Any) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["array", "array by columns", "part of an array", "scattered features", "on the card"])
 def test_a_pass_waits_for_nothing_but_free_buffers_and_pins_two(gpu, tmp_path, monkeypatch, kind):
     X = problem()[0]
-    monkeypatch.setattr(sources, "_CACHE_BYTES", 2 * N * 4)
+    monkeypatch.setattr(features, "_CACHE_BYTES", 2 * N * 4)
     given = KINDS[kind](X, tmp_path)
     waits = streamed_pass(gpu, given)
     assert waits.keys() <= {"estimators/group_lasso/reading.py"}

@@ -8,7 +8,7 @@ from conftest import MODELS
 from pretended_cuda import pretended_cuda
 
 from h2t_store import extract
-from h2t_store.engines import blocks
+from h2t_store.engines import plan
 from h2t_store.errors import ModelError, TapError
 
 MODEL = f"{MODELS}:small_input"
@@ -64,7 +64,7 @@ def test_what_is_not_finite_is_named(tmp_path, stored):
 
 
 def test_a_batch_is_as_large_as_memory_allows_and_halved_where_it_is_too_large(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 64)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 64)
     rows = np.tile(images, (2, 1, 1, 1))
     results = []
     for memory in (2**33, 2**18):

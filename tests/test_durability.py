@@ -18,12 +18,12 @@ import torch
 from conftest import MODELS
 
 from h2t_store import cli, extract, open_features
-from h2t_store.engines import blocks
+from h2t_store.engines import plan
 from h2t_store.errors import H2TError, IncompleteError, StoppedError, StoreError
-from h2t_store.integrity import verify
-from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.repairing import repair
-from h2t_store.store import Extraction, FeatureStore
+from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.store import Extraction, FeatureStore
+from h2t_store.storage.verify import verify
 
 MODEL = f"{MODELS}:small_input"
 FORK = multiprocessing.get_context("fork")
@@ -36,7 +36,7 @@ LAYERS = (Layer("stem", 0, 5, (5, 2, 2)), Layer("layer1.0.conv2:in", 5, 1105, (1
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several row blocks out of few images; no process is left behind."""
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", ROWS)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", ROWS)
     yield
     while Child.started:
         Child.started.pop().kill()
@@ -252,7 +252,7 @@ def test_the_command_says_in_one_line_that_a_file_cannot_grow(tmp_path):
             if stop.code:
                 raise StoreError(f"exit {stop.code}") from None
 
-    blocks._ROWS_OF_FEW = 512  # undone by the fixture
+    plan._ROWS_OF_FEW = 512  # undone by the fixture
     kind, message = Child(limited, 100_000, tmp_path / "log").result()
     assert (kind, message) == ("StoreError", "exit 1")
     lines = (tmp_path / "log").read_text().splitlines()

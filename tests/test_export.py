@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from h2t_store import export as exporting
 from h2t_store import extract
-from h2t_store.engines import blocks
+from h2t_store.engines import plan
 from h2t_store.errors import H2TError
 from h2t_store.export import export
 
@@ -17,7 +17,7 @@ from h2t_store.export import export
 @pytest.fixture
 def matrix(tmp_path, images, monkeypatch):
     monkeypatch.setattr(exporting, "_PIECE_BYTES", 4 << 10)  # several pieces
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
     labels = [["ant", "bée"][i % 2] for i in range(40)]
     return extract((images, labels), model=f"{MODELS}:small_input", store=tmp_path / "s", name="x", target_size=8)
 

@@ -9,11 +9,12 @@ from conftest import MODELS
 from PIL import Image
 from torch import nn
 
-from h2t_store import chunks, extract, open_features, preparation
-from h2t_store.datasets import source
-from h2t_store.engines import blocks, local
+from h2t_store import extract, open_features
+from h2t_store.engines import local, plan, preparation
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError, TapError
-from h2t_store.store import Extraction
+from h2t_store.images import source
+from h2t_store.storage import chunks
+from h2t_store.storage.store import Extraction
 
 MODEL = f"{MODELS}:small_input"
 
@@ -21,7 +22,7 @@ MODEL = f"{MODELS}:small_input"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several row blocks out of few images."""
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 def change(path, content: bytes) -> None:
@@ -329,22 +330,22 @@ def test_wrong_arguments_are_named_and_leave_no_extraction(tmp_path, images, wro
 
 
 def test_the_size_of_a_block_does_not_grow_with_the_number_of_images():
-    assert blocks.rows_per_block(10**9, 2 * 20_000) == blocks.rows_per_block(10**5, 2 * 20_000)
+    assert plan.rows_per_block(10**9, 2 * 20_000) == plan.rows_per_block(10**5, 2 * 20_000)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 40, 513, 1062, 10_000])
 @pytest.mark.parametrize("row_bytes", [20, 40_000, 10**7, 10**9])
 def test_blocks_cover_every_row_once_with_little_padding(monkeypatch, n, row_bytes):
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 512)
-    rows = blocks.rows_per_block(n, row_bytes)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 512)
+    rows = plan.rows_per_block(n, row_bytes)
     assert rows % 16 == 0
     assert rows <= 512
     assert rows == 16 or rows * row_bytes <= 128 << 20
-    plan = list(blocks.Plan(n, rows))
-    assert [row for block in plan for row in range(block.start, block.stop)] == list(range(n))
-    assert len(plan) * rows - n < 16 * len(plan)
+    planned = list(plan.Plan(n, rows))
+    assert [row for block in planned for row in range(block.start, block.stop)] == list(range(n))
+    assert len(planned) * rows - n < 16 * len(planned)
     for batch_size in (1, 7, 1000):
-        batches = list(blocks.batches(plan, batch_size))
+        batches = list(plan.batches(planned, batch_size))
         assert [row for batch in batches for row in batch] == list(range(n))
         assert all(batch[0] // rows == batch[-1] // rows and len(batch) <= batch_size for batch in batches)
 

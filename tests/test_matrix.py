@@ -16,9 +16,9 @@ from sklearn.utils import _safe_indexing
 
 from h2t_store import extract
 from h2t_store.errors import StoreError
-from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.matrix import FeatureMatrix, open_features
-from h2t_store.store import FeatureStore
+from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.store import FeatureStore
 
 LAYERS = (
     Layer("stem", 0, 7, (7, 1, 1)),

@@ -20,12 +20,12 @@ from conftest import MODELS, files_below
 from object_server import FAULTS, KEY, SECRET, serving
 
 from h2t_store import extract, open_features, repair
-from h2t_store.engines import blocks
+from h2t_store.engines import plan
 from h2t_store.errors import DamagedError, H2TError, IncompleteError, StoppedError, StoreError, UnreachableError
-from h2t_store.integrity import verify
-from h2t_store.places import leases, open_place
-from h2t_store.places.bucket import Bucket
-from h2t_store.store import Extraction, FeatureStore
+from h2t_store.storage.places import leases, open_place
+from h2t_store.storage.places.bucket import Bucket
+from h2t_store.storage.store import Extraction, FeatureStore
+from h2t_store.storage.verify import verify
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")
@@ -61,7 +61,7 @@ def store(s3, tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 @pytest.fixture
@@ -172,9 +172,9 @@ def test_a_process_that_is_killed_leaves_what_is_finished_at_once(store, folder,
     command = f"""
 import os, signal
 from h2t_store import extract
-from h2t_store.engines import blocks
-from h2t_store.store import Extraction
-blocks._ROWS_OF_FEW = 16
+from h2t_store.engines import plan
+from h2t_store.storage.store import Extraction
+plan._ROWS_OF_FEW = 16
 commit = Extraction._commit
 def kill(self, block, crcs):
     if block == 1:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretended_cuda import pretended_cuda
 
+from estimators.features import as_features, iterate_blocks
 from estimators.group_lasso import operators
 from estimators.group_lasso.operators import (
     DenseOperator,
@@ -19,7 +20,6 @@ from estimators.group_lasso.operators import (
     make_operator,
     resolve_device,
 )
-from estimators.group_lasso.sources import as_features, iterate_blocks
 
 KINDS = {DenseOperator: "1GB", StreamedOperator: "1kB"}
 NONE = torch.zeros(0, dtype=torch.int64)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2t_store.backbones.pooling import pool, pooled_width
+from h2t_store.network.pooling import pool, pooled_width
 
 
 def published_map(activation: np.ndarray, target: int) -> np.ndarray:

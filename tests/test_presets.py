@@ -6,8 +6,8 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 
-from h2t_store.backbones import Tap, find_taps, pooled_layers, tapped
 from h2t_store.errors import TapError
+from h2t_store.network import Tap, find_taps, pooled_layers, tapped
 
 
 def example(size: int) -> torch.Tensor:

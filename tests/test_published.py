@@ -17,7 +17,7 @@ from tiny_models import CifarResNet, resnet56
 
 from estimators import Head2ToeClassifier
 from h2t_store import extract
-from h2t_store.backbones import load_backbone
+from h2t_store.network import load_backbone
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WEIGHTS = SHARED / "weights" / "resnet56_cifar10.safetensors"

@@ -16,10 +16,10 @@ from object_server import serving
 from PIL import Image
 
 from h2t_store import extract
-from h2t_store.engines import blocks
+from h2t_store.engines import plan
 from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
-from h2t_store.places import open_place
-from h2t_store.store import FeatureStore
+from h2t_store.storage.places import open_place
+from h2t_store.storage.store import FeatureStore
 
 ray = pytest.importorskip("ray")
 
@@ -71,7 +71,7 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 def tree(store: Path, name: str) -> dict[str, bytes]:
@@ -208,8 +208,8 @@ def test_a_driver_that_is_killed_leaves_what_can_be_finished(tmp_path, folder):
     script = f"""
 import os, signal
 from h2t_store import extract
-from h2t_store.engines import blocks
-blocks._ROWS_OF_FEW = 16
+from h2t_store.engines import plan
+plan._ROWS_OF_FEW = 16
 def kill(done, *_):
     if done:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -280,8 +280,8 @@ def test_workers_write_into_a_bucket_whose_requests_fail(s3, tmp_path, folder):
     s3.rate = 0.05
     script = f"""
 from h2t_store import extract
-from h2t_store.engines import blocks
-blocks._ROWS_OF_FEW = 16
+from h2t_store.engines import plan
+plan._ROWS_OF_FEW = 16
 extract({str(folder)!r}, **{common | on_ray!r})
 """
     subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT | s3.environment, check=True, timeout=600)

@@ -10,12 +10,12 @@ from sklearn.model_selection import GridSearchCV
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector
 from estimators.held import HeldFeatures, hold, hold_for_folds
-from estimators.inputs import check_training
-from estimators.solving import PathOptions
+from estimators.paths import PathOptions
+from estimators.training import check_training
 from h2t_store import open_features
 from h2t_store.export import EXPORTS, export
-from h2t_store.layout import ExtractionHeader, Layer
-from h2t_store.store import Extraction, FeatureStore
+from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.store import Extraction, FeatureStore
 
 N, ROWS = 60, 16
 LAYERS = (Layer("a", 0, 30, (30,)), Layer("b", 30, 1330, (1300,)), Layer("c", 1330, 1340, (10,)))

@@ -13,8 +13,8 @@ from sklearn.pipeline import make_pipeline
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector
 from h2t_store import extract
-from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.recipe import recipe_differences, recipe_of
+from h2t_store.storage.layout import ExtractionHeader, Layer
 
 SEARCH = Head2ToeClassifierCV(alphas=(0.3,), keep_fractions=(None,), Cs=(1.0,), single_layers=0, cv=2)
 

@@ -16,20 +16,20 @@ from conftest import MODELS
 from PIL import Image
 
 from h2t_store import extract, open_features
-from h2t_store.datasets import ArraySource
-from h2t_store.engines import blocks, local
+from h2t_store.engines import local, plan
+from h2t_store.engines.preparation import prepare
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError
-from h2t_store.extraction import expected_seconds, extract_job
-from h2t_store.integrity import verify
-from h2t_store.preparation import prepare
-from h2t_store.store import FeatureStore
+from h2t_store.extracting import expected_seconds, extract_job
+from h2t_store.images import ArraySource
+from h2t_store.storage.store import FeatureStore
+from h2t_store.storage.verify import verify
 
 MODEL = f"{MODELS}:small_input"
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "_ROWS_OF_FEW", 16)
+    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,9 +16,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from estimators import Head2ToeClassifier, Head2ToeSelector
-from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.matrix import FeatureMatrix, open_features
-from h2t_store.store import FeatureStore
+from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.store import FeatureStore
 
 WIDTHS = (12, 1, 17)
 LAYERS = (Layer("stem", 0, 12, (12, 1, 1)), Layer("layer3.2.act2", 12, 30, (18, 1, 1)))

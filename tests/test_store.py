@@ -7,9 +7,9 @@ import pytest
 import zarr
 
 from h2t_store.errors import IncompleteError, StoreError
-from h2t_store.layout import ExtractionHeader, Layer
 from h2t_store.matrix import open_features
-from h2t_store.store import FeatureStore
+from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.store import FeatureStore
 
 LAYERS = (Layer("stem", 0, 5, (5, 2, 2)), Layer("layer1.0.conv2:in", 5, 2505, (2500,)))
 N, ROWS = 40, 16

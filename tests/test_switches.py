@@ -11,7 +11,7 @@ import torch
 from estimators import Head2ToeClassifier, group_lasso_path
 from estimators.switches import cpu_threads, full_precision
 from h2t_store import extract
-from h2t_store.backbones import load_backbone
+from h2t_store.network import load_backbone
 from h2t_store.switches import exact_arithmetic, module_by_module
 
 SWITCHES = {"estimators": full_precision(), "networks": exact_arithmetic, "modules": module_by_module}

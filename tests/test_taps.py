@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from h2t_store.backbones import Tap, find_taps, pooled_layers, tapped
-from h2t_store.backbones.watching import Place
 from h2t_store.errors import TapError
+from h2t_store.network import Tap, find_taps, pooled_layers, tapped
+from h2t_store.network.watching import Place
 
 
 def example(size: int = 8) -> torch.Tensor:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from estimators.features import READ_BYTES, Features
 from estimators.group_lasso.reading import BlockReader, Index, positions, sent
-from estimators.group_lasso.sources import READ_BYTES, Features
 
 _DELICATE = 100.0
 _TINY_SD = 1e-140

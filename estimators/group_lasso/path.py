@@ -23,6 +23,7 @@ from sklearn.utils._param_validation import Interval, validate_parameter_constra
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
+from estimators.features import Features, as_features
 from estimators.group_lasso.labels import as_labels
 from estimators.group_lasso.newton import solve
 from estimators.group_lasso.operators import Operator, make_operator, resolve_device
@@ -38,7 +39,6 @@ from estimators.group_lasso.problem import (
 )
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath, PathPoint
-from estimators.group_lasso.sources import Features, as_features
 from estimators.switches import full_precision
 
 _DOUBLE_BELOW = 1e-5

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from estimators.group_lasso.sources import Features, iterate_blocks
+from estimators.features import Features, iterate_blocks
 
 Item = TypeVar("Item")
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from h2t_store.backbones import Pooled
-from h2t_store.datasets import Source
-from h2t_store.engines.blocks import RowBlock
+from h2t_store.engines.plan import RowBlock
 from h2t_store.engines.remarks import Remarks
-from h2t_store.store import Extraction
+from h2t_store.images import Source
+from h2t_store.network import Pooled
+from h2t_store.storage.store import Extraction
 
 __all__ = ["Engine", "Forward"]
 

@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from h2t_store.backbones import tapped
-from h2t_store.datasets import Source
-from h2t_store.datasets.names import shown
-from h2t_store.engines.blocks import RowBlock, batches
 from h2t_store.engines.interface import Forward
+from h2t_store.engines.plan import RowBlock, batches
 from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import DataError, H2TError, ModelError, StoppedError, TapError, one_line
-from h2t_store.store import Extraction
+from h2t_store.images import Source
+from h2t_store.images.names import shown
+from h2t_store.network import tapped
+from h2t_store.storage.store import Extraction
 from h2t_store.switches import exact_arithmetic
 
 __all__ = ["check_workers", "choose_batch_size", "default_workers", "run", "seconds_per_image"]

@@ -21,14 +21,14 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from h2t_store.datasets import Source
 from h2t_store.engines import local
-from h2t_store.engines.blocks import RowBlock
 from h2t_store.engines.interface import Forward
+from h2t_store.engines.plan import RowBlock
 from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import H2TError, StoppedError, one_line
-from h2t_store.places import Place
-from h2t_store.store import Extraction
+from h2t_store.images import Source
+from h2t_store.storage.places import Place
+from h2t_store.storage.store import Extraction
 from h2t_store.switches import Switch
 
 try:

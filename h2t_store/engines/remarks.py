@@ -9,7 +9,7 @@ _log = logging.getLogger("h2t_store")
 
 
 class Remarks(dict[str, tuple[int, str]]):
-    """How many pictures each remark is about, and which was the first; see `h2t_store.datasets.pictures.Picture`."""
+    """How many pictures each remark is about, and which was the first; see `h2t_store.images.pictures.Picture`."""
 
     @classmethod
     def of(cls, pictures: Iterable[tuple[str, Iterable[str]]]) -> "Remarks":
