@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from torch import Tensor
 
 from estimators.features import Features, as_features, iterate_blocks
 from estimators.group_lasso.operators import column_moments, resolve_device, storage_dtype, stored_precision
 from estimators.group_lasso.path import check_sample_weight
+from estimators.sklearn_private import Interval, validate_parameter_constraints
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-7

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import _check_method_params
 
 from estimators.classifier import ScoresClassifier
 from estimators.group_lasso.operators import resolve_device
@@ -25,6 +24,7 @@ from estimators.paths import PathOptions, solve_path
 from estimators.refit import ridge_head
 from estimators.scaling import kept_scaling
 from estimators.selection import kept_features
+from estimators.sklearn_private import check_method_params
 from estimators.training import Training, class_weighted
 
 
@@ -200,7 +200,7 @@ def score_fold(
     limit = held_bytes(options.max_memory)
     values = in_memory(held_out, limit)
     part = class_weighted(part, class_weight)
-    params = _check_method_params(training.features, params=score_params, indices=test)
+    params = check_method_params(training.features, params=score_params, indices=test)
     scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
     places = {index: place for place, index in enumerate(mixed)}
     shown = drawn(np.arange(len(test)), share)

@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from estimators.adam import train
@@ -40,6 +39,7 @@ from estimators.selection import (
     count_kept,
     warn_nothing_selected,
 )
+from estimators.sklearn_private import Interval, StrOptions
 from estimators.switches import cpu_threads
 from estimators.training import Training, check_features, check_training
 

@@ -19,7 +19,6 @@ from sklearn.base import BaseEstimator
 from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils import Bunch
-from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import check_is_fitted
@@ -33,6 +32,7 @@ from estimators.mixture import drawn, mixture_weights, share_to_predict
 from estimators.paths import PathOptions
 from estimators.scaling import scales_layers
 from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
+from estimators.sklearn_private import Interval, StrOptions, validate_parameter_constraints
 from estimators.training import Training, check_features, check_training, class_weighted
 
 

@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import Tags
-from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _check_feature_names_in, assert_all_finite, check_is_fitted
+from sklearn.utils.validation import assert_all_finite, check_is_fitted
 
 from estimators.features import is_feature_matrix
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.paths import PathOptions, solve_path
 from estimators.scaling import NORMALIZATIONS
+from estimators.sklearn_private import Interval, StrOptions, check_feature_names_in
 from estimators.switches import cpu_threads
 from estimators.training import Training, check_features, check_training
 
@@ -166,7 +166,7 @@ class SelectedFeatures:
             Names of all features where X had none in `fit`; without, they are ``x0``, ``x1``, ...
         """
         check_is_fitted(self)
-        names: NDArray[Any] = _check_feature_names_in(self, input_features)[self.selected_features_]
+        names: NDArray[Any] = check_feature_names_in(self, input_features)[self.selected_features_]
         return names
 
     def layer_summary(self) -> pd.DataFrame:

@@ -46,6 +46,18 @@ def known_modules() -> set[str]:
     return {module_name(path) for path in FILES}
 
 
+def test_private_helpers_of_scikit_learn_are_imported_in_one_file_only():
+    def private(path: Path) -> list[str]:
+        found = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sklearn":
+                parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+                found += [part for part in parts if part.startswith("_")]
+        return found
+
+    assert [path.name for path in FILES if private(path)] == ["sklearn_private.py"]
+
+
 def test_there_is_no_import_circle():
     graph = {module_name(path): imports(path) for path in FILES}
     graph["h2t_store"] = set()  # its exports are imported on first use

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from estimators.group_lasso.problem import (
 )
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath, PathPoint
+from estimators.sklearn_private import Interval, validate_parameter_constraints
 from estimators.switches import full_precision
 
 _DOUBLE_BELOW = 1e-5
