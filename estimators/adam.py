@@ -16,9 +16,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from estimators.device import resolve_device
 from estimators.features import Features, as_features, iterate_blocks
-from estimators.group_lasso.operators import column_moments, resolve_device, storage_dtype, stored_precision
-from estimators.group_lasso.path import check_sample_weight
+from estimators.group_lasso.moments import column_moments
+from estimators.group_lasso.operators import storage_dtype, stored_precision
+from estimators.labels import check_sample_weight
 from estimators.sklearn_private import Interval, validate_parameter_constraints
 
 _BETAS = (0.9, 0.999)

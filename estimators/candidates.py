@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
 from estimators.classifier import ScoresClassifier
-from estimators.group_lasso.operators import resolve_device
+from estimators.device import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.heads import RidgeSolution

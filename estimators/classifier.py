@@ -16,12 +16,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from estimators.adam import train
+from estimators.device import resolve_device
 from estimators.features import ColumnSource
-from estimators.group_lasso.labels import as_labels
-from estimators.group_lasso.operators import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.held import hold
 from estimators.kept import KeptFeatures, held_bytes
+from estimators.labels import as_labels
 from estimators.paths import PathOptions, solve_path
 from estimators.refit import fit_ridge
 from estimators.scaling import (

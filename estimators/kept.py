@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from estimators.device import memory_limit
 from estimators.features import ColumnSource, FeatureMatrix, is_feature_matrix, iterate_blocks
-from estimators.group_lasso.operators import column_moments, memory_limit, stored_precision
+from estimators.group_lasso.moments import column_moments
+from estimators.group_lasso.operators import stored_precision
 from estimators.heads import (
     TOLERANCE,
     Block,

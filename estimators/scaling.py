@@ -21,7 +21,7 @@ from estimators.features import (
     is_feature_matrix,
     iterate_blocks,
 )
-from estimators.group_lasso.operators import column_moments
+from estimators.group_lasso.moments import column_moments
 
 _TINY_SQUARE = 1e-280
 

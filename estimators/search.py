@@ -25,9 +25,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from estimators.candidates import Candidate, Fit, fit_candidates, null_model, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
-from estimators.group_lasso.labels import as_labels
 from estimators.held import hold_for_folds
 from estimators.kept import held_bytes, in_memory
+from estimators.labels import as_labels
 from estimators.mixture import drawn, mixture_weights, share_to_predict
 from estimators.paths import PathOptions
 from estimators.scaling import scales_layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ContextDecorator, contextmanager
 from functools import partial
@@ -14,90 +14,59 @@ import torch
 
 __all__ = ["cpu_threads", "full_precision"]
 
+# How many use a setting, and its value before them. Kept with torch: feature store and estimators share it.
+_LOCK, _HELD = torch.__dict__.setdefault("_head2toe_settings", (threading.Lock(), {}))
+_C: Any = torch._C
 
-class _Switch(ContextDecorator):
-    """Changed when the first thread enters, put back when the last one leaves, in whatever order they do.
 
-    ``change`` makes the change and returns what undoes it.
+def _products() -> list[tuple[str, Callable[[], Any], Callable[[Any], None], Any]]:
+    """(name, how to read, how to write, value) of what allows products of float32 to be less precise.
+
+    Torch has a second interface since 2.9, where "none" follows what is more general. It is set through torch._C, as
+    the setter of torch.backends.mkldnn.fp32_precision sets another one. The old interface comes last: it cannot be
+    read while the new one contradicts it.
     """
+    parts = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul")]
+    newer = parts if hasattr(_C, "_get_fp32_precision_getter") else []
+    return [
+        *(
+            (
+                " ".join(part),
+                partial(_C._get_fp32_precision_getter, *part),
+                partial(_C._set_fp32_precision_setter, *part),
+                "none",
+            )
+            for part in newer
+        ),
+        ("products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    ]
 
-    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
-        self._change = change
-        self._lock = threading.Lock()
-        self._inside = 0
+
+class _FullPrecision(ContextDecorator):
+    """Changed when the first thread enters, put back when the last one leaves, in whatever order they do."""
 
     def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._undo = self._change()
-            self._inside += 1
+        with _LOCK:
+            for name, read, write, value in _products():
+                users, before = _HELD.get(name, (0, None))
+                if not users:
+                    before = read()
+                    write(value)
+                _HELD[name] = users + 1, before
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._undo()
-
-
-_LOCK, _HELD = torch.__dict__.setdefault("_head2toe_settings", (threading.Lock(), {}))
-"""Who uses a setting, and what it was before: kept with torch, as features and estimators do not know each other."""
-
-_C: Any = torch._C
-_Setting = tuple[str, Callable[[], Any], Callable[[Any], None], Any]
-
-
-def _hold(settings: list[_Setting]) -> Callable[[], None]:
-    """Give settings (name, how to read, how to write, value) their value until the last who holds them lets go."""
-    with _LOCK:
-        for name, read, write, value in settings:
-            users, before = _HELD.get(name, (0, None))
-            if not users:
-                before = read()
-                write(value)
-            _HELD[name] = users + 1, before
-
-    def let_go() -> None:
         with _LOCK:
-            for name, _, write, _ in reversed(settings):
+            for name, _read, write, _value in reversed(_products()):
                 users, before = _HELD.pop(name)
                 if users > 1:
                     _HELD[name] = users - 1, before
                 else:
                     write(before)
 
-    return let_go
 
-
-def _precisions(parts: Iterable[tuple[str, str]]) -> list[_Setting]:
-    """Torch's newer interface to the precision of float32, since 2.9: what says "none" follows what is more general.
-
-    Through torch._C, as the setter of torch.backends.mkldnn.fp32_precision sets another one.
-    """
-    if not hasattr(_C, "_get_fp32_precision_getter"):
-        return []
-    return [
-        (
-            " ".join(part),
-            partial(_C._get_fp32_precision_getter, *part),
-            partial(_C._set_fp32_precision_setter, *part),
-            "none",
-        )
-        for part in parts
-    ]
-
-
-# The older interface cannot be read while the newer one contradicts it.
-_PRODUCTS: list[_Setting] = [
-    *_precisions([("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul")]),
-    ("products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-]
-
-_products = _Switch(lambda: _hold(_PRODUCTS))
-
-
-def full_precision() -> _Switch:
+def full_precision() -> _FullPrecision:
     """Products of float32 in float32, whatever shortcut is allowed outside: certificates rest on them."""
-    return _products
+    return _FullPrecision()
 
 
 _setting_threads = threading.Lock()

@@ -13,8 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, validate_data
 
 from estimators.features import FeatureMatrix, as_host_array, is_feature_matrix
-from estimators.group_lasso.labels import as_labels
-from estimators.group_lasso.path import check_sample_weight
+from estimators.labels import as_labels, check_sample_weight
 from estimators.scaling import columns_by_size, layer_index, layer_names
 
 _DTYPES = [np.float64, np.float32, np.float16]

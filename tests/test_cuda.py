@@ -11,7 +11,8 @@ from pretended_cuda import Gpu, pretended_cuda
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector, features, group_lasso_path
 from estimators.adam import train
-from estimators.group_lasso.operators import make_operator, memory_limit
+from estimators.device import memory_limit
+from estimators.group_lasso.operators import make_operator
 
 N, D = 20, 24
 

@@ -11,15 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretended_cuda import pretended_cuda
 
+from estimators.device import memory_limit, resolve_device
 from estimators.features import as_features, iterate_blocks
 from estimators.group_lasso import operators
-from estimators.group_lasso.operators import (
-    DenseOperator,
-    StreamedOperator,
-    column_moments,
-    make_operator,
-    resolve_device,
-)
+from estimators.group_lasso.moments import column_moments
+from estimators.group_lasso.operators import DenseOperator, StreamedOperator, make_operator
 
 KINDS = {DenseOperator: "1GB", StreamedOperator: "1kB"}
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -301,7 +297,7 @@ def test_a_dtype_that_cannot_hold_x_is_named(dtype):
     ],
 )
 def test_amounts_of_memory(given_as, size):
-    assert operators.memory_limit(given_as, torch.device("cpu")) == size
+    assert memory_limit(given_as, torch.device("cpu")) == size
 
 
 @pytest.mark.parametrize("wrong", ["", "GB", "-1GB", 0, "0", "lots", "nan", np.nan, "inf", np.inf, -1, True, "1.2.3GB"])

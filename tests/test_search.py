@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, get_scorer, log_loss, make_scorer
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSplit, StratifiedKFold, cross_validate
 from sklearn.utils.estimator_checks import check_estimator
 
-from estimators import Head2ToeClassifier, Head2ToeClassifierCV, tuning
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV, search
 from estimators.mixture import drawn, mixture_weights
 
 SMALL = dict(alphas=(0.5, 0.2), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
@@ -235,8 +235,8 @@ def test_weights_need_not_see_every_held_out_sample(monkeypatch, scored):
         assert log_probabilities.shape == (8, 42, 3)
         return mixture_weights(log_probabilities, log_frequencies, codes, sample_weight)
 
-    monkeypatch.setattr(tuning, "share_to_predict", third)
-    monkeypatch.setattr(tuning, "mixture_weights", weights_of)
+    monkeypatch.setattr(search, "share_to_predict", third)
+    monkeypatch.setattr(search, "mixture_weights", weights_of)
     model = Head2ToeClassifierCV(**SMALL, refit=scored).fit(X, y)
     assert asked == [(8 if scored == "mixture" else 0, 120, 3)]
     assert model.score(X, y) > 0.6

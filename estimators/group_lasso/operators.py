@@ -6,23 +6,17 @@ never to X.
 
 from __future__ import annotations
 
-import os
-import re
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import closing
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from estimators.device import memory_limit
 from estimators.features import READ_BYTES, Features
+from estimators.group_lasso.moments import Moments, column_name
 from estimators.group_lasso.reading import BlockReader, Index, positions, sent
 
-_DELICATE = 100.0
-_TINY_SD = 1e-140
-_MOST_EXPONENT = 1000
-_FARTHEST = 1e15
 _TILE = 32
 _FEW_CLASSES = 4
 _CALL_FLOPS = 5e10
@@ -31,8 +25,6 @@ _PRODUCT_BYTES = 2 * 2**20
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float16, torch.bfloat16, torch.float32, torch.float64
 )}  # fmt: skip
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("kmgt", start=1)}
 
 
 class Operator(Protocol):
@@ -110,7 +102,7 @@ def make_operator(
     held = storage_dtype(X, dtype)
     limit = memory_limit(max_memory, weights.device)
     needed = dense_bytes(len(rows), X.shape[1], held)
-    statistics = _Moments(X.shape[1], weights, standardize=standardize, center=center)
+    statistics = Moments(X.shape[1], weights, standardize=standardize, center=center)
     if needed <= limit:
         return DenseOperator(X, rows, statistics, held, double)
     return StreamedOperator(X, rows, statistics, held, double, limit)
@@ -148,142 +140,10 @@ def stored_precision(X: Features) -> float:
     return float(torch.finfo(dtype).eps)
 
 
-def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
-    if max_memory is None:
-        if device.type == "cuda":
-            # What torch has taken from the card, but no tensor is in, is free as well.
-            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            return int(0.8 * (torch.cuda.mem_get_info(device)[0] + kept))
-        return int(0.8 * _free_memory())
-    size = float("nan")
-    if isinstance(max_memory, str):
-        match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?\s*", max_memory.lower())
-        if match and match[2] in _UNITS:
-            with suppress(ValueError):
-                size = float(match[1]) * _UNITS[match[2]]
-    elif isinstance(max_memory, (int, float, np.integer)) and not isinstance(max_memory, bool):
-        size = float(max_memory)
-    if not 0 < size < float("inf"):
-        raise ValueError(
-            f"max_memory={max_memory!r} is no amount of memory; accepted: None, a positive number of bytes, or a "
-            "number with a unit such as '4GB' or '512MiB'."
-        )
-    return int(size)
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping, what the file cache would give up among them, where the system says."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    with suppress(AttributeError, OSError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2**62
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to compute on: ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the device is unknown to torch, not there, or cannot compute in float64.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.zeros(1, dtype=torch.float64, device=resolved).item()
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device={device!r} cannot be used here ({reason}); accepted: 'auto', 'cpu', or a CUDA device that exists."
-        ) from error
-    return resolved
-
-
-def column_moments(columns: Tensor, weights: Tensor, precision: float) -> tuple[Tensor, Tensor]:
-    """Weighted mean and standard deviation of columns: m = p'X, sd^2 = sum_i p_i (x_i - m)^2.
-
-    Parameters
-    ----------
-    columns : Tensor of shape (n_columns, n_samples), float64
-    weights : Tensor of shape (n_samples,), float64
-        Positive, summing to one.
-    precision : float
-        Relative rounding of the values (the machine epsilon of the dtype they were stored in).
-
-    Returns
-    -------
-    mean, sd : Tensor of shape (n_columns,), float64
-        sd is exactly 0 for a constant column: one whose spread is within rounding of its mean.
-    """
-    mean, sd = _mean_and_sd(columns, weights)
-    extreme = ~((sd > _TINY_SD) & sd.isfinite())
-    if bool(extreme.any()):
-        # Squares may be out of range; a power of two per column brings them back and changes no digit.
-        chosen = columns[extreme]
-        exponent = torch.frexp(chosen.abs().amax(1))[1].clamp_(-_MOST_EXPONENT, _MOST_EXPONENT)
-        moments = _mean_and_sd(torch.ldexp(chosen, -exponent[:, None]), weights)
-        mean[extreme], sd[extreme] = (torch.ldexp(moment, exponent) for moment in moments)
-    rounding = max(4.0 * precision, columns.shape[1] * torch.finfo(torch.float64).eps)
-    return mean, torch.where(sd <= rounding * mean.abs(), 0.0, sd)
-
-
-def _mean_and_sd(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    mean = columns @ weights
-    return mean, ((columns - mean[:, None]).square_() @ weights).sqrt()
-
-
-class _Moments:
-    """Centre and scale of every column, gathered block by block."""
-
-    def __init__(self, n_features: int, weights: Tensor, *, standardize: bool, center: bool) -> None:
-        self.weights = weights
-        self._standardize, self._center = standardize, center
-        self._mean = torch.zeros(n_features, dtype=torch.float64, device=weights.device)
-        self._sd = torch.zeros_like(self._mean)
-        self._given = torch.zeros(n_features, dtype=torch.int64)
-
-    def add(self, index: slice | Tensor, columns: Tensor, precision: float) -> None:
-        """Take the moments of columns (width, n_samples) at ``index``, in slabs that stay in cache when doubled."""
-        mean, sd = [], []
-        for slab in torch.split(columns, max(1, _SLAB_BYTES // (8 * columns.shape[1]))):
-            moments = column_moments(slab.double(), self.weights, precision)
-            mean.append(moments[0])
-            sd.append(moments[1])
-        self._mean[index], self._sd[index] = torch.cat(mean), torch.cat(sd)
-        self._given[index] += 1
-        finite = torch.isfinite(self._sd[index])
-        if not bool(finite.all()):
-            raise ValueError(f"X holds NaN or infinity in {_name(index, ~finite)}; it must be finite.")
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Centre, inverse scale, and the columns whose mean drowns their spread in float32."""
-        if not bool((self._given == 1).all()):
-            raise ValueError(
-                f"X.column_blocks must give each of its {len(self._given)} columns once; "
-                f"{int((self._given != 1).sum())} came never or more than once."
-            )
-        mean, sd = self._mean, self._sd
-        varying = sd > 0
-        if not self._standardize:
-            size = mean.abs() + sd
-            largest = float(size.max())
-            if largest > 0.0 and not 1.0 / _FARTHEST < largest < _FARTHEST:
-                raise ValueError(
-                    f"X holds values of about {largest:.0e} in {_name(slice(0, len(size)), size == largest)}: where "
-                    f"features are not standardised, the largest must lie between {1.0 / _FARTHEST:g} and "
-                    f"{_FARTHEST:g}. Scale X, or standardise it (normalization='standard')."
-                )
-        scale = torch.where(varying, 1.0 / sd, 0.0) if self._standardize else varying.double()
-        center = mean if self._standardize and self._center else torch.zeros_like(mean)
-        return center, scale, varying & (mean.abs() > _DELICATE * sd)
-
-
 class DenseOperator:
     """X in the memory of one device, held once and feature-major; see `make_operator`."""
 
-    def __init__(self, X: Features, rows: Tensor, moments: _Moments, held: torch.dtype, double: bool) -> None:
+    def __init__(self, X: Features, rows: Tensor, moments: Moments, held: torch.dtype, double: bool) -> None:
         n_samples, n_features = len(rows), X.shape[1]
         self.shape = (n_samples, n_features)
         self.single = not double and held != torch.float64
@@ -330,7 +190,7 @@ class StreamedOperator:
     """
 
     def __init__(
-        self, X: Features, rows: Tensor, moments: _Moments, held: torch.dtype, double: bool, limit: int
+        self, X: Features, rows: Tensor, moments: Moments, held: torch.dtype, double: bool, limit: int
     ) -> None:
         self.shape = (len(rows), X.shape[1])
         self.single = not double and held != torch.float64
@@ -423,9 +283,10 @@ def _store(values: Tensor, block: Tensor, index: Index) -> None:
     if values.dtype.itemsize == 2 and block.dtype != values.dtype:
         changed = (values.to(block.dtype) != block.to(values.device)) & ~block.isnan().to(values.device)
         if bool(changed.any()):
+            name, column = str(values.dtype).removeprefix("torch."), column_name(index, changed.any(1))
             raise ValueError(
-                f"dtype={str(values.dtype).removeprefix('torch.')!r} would round X in {_name(index, changed.any(1))}, "
-                "and the certificate would be that of another X; use 'float32', or round X yourself."
+                f"dtype={name!r} would round X in {column}, and the certificate would be that of another X; use "
+                "'float32', or round X yourself."
             )
 
 
@@ -454,7 +315,3 @@ def _pass_norms(factor: Tensor, columns: Tensor, center: Tensor, scale: Tensor) 
     product *= padded(scale.to(work), (0, missing)).view(-1, 1, _TILE)
     norms: Tensor = product.square_().sum(1).sqrt_()
     return norms.view(-1)[:width]
-
-
-def _name(index: Index, bad: Tensor) -> str:
-    return f"column {int(positions(index, torch.device('cpu'))[bad.cpu()][0])}"

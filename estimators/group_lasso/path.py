@@ -22,10 +22,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
+from estimators.device import resolve_device
 from estimators.features import Features, as_features
-from estimators.group_lasso.labels import as_labels
 from estimators.group_lasso.newton import solve
-from estimators.group_lasso.operators import Operator, make_operator, resolve_device
+from estimators.group_lasso.operators import Operator, make_operator
 from estimators.group_lasso.problem import (
     Evaluation,
     Problem,
@@ -38,13 +38,13 @@ from estimators.group_lasso.problem import (
 )
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath, PathPoint
-from estimators.sklearn_private import Interval, validate_parameter_constraints
+from estimators.labels import as_labels, check_sample_weight
+from estimators.sklearn_private import Interval, checked
 from estimators.switches import full_precision
 
 _DOUBLE_BELOW = 1e-5
 _SMALLEST_GROWTH = 64
 _FRUITLESS_ROUNDS = 3
-_LARGEST_WEIGHT = 1e100
 # The gap is first order in the violation of rows that dominate it; this keeps all others from lagging far behind.
 _VIOLATION_PER_TOL = 200.0
 
@@ -86,6 +86,7 @@ class _Solution:
     seconds: float = 0.0
 
 
+@checked(_CONSTRAINTS)
 def group_lasso_path(
     X: Features | ArrayLike,
     y: ArrayLike,
@@ -174,10 +175,6 @@ def group_lasso_path(
         If some alpha's gap is above ``tol`` after ``max_iter`` steps, or when rounding allows no more progress; its
         solution is returned with the gap reached.
     """
-    given = dict(locals())
-    validate_parameter_constraints(
-        _CONSTRAINTS, {name: given[name] for name in _CONSTRAINTS}, caller_name="group_lasso_path"
-    )
     if alphas is not None and alpha_ratios is not None:
         raise ValueError("alphas and alpha_ratios both say which strengths to solve for: give one of them.")
     if alphas is None and l1_ratio == 0:
@@ -228,31 +225,6 @@ def _encode(y: ArrayLike, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int6
         raise ValueError(f"y must have one label per row of X: got {len(labels)} labels for {n_samples} rows.")
     classes, codes = np.unique(labels, return_inverse=True)
     return classes, codes
-
-
-def check_sample_weight(sample_weight: ArrayLike | None, n_samples: int) -> NDArray[np.float64]:
-    """Sample weights as float64 of shape (n_samples,), ones for None.
-
-    If the largest is beyond 1e100 or below 1e-100, all are scaled so that it is that: sums and products stay in range,
-    and a penalty that is weighed against them vanishes or rules as before.
-
-    Raises
-    ------
-    ValueError
-        If the shape is another, or the weights are not finite and non-negative with a positive one among them.
-    """
-    if sample_weight is None:
-        return np.ones(n_samples)
-    weight = np.asarray(sample_weight, dtype=np.float64)
-    if weight.ndim == 0:
-        weight = np.full(n_samples, weight)
-    if weight.shape != (n_samples,):
-        raise ValueError(f"sample_weight must have shape ({n_samples},), got {weight.shape}.")
-    if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
-        raise ValueError("sample_weight must be finite, non-negative and not all zero.")
-    largest = weight.max()
-    bounded = np.clip(largest, 1.0 / _LARGEST_WEIGHT, _LARGEST_WEIGHT)
-    return weight if bounded == largest else weight * (bounded / largest)
 
 
 def _pose(
@@ -517,5 +489,5 @@ def warn_unconverged(path: GroupLassoPath, tol: float, max_iter: int) -> None:
             f"the largest relative duality gap is {path.relative_gap[worst]:.2e}, at alpha={path.alphas[worst]:.4g}. "
             "Raise max_iter, tol or the smallest alpha.",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,  # past the check of the parameters
         )

@@ -1,4 +1,4 @@
-"""Labels of any container as a plain array of strings or numbers, none of them missing."""
+"""Labels and sample weights of any container, checked, as plain arrays."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import column_or_1d
 from torch import Tensor
+
+_LARGEST_WEIGHT = 1e100
 
 
 def as_labels(y: ArrayLike | Tensor) -> NDArray[Any]:
@@ -70,3 +72,28 @@ def _plain(labels: NDArray[Any]) -> NDArray[Any]:
         text, number = labels[strings.argmax()], labels[numbers.argmax()]
         raise ValueError(f"y must hold strings or numbers, not both, got {text!r} and {number!r}.")
     return labels
+
+
+def check_sample_weight(sample_weight: ArrayLike | None, n_samples: int) -> NDArray[np.float64]:
+    """Sample weights as float64 of shape (n_samples,), ones for None.
+
+    If the largest is beyond 1e100 or below 1e-100, all are scaled so that it is that: sums and products stay in range,
+    and a penalty that is weighed against them vanishes or rules as before.
+
+    Raises
+    ------
+    ValueError
+        If the shape is another, or the weights are not finite and non-negative with a positive one among them.
+    """
+    if sample_weight is None:
+        return np.ones(n_samples)
+    weight = np.asarray(sample_weight, dtype=np.float64)
+    if weight.ndim == 0:
+        weight = np.full(n_samples, weight)
+    if weight.shape != (n_samples,):
+        raise ValueError(f"sample_weight must have shape ({n_samples},), got {weight.shape}.")
+    if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
+        raise ValueError("sample_weight must be finite, non-negative and not all zero.")
+    largest = weight.max()
+    bounded = np.clip(largest, 1.0 / _LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    return weight if bounded == largest else weight * (bounded / largest)
