@@ -7,7 +7,7 @@ never to X.
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,41 +25,6 @@ _PRODUCT_BYTES = 2 * 2**20
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float16, torch.bfloat16, torch.float32, torch.float64
 )}  # fmt: skip
-
-
-class Operator(Protocol):
-    """What the path asks of X, standardised: column d is (x_d - m_d) / sd_d, a constant column counts as zero."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n_samples, n_features)."""
-        ...
-
-    @property
-    def center(self) -> Tensor:
-        """What is subtracted from each column, (n_features,) float64."""
-        ...
-
-    @property
-    def inverse_scale(self) -> Tensor:
-        """What each column is then multiplied by, (n_features,) float64; 0 for a constant column."""
-        ...
-
-    @property
-    def single(self) -> bool:
-        """Whether passes are in float32."""
-        ...
-
-    def columns(self, index: Tensor) -> Tensor:
-        """Standardised columns, (len(index), n_samples) float64."""
-        ...
-
-    def correlate(self, residual: Tensor, keep: Tensor, watch: float) -> Tensor:
-        """The full pass: the norms ||X_d'R|| for R of shape (n_classes, n_samples), as (n_features,) float64.
-
-        The columns ``keep``, and those whose norm reaches ``watch``, are likely to be asked for next.
-        """
-        ...
 
 
 def make_operator(
@@ -141,7 +106,17 @@ def stored_precision(X: Features) -> float:
 
 
 class DenseOperator:
-    """X in the memory of one device, held once and feature-major; see `make_operator`."""
+    """X in the memory of one device, held once and feature-major; see `make_operator`.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        (n_samples, n_features).
+    center, inverse_scale : Tensor of shape (n_features,), float64
+        Column d counts as (x_d - center_d) * inverse_scale_d, with 0 for a constant column.
+    single : bool
+        Whether passes are in float32.
+    """
 
     def __init__(self, X: Features, rows: Tensor, moments: Moments, held: torch.dtype, double: bool) -> None:
         n_samples, n_features = len(rows), X.shape[1]
@@ -160,9 +135,14 @@ class DenseOperator:
         self._delicate = delicate.nonzero().flatten()
 
     def columns(self, index: Tensor) -> Tensor:
+        """Standardised columns, (len(index), n_samples) float64."""
         return _standardized(self, self._columns[index], index)
 
     def correlate(self, residual: Tensor, keep: Tensor, watch: float) -> Tensor:
+        """The full pass: the norms ||X_d'R|| for R of shape (n_classes, n_samples), as (n_features,) float64.
+
+        The columns ``keep``, and those whose norm reaches ``watch``, are likely to be asked for next.
+        """
         n_features, work = self.shape[1], torch.float32 if self.single else torch.float64
         norms = torch.empty(n_features, dtype=torch.float64, device=residual.device)
         factor = residual.to(work)
@@ -184,7 +164,7 @@ class DenseOperator:
 
 
 class StreamedOperator:
-    """X where it is stored, read once per pass while the block before is computed with; see `make_operator`.
+    """As `DenseOperator`, for X where it is stored: read once per pass, each block while the one before is used.
 
     Between passes only the columns likely to be asked for next are held.
     """
@@ -256,6 +236,9 @@ class StreamedOperator:
     def _hold(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         index, order = torch.cat([index for index, _ in parts]).sort()
         self._index, self._columns = index, torch.cat([columns for _, columns in parts])[order]
+
+
+Operator: TypeAlias = DenseOperator | StreamedOperator
 
 
 def _to_hold(rank: Tensor, watch: float, most: int) -> Tensor:
