@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 demo: $(READY)  ## three classifiers on scikit-learn's digits, from images to a table and a picture
 	$(BIN)/python benchmarks/demo.py
 
-test: $(READY)
-	$(BIN)/python -m pytest
+test: $(READY)  ## all tests, a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -19,6 +19,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/extraction.py --memory --json benchmarks/extraction.json
 	$(BIN)/python benchmarks/store.py --json benchmarks/store.json
+	$(BIN)/python benchmarks/codecs.py --json benchmarks/codecs.json
 	$(BIN)/python benchmarks/durability.py --json benchmarks/durability.json
 	$(BIN)/python benchmarks/timm_sweep.py --json benchmarks/timm_sweep.json
 	$(BIN)/python benchmarks/cluster.py --json benchmarks/cluster.json
