@@ -1,14 +1,13 @@
-"""Write and read the chunks of a store: encoded values, then their crc32c, as zarr's codec pipeline writes them.
+"""Write and read the chunks of a store: encoded values, then their crc32c, byte for byte as zarr writes them.
 
-This has its own code because zarr 3.1 writes such chunks a fifth as fast (see ``benchmarks/codecs.json``; reading is
-equally fast), and because a chunk that is absent, cut short, changed or another chunk's must be an error: zarr reads an
-absent chunk as fill values.
+There is own code for this because zarr 3.1 writes such chunks a fifth as fast (``benchmarks/codecs.json``; reading is
+equally fast), and because an absent, shortened, changed or exchanged chunk must be an error: zarr reads an absent chunk
+as fill values.
 """
 
 import hashlib
 import math
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -17,70 +16,30 @@ from typing import Any
 import google_crc32c
 import numcodecs  # type: ignore[import-untyped]
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from numpy.typing import NDArray
 
 from h2t_store.errors import DamagedError, StoreError
+from h2t_store.storage.layout import ArraySpec, codec_documents
 from h2t_store.storage.places import Place
 from h2t_store.storage.places.disk import Disk
 
 __all__ = [
-    "CODECS",
     "CRC_BYTES",
+    "check_shard",
     "checksum",
-    "codecs_of",
+    "checksum_of",
     "decode_strings",
     "encode_strings",
     "read_bytes",
     "read_chunk",
-    "read_shard_index",
-    "stored_bytes",
+    "require_codec",
     "write_chunk",
-    "write_shard",
 ]
 
-CODECS = ("none", "zstd", "blosc", "pcodec")
 CRC_BYTES = 4
-_ZSTD_LEVEL, _BLOSC_LEVEL, _PCODEC_LEVEL = 3, 5, 8
-_INDEX_ENTRY = np.dtype("<u8").itemsize * 2  # offset and length of an inner chunk
+_INDEX_ENTRY = 16  # offset and length of a chunk in a shard
 
 _memory = threading.local()
-
-
-def codecs_of(codec: str) -> dict[str, Any]:
-    """Arguments of `zarr.create_array` for arrays whose chunks are written with ``codec``.
-
-    Raises
-    ------
-    StoreError
-        If the package of the codec is not installed.
-    """
-    if codec == "pcodec":
-        _compressor(codec, 2)
-        from zarr.codecs.numcodecs import PCodec
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the codec is none of the specification's
-            return {"serializer": PCodec(level=_PCODEC_LEVEL), "compressors": [Crc32cCodec()]}
-    compressors: dict[str, list[Any]] = {
-        "none": [],
-        "zstd": [ZstdCodec(level=_ZSTD_LEVEL)],
-        "blosc": [BloscCodec(cname="zstd", clevel=_BLOSC_LEVEL)],
-    }
-    return {"compressors": [*compressors[codec], Crc32cCodec()]}
-
-
-@lru_cache
-def _compressor(codec: str, itemsize: int) -> Any:
-    """The codec of numcodecs behind that of zarr, because zarr's own is only asynchronous."""
-    if codec == "zstd":
-        return numcodecs.Zstd(level=_ZSTD_LEVEL)
-    if codec == "blosc":
-        return numcodecs.Blosc("zstd", _BLOSC_LEVEL, numcodecs.Blosc.SHUFFLE, typesize=itemsize)
-    try:
-        return numcodecs.PCodec(level=_PCODEC_LEVEL)
-    except AttributeError:
-        raise StoreError("codec 'pcodec' needs pcodec: pip install 'head2toe[pcodec]'") from None
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
@@ -89,57 +48,145 @@ def checksum(data: NDArray[np.uint8]) -> int:
     return crc
 
 
-def stored_bytes(dtype: DTypeLike, shape: Sequence[int]) -> int:
-    """Size of a chunk without a codec."""
-    return math.prod(shape) * np.dtype(dtype).itemsize + CRC_BYTES
+def require_codec(codec: str) -> None:
+    """Raise `StoreError` if the package of a codec is not installed."""
+    if codec != "none":
+        _compressor(codec, "float32")
 
 
-def write_chunk(place: Place, values: NDArray[Any], codec: str = "none") -> int:
-    """Write an array as one chunk.
+@lru_cache
+def _compressor(codec: str, dtype: str) -> Any:
+    """The codec of numcodecs behind that of zarr, which itself can only be called asynchronously."""
+    documents = {document["name"]: document.get("configuration", {}) for document in codec_documents(dtype, codec)}
+    if codec == "zstd":
+        return numcodecs.Zstd(**documents["zstd"])
+    if codec == "blosc":
+        shuffles = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+        return numcodecs.Blosc(**documents["blosc"] | {"shuffle": shuffles[documents["blosc"]["shuffle"]]})
+    try:
+        return numcodecs.PCodec(**documents["numcodecs.pcodec"])
+    except AttributeError:
+        raise StoreError("codec 'pcodec' needs pcodec: pip install 'head2toe[pcodec]'") from None
+
+
+def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
+    """Write a file of an array: one chunk, or all chunks of a shard.
 
     Parameters
     ----------
     place : Place
-        File of the chunk; folders are made.
+        The file; folders are made.
     values : ndarray
-        Little-endian; copied only where it is not contiguous.
-    codec : str
-        One of `CODECS`.
+        Of the shape of the chunk or shard, or encoded strings. Copied only if they are not contiguous.
+    spec : ArraySpec
+        Of the array.
 
     Returns
     -------
-    int
-        The crc32c of the encoded values.
+    list of int
+        The crc32c of each chunk as encoded.
     """
-    data = _encoded(values, codec)
-    crc = checksum(data)
-    place.write([data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))])
-    return crc
-
-
-def write_shard(place: Place, chunks: Sequence[NDArray[Any]], codec: str = "none") -> list[int]:
-    """Write chunks that lie side by side as one shard, as zarr's ``sharding_indexed`` reads it; their crc32c."""
-    parts, crcs, lengths = [], [], []
-    for values in chunks:
-        data = _encoded(values, codec)
+    chunks = [values] if spec.shard is None else np.split(values, _chunks_per_shard(spec), axis=1)
+    parts: list[memoryview] = []
+    crcs, stops = [], [0]
+    for chunk in chunks:
+        data = _encoded(chunk, spec)
         crcs.append(checksum(data))
-        lengths.append(len(data) + CRC_BYTES)
-        parts += [data.data, memoryview(crcs[-1].to_bytes(CRC_BYTES, "little"))]
-    starts = np.cumsum([0, *lengths[:-1]])
-    index = np.stack([starts, lengths], axis=1).astype("<u8").reshape(-1).view(np.uint8)
-    place.write([*parts, index.data, memoryview(checksum(index).to_bytes(CRC_BYTES, "little"))])
+        parts += [data.data, _as_bytes(crcs[-1])]
+        stops.append(stops[-1] + len(data) + CRC_BYTES)
+    if spec.shard is not None:
+        index = np.stack([stops[:-1], np.diff(stops)], axis=1).astype("<u8").reshape(-1).view(np.uint8)
+        parts += [index.data, _as_bytes(checksum(index))]
+    place.write(parts)
     return crcs
 
 
-def _encoded(values: NDArray[Any], codec: str) -> NDArray[np.uint8]:
+def checksum_of(values: NDArray[Any], spec: ArraySpec) -> int:
+    """The crc32c that a whole chunk of these values, or of encoded strings, has as encoded."""
+    return checksum(_encoded(values, spec))
+
+
+def _encoded(values: NDArray[Any], spec: ArraySpec) -> NDArray[np.uint8]:
     flat = np.ascontiguousarray(values).reshape(-1)
-    if codec == "none":
+    if spec.codec == "none":
         return flat.view(np.uint8)
-    return np.frombuffer(_compressor(codec, flat.itemsize).encode(flat), np.uint8)
+    return np.frombuffer(_compressor(spec.codec, spec.dtype).encode(flat), np.uint8)
 
 
-def read_shard_index(place: Place, where: str, n_chunks: int) -> list[tuple[int, int]]:
-    """Start and stop of each chunk in a shard; raises `DamagedError` unless they lie one after another."""
+def _as_bytes(crc: int) -> memoryview:
+    return memoryview(crc.to_bytes(CRC_BYTES, "little"))
+
+
+def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.uint8]:
+    """Bytes of a chunk without its checksum; for parameters and errors see `read_chunk`."""
+    with _told_as_damage(where):
+        data = np.frombuffer(place.read(), dtype=np.uint8)
+    return _checked(data, where, crc)
+
+
+def read_chunk(place: Place, where: str, spec: ArraySpec, inner: int = 0, crc: int | None = None) -> NDArray[Any]:
+    """Values of a chunk, valid until this thread reads the next one.
+
+    Parameters
+    ----------
+    place : Place
+        File of the chunk, or of its shard.
+    where : str
+        Name of the chunk, for messages.
+    spec : ArraySpec
+        Of the array.
+    inner : int
+        Number of the chunk in its shard, if the array has shards.
+    crc : int, optional
+        The crc32c that the chunk must have as encoded. Without it the cache is not used.
+
+    Raises
+    ------
+    DamagedError
+        If the file is missing, cut short, changed or that of another chunk.
+    """
+    copy = None
+    if place.cache is not None and crc is not None:
+        name = hashlib.sha256(f"{place} {inner}".encode()).hexdigest()
+        copy = Disk(place.cache / name[:2] / name[2:32])
+        with suppress(DamagedError):
+            return _decoded(_checked(_stored(copy, where, spec), where, crc), where, spec)
+    try:
+        encoded = _fetched(place, where, spec, inner, crc)
+    except DamagedError:
+        if spec.shard is None:
+            raise
+        _shard_index.cache_clear()  # another process may have replaced the shard
+        encoded = _fetched(place, where, spec, inner, crc)
+    if copy is not None:
+        try:
+            copy.write([encoded.data, _as_bytes(checksum(encoded))])
+        except OSError as error:
+            raise StoreError(f"cache: {copy} cannot be written: {error.strerror or error}") from error
+    return _decoded(encoded, where, spec)
+
+
+def _fetched(place: Place, where: str, spec: ArraySpec, inner: int, crc: int | None) -> NDArray[np.uint8]:
+    """Encoded values of a chunk; of a shard, only these are read, and its index if the offset depends on it."""
+    if spec.shard is None:
+        within = None
+    elif spec.codec == "none":
+        size = _decoded_size(spec) + CRC_BYTES
+        within = (inner * size, inner * size + size)
+    else:
+        within = _shard_index(place, where, _chunks_per_shard(spec))[inner]
+    return _checked(_stored(place, where, spec, within), where, crc)
+
+
+def check_shard(place: Place, where: str, spec: ArraySpec) -> None:
+    """Raise `DamagedError` unless the index of a shard is sound."""
+    _shard_index.cache_clear()
+    _shard_index(place, where, _chunks_per_shard(spec))
+
+
+@lru_cache(4096)
+def _shard_index(place: Place, where: str, n_chunks: int) -> list[tuple[int, int]]:
+    """Start and stop of each chunk in a shard; they must lie one after another."""
     with _told_as_damage(where):
         data = np.frombuffer(place.read(last=n_chunks * _INDEX_ENTRY + CRC_BYTES), np.uint8)
     starts, lengths = _checked(data, where, None).view("<u8").reshape(-1, 2).T.astype(np.int64)
@@ -149,65 +196,18 @@ def read_shard_index(place: Place, where: str, n_chunks: int) -> list[tuple[int,
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.uint8]:
-    """Bytes of a chunk without its checksum; for ``where``, ``crc`` and errors see `read_chunk`."""
-    with _told_as_damage(where):
-        data = np.frombuffer(place.read(), dtype=np.uint8)
-    return _checked(data, where, crc)
+def _chunks_per_shard(spec: ArraySpec) -> int:
+    return 1 if spec.shard is None else spec.shard[1] // spec.chunks[1]
 
 
-def read_chunk(
-    place: Place,
-    where: str,
-    dtype: DTypeLike,
-    shape: Sequence[int],
-    crc: int | None = None,
-    *,
-    codec: str = "none",
-    within: tuple[int, int] | None = None,
-) -> NDArray[Any]:
-    """Values of a chunk, valid until this thread reads the next one.
-
-    Parameters
-    ----------
-    place : Place
-        File of the chunk, or of the shard that contains it.
-    where : str
-        Name of the chunk, for messages.
-    dtype, shape
-        Of the chunk.
-    crc : int, optional
-        The crc32c that the encoded values must have. Without it no copy is read from the cache of the place.
-    codec : str
-        One of `CODECS`.
-    within : (int, int), optional
-        Start and stop of the chunk in its shard.
-
-    Raises
-    ------
-    DamagedError
-        If the file is missing, cut short, changed or that of another chunk.
-    """
-    expected = stored_bytes(dtype, shape) if codec == "none" else None
-    copy = None
-    if crc is not None and place.cache is not None:
-        name = hashlib.sha256(f"{place} {within}".encode()).hexdigest()
-        copy = Disk(place.cache / name[:2] / name[2:32])
-        with suppress(DamagedError):
-            return _decoded(_checked(_stored(copy, where, expected), where, crc), where, dtype, shape, codec)
-    data = _stored(place, where, expected, within)
-    encoded = _checked(data, where, crc)
-    if copy is not None:
-        try:
-            copy.write_whole(data.tobytes(), durable=False)
-        except OSError as error:
-            raise StoreError(f"cache: {copy} cannot be written: {error.strerror or error}") from error
-    return _decoded(encoded, where, dtype, shape, codec)
+def _decoded_size(spec: ArraySpec) -> int:
+    return math.prod(spec.chunks) * np.dtype(spec.dtype).itemsize
 
 
-def _stored(place: Place, where: str, expected: int | None, within: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Bytes of a file, in memory that this thread reuses; if it must have ``expected`` ones, only then."""
+def _stored(place: Place, where: str, spec: ArraySpec, within: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Bytes of a chunk with its checksum, in memory that this thread reuses; not those of a file of another size."""
     buffer: NDArray[np.uint8] | None = None
+    expected = _decoded_size(spec) + CRC_BYTES if spec.codec == "none" else None
 
     def allocate(size: int) -> NDArray[np.uint8] | None:
         nonlocal buffer
@@ -231,18 +231,15 @@ def _reused(use: str, size: int) -> NDArray[np.uint8]:
     return memory[:size]
 
 
-def _decoded(
-    encoded: NDArray[np.uint8], where: str, dtype: DTypeLike, shape: Sequence[int], codec: str
-) -> NDArray[Any]:
-    if codec == "none":
-        return encoded.view(dtype).reshape(shape)
-    dtype = np.dtype(dtype)
-    values = _reused("decoded", math.prod(shape) * dtype.itemsize).view(dtype)
+def _decoded(encoded: NDArray[np.uint8], where: str, spec: ArraySpec) -> NDArray[Any]:
+    if spec.codec == "none":
+        return encoded.view(spec.dtype).reshape(spec.chunks)
+    values = _reused("decoded", _decoded_size(spec)).view(spec.dtype)
     try:
-        _compressor(codec, dtype.itemsize).decode(encoded, out=values)
+        _compressor(spec.codec, spec.dtype).decode(encoded, out=values)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise DamagedError(f"{where} is damaged: {codec} cannot decode it") from error
-    return values.reshape(shape)
+        raise DamagedError(f"{where} is damaged: {spec.codec} cannot decode it") from error
+    return values.reshape(spec.chunks)
 
 
 def _checked(data: NDArray[np.uint8], where: str, crc: int | None) -> NDArray[np.uint8]:

@@ -96,7 +96,7 @@ class Bucket:
     def write(self, parts: Sequence[memoryview]) -> None:
         self.write_whole(b"".join(parts))
 
-    def write_whole(self, content: bytes, *, durable: bool = True, shared: bool = False) -> None:
+    def write_whole(self, content: bytes, *, durable: bool = True) -> None:
         try:
             self._ask(lambda obstore, client: obstore.put(client, self.key, content, use_multipart=False))
         except FileNotFoundError:
@@ -154,29 +154,10 @@ class Bucket:
             last = page[-1]["path"]
             yield [(found["path"], found["size"]) for found in page]
 
-    def discard(self, store: object = None) -> None:
+    def discard(self) -> None:
         (self / "zarr.json").remove()
         for page in self._pages():
             self._delete([key for key, _ in page])
-
-    def take(self, other: "Bucket") -> None:
-        self._ask(lambda obstore, client: obstore.copy(client, other.key, self.key))
-
-    def occupied(self) -> bool:
-        return any(True for _ in self.files())
-
-    def put_in_place_of(self, folder: "Bucket", store: object) -> None:
-        mine = {path for path, _ in self.files()}
-        if "zarr.json" not in mine:
-            raise StoreError(f"{self}: nothing is there to take the place of {folder}")
-        mine.remove("zarr.json")
-        (folder / "zarr.json").remove()
-        for path in mine:
-            (folder / path).take(self / path)
-        for batch in folder._pages():
-            self._delete([key for key, _ in batch if key[len(folder.key) + 1 :] not in mine])
-        (folder / "zarr.json").take(self / "zarr.json")
-        self.discard(store)
 
     def lock(self, who: str) -> AbstractContextManager[Lost]:
         return lease(self, who)

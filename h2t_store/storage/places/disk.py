@@ -77,7 +77,7 @@ class Disk:
             _write_new(partial, parts)
             os.replace(partial, self.path)
 
-    def write_whole(self, content: bytes, *, durable: bool = True, shared: bool = False) -> None:
+    def write_whole(self, content: bytes, *, durable: bool = True) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._partial()
         with open(partial, "wb") as file:
@@ -102,37 +102,11 @@ class Disk:
             if file.is_file() and file.suffix != _PARTIAL:
                 yield file.relative_to(self.path).as_posix(), file.stat().st_size
 
-    def discard(self, store: object = None) -> None:
+    def discard(self) -> None:
         with suppress(FileNotFoundError):
             self.path.rename(self.path.with_name(f"{_TRASH}{uuid.uuid4().hex}"))
         for trash in self.path.parent.glob(f"{_TRASH}*"):  # including what an interrupted removal left
             shutil.rmtree(trash, ignore_errors=True)
-
-    def take(self, other: "Disk") -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(other.path, self.path)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            shutil.copyfile(other.path, self.path)
-
-    def occupied(self) -> bool:
-        if self.path.is_dir():
-            return any(file.suffix != _PARTIAL for file in self.path.iterdir())
-        return self.path.exists()
-
-    def put_in_place_of(self, folder: "Disk", store: object) -> None:
-        trash = folder.path.with_name(f"{_TRASH}{uuid.uuid4().hex}")
-        if folder.path.exists():
-            folder.path.rename(trash)
-        try:
-            self.path.rename(folder.path)
-        except OSError:
-            if trash.exists():
-                trash.rename(folder.path)
-            raise
-        shutil.rmtree(trash, ignore_errors=True)
 
     @contextmanager
     def lock(self, who: str) -> Iterator[Lost]:

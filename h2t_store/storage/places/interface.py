@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,8 @@ class Place(Protocol):
     @property
     def cache(self) -> Path | None: ...
 
+    def __hash__(self) -> int: ...
+
     def __truediv__(self, path: str) -> Self:
         """The place at a path below."""
 
@@ -83,7 +85,7 @@ class Place(Protocol):
         written it and rely on it.
         """
 
-    def write_whole(self, content: bytes, *, durable: bool = True, shared: bool = False) -> None:
+    def write_whole(self, content: bytes, *, durable: bool = True) -> None:
         """Write a small file that is either whole or absent; ``durable``: on disk before this returns."""
 
     def remove(self) -> None:
@@ -95,14 +97,8 @@ class Place(Protocol):
     def files(self) -> Iterator[tuple[str, int]]:
         """(path, size) of every finished file below this folder."""
 
-    def discard(self, store: Any = None) -> None:
+    def discard(self) -> None:
         """Remove this folder, if there is one; its zarr.json disappears first or with everything else."""
-
-    def take(self, other: Self) -> None: ...
-
-    def occupied(self) -> bool: ...
-
-    def put_in_place_of(self, folder: Self, store: Self) -> None: ...
 
     def lock(self, who: str) -> AbstractContextManager[Lost]:
         """Hold the lock of this name; the lock of a dead process is taken over.
