@@ -71,6 +71,8 @@ class Extraction:
         self.complete = attributes.get("complete") is True
         self.n_failed: int = attributes.get("n_failed", 0) if self.complete else 0
         self.images_at_once: int | None = attributes.get("images_at_once")
+        self.before: Extraction | None = None
+        self.replace: Any = None
         expected = self.header.to_attrs() | self._state()
         if attributes != expected:
             raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged: their seal differs")
@@ -388,6 +390,13 @@ class Extraction:
         self.n_failed, self.complete = len(failures), True
         self.images_at_once = self.find_images_at_once()
         self._write_attributes()
+        if self.replace is not None:
+            self.replace()
+
+    def known_rows(self, block: int) -> int:
+        """How many first rows of an uncommitted block are stored already."""
+        known = 0 if self.before is None else self.before.header.n_samples - block * self.header.rows_per_block
+        return known if 0 < known < self.header.rows_per_block else 0
 
     def reopen(self, blocks: Iterable[int]) -> None:
         """Take the commitment of row blocks back, so that they are computed again."""
@@ -627,6 +636,12 @@ class FeatureStore:
         whole = before.header.n_samples // header.rows_per_block
         for block in np.flatnonzero(before.committed()[:whole]).tolist():
             staged.take_block(block, before)
+        return staged
+
+    def extend(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
+        """Grow a complete extraction."""
+        staged = self.stage(name, header, y, sample_ids)
+        staged.before, staged.replace = self.open(name), lambda: self.replace(name)
         return staged
 
     def replace(self, name: str) -> Extraction:
