@@ -63,7 +63,7 @@ def test_folders_and_arrays_of_the_same_images_give_the_same_features(tmp_path, 
 
 def test_a_second_call_computes_nothing(tmp_path, folder, monkeypatch, caplog):
     first = np.asarray(extract(folder, model=MODEL, store=tmp_path / "s", name="x"))
-    monkeypatch.setattr(local, "run", lambda *args, **kwargs: pytest.fail("computed again"))
+    monkeypatch.setattr(local.LocalEngine, "run", lambda *args, **kwargs: pytest.fail("computed again"))
     with caplog.at_level("INFO", logger="h2t_store"):
         again = extract(folder, model=MODEL, store=tmp_path / "s", name="x")
     np.testing.assert_array_equal(np.asarray(again), first)

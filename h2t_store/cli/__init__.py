@@ -351,9 +351,11 @@ def _extract(
         seed=seed,
     )
     if dry_run:
+        from h2t_store.engines import open_engine
         from h2t_store.engines.preparation import prepare
 
-        check_running(name, workers, on_error, engine, num_gpus_per_worker)
+        check_running(name, workers, on_error)
+        open_engine(engine, workers=workers, num_gpus_per_worker=num_gpus_per_worker)
         _print_plan(prepare(data, **settings), workers, as_json)
         return
     start = time.perf_counter()

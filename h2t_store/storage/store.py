@@ -77,6 +77,7 @@ class Extraction:
         if type(self.n_failed) is not int or not self._holds_its_rows() or not self._holds_its_columns():
             raise DamagedError(f"{where}: the attributes in its zarr.json are not those of an extraction")
         self._sound: set[str] = set()
+        self.before: Extraction | None = None
         self.record = lru_cache(_CACHED_BLOCKS)(self.read_record)
 
     def _state(self) -> dict[str, Any]:
