@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from h2t_store.engines.opening import LocalEngine, open_engine
+from h2t_store.engines import Engine, open_engine
 from h2t_store.engines.plan import Plan
 from h2t_store.engines.preparation import Job
 from h2t_store.engines.remarks import Remarks
@@ -153,7 +153,7 @@ def _earlier_rows(job: Job, begun: Extraction) -> Job:
     return replace(job, source=job.source.take(np.arange(begun.header.n_samples)))
 
 
-def fill(job: Job, store: FeatureStore, name: str, engine: LocalEngine, running: Running) -> None:
+def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Running) -> None:
     """Do what is missing of a job, under the lock of its name."""
     if running.append:
         begun = store.find(name)
@@ -232,7 +232,7 @@ def _reopen_damaged(extraction: Extraction, name: str) -> None:
             extraction.reopen([block])
 
 
-def _missing(extraction: Extraction, engine: LocalEngine) -> Plan:
+def _missing(extraction: Extraction, engine: Engine) -> Plan:
     """Row blocks for this process to compute, without rows that are stored already."""
     header, committed = extraction.header, extraction.committed()
     if committed.any():
@@ -245,7 +245,7 @@ def _missing(extraction: Extraction, engine: LocalEngine) -> Plan:
     return Plan(header.n_samples, header.rows_per_block, missing, known)
 
 
-def _run(job: Job, extraction: Extraction, missing: Plan, engine: LocalEngine, running: Running) -> None:
+def _run(job: Job, extraction: Extraction, missing: Plan, engine: Engine, running: Running) -> None:
     total, n_missing = extraction.header.n_samples, missing.n_rows
     computed = 0
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from h2t_store.engines.opening import open_engine
+from h2t_store.engines import open_engine
 from h2t_store.engines.preparation import Job
 from h2t_store.errors import DamagedError, H2TError, StoreError
 from h2t_store.extracting import Running, arranged, fill, require_same_environment

@@ -70,7 +70,7 @@ def extract(
     if settings["batch_size"].isdecimal():
         settings["batch_size"] = int(settings["batch_size"])
     if dry_run:
-        from h2t_store.engines.opening import open_engine
+        from h2t_store.engines import open_engine
         from h2t_store.storage.layout import check_name
 
         check_name(name)

@@ -14,8 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from h2t_store.engines.interface import Forward
-from h2t_store.engines.local import choose_batch_size
+from h2t_store.engines.forward import Forward, choose_batch_size
 from h2t_store.engines.plan import rows_per_block
 from h2t_store.errors import ModelError, TapError, one_line
 from h2t_store.images import Source, open_source
