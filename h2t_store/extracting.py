@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,15 +12,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from h2t_store.engines import Engine, open_engine
-from h2t_store.engines.local import LocalEngine, seconds_per_image
+from h2t_store.engines import local
+from h2t_store.engines.interface import Engine
 from h2t_store.engines.plan import Plan
-from h2t_store.engines.preparation import Job, check_integer
+from h2t_store.engines.preparation import Job, check_integer, prepare, with_whole_paths
+from h2t_store.engines.ranks import ALONE, Ranks, ranks
 from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import DataError, H2TError, StoreError, one_line
 from h2t_store.images import Source, arrange
 from h2t_store.matrix import FeatureMatrix, open_features
-from h2t_store.network import ClassTokenPolicy
+from h2t_store.network import ClassTokenPolicy, code_digest
 from h2t_store.storage.layout import ExtractionHeader, check_name
 from h2t_store.storage.places import in_one_process
 from h2t_store.storage.store import Extraction, FeatureStore, differences
@@ -29,6 +31,7 @@ __all__ = ["check_running", "expected_seconds", "extract", "extract_job", "requi
 
 _log = logging.getLogger("h2t_store")
 _ON_ERROR = ("raise", "skip")
+_ENGINES = ("local", "ray", "torchrun")
 _SAME_MAGNITUDE = 0.05
 
 
@@ -148,14 +151,14 @@ def extract(
     StoppedError
         Where ``stopped`` returned true; the same call continues.
     """
-    check_running(name, workers, on_error)
-    opening = open_engine(engine, workers=workers, ray_address=ray_address, num_gpus_per_worker=num_gpus_per_worker)
-    if in_one_process(store) and engine != "local":
-        raise StoreError(f"store {store!r} is in the memory of one process: others cannot write into it")
+    check_running(name, workers, on_error, engine, num_gpus_per_worker)
     if batch_size == "auto":
         batch_size = _batch_size_begun(store, name) or "auto"
-    with opening as opened_engine:
-        job = opened_engine.prepare(
+    with (
+        ranks() if engine == "torchrun" else contextlib.nullcontext(ALONE) as processes,
+        _engine(engine, processes, store, ray_address, num_gpus_per_worker, device) as (prepared, run),
+    ):
+        job = prepared(
             data,
             model=model,
             split=split,
@@ -177,30 +180,90 @@ def extract(
         opened = FeatureStore(store, create=True)
         if not append and _is_done(job, opened, name):
             return open_features(store, name)
-        with opened.lock(name) if opened_engine.leads else contextlib.nullcontext() as lost:
+        with opened.lock(name) if processes.leads else contextlib.nullcontext() as lost:
             return extract_job(
                 job,
                 opened,
                 name,
+                workers=workers,
                 on_error=on_error,
                 append=append,
                 stopped=lambda: stopped() or (lost is not None and lost()),
                 progress=progress,
-                engine=opened_engine,
+                processes=processes,
+                run=run,
             )
+
+
+@contextlib.contextmanager
+def _engine(
+    engine: Literal["local", "ray", "torchrun"],
+    processes: Ranks,
+    store: str | os.PathLike[str],
+    address: str | None,
+    num_gpus: float | None,
+    device: str | torch.device,
+) -> Iterator[tuple[Callable[..., Job], Engine]]:
+    """What finds out what to compute, and what computes it: both in this process, or both on Ray workers."""
+    if in_one_process(store) and engine != "local":
+        raise StoreError(f"store {store!r} is in the memory of one process: others cannot write into it")
+    if engine == "local":
+        yield prepare, local.run
+        return
+    if engine == "torchrun":
+
+        def on_its_card(data: Any, **settings: Any) -> Job:
+            device = settings["device"]
+            if torch.cuda.is_available() and str(device) in ("auto", "cuda"):
+                device = f"cuda:{processes.local_rank}"
+            return prepare(data, **(settings | {"device": device}))
+
+        yield on_its_card, local.run
+        return
+    from h2t_store.engines import ray
+
+    with ray.cluster(address, num_gpus, str(device)) as cluster:
+
+        def prepared(data: Any, **settings: Any) -> Job:
+            model = settings["model"]
+            if isinstance(model, nn.Module):
+                ray.send_code_of(model)
+            job = cluster.call(_prepare_to_send, **with_whole_paths(data, **settings))
+            if isinstance(model, nn.Module):  # whose source may not be there
+                job = replace(job, backbone=replace(job.backbone, code_sha256=code_digest(model)))
+            return job
+
+        yield prepared, cluster.run
+
+
+def _prepare_to_send(**settings: Any) -> Job:
+    """Find out in another process what to compute: the caller may lack the GPU that it takes to try."""
+    from h2t_store.engines.ray import send_code_of
+
+    job = prepare(**settings)
+    job.backbone.model.cpu()
+    send_code_of(job.backbone.model)
+    return job
 
 
 def check_running(
     name: str,
     workers: int | None,
     on_error: str,
+    engine: str = "local",
+    num_gpus_per_worker: float | None = None,
 ) -> None:
     """Raise `H2TError` unless these arguments of `extract` are as it accepts them."""
     check_name(name)
     if workers is not None:
         check_integer("workers", workers, 0)
+    local.check_workers(None if engine == "ray" else workers)
     if on_error not in _ON_ERROR:
         raise H2TError(f"on_error {on_error!r}: accepted are {' and '.join(_ON_ERROR)}")
+    if engine not in _ENGINES:
+        raise H2TError(f"engine {engine!r}: accepted are local, ray and torchrun")
+    if num_gpus_per_worker is not None and not 0 <= num_gpus_per_worker < math.inf:
+        raise H2TError(f"num_gpus_per_worker {num_gpus_per_worker!r}: accepted are numbers from 0")
 
 
 def extract_job(
@@ -213,46 +276,47 @@ def extract_job(
     append: bool = False,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int, int], None] | None = None,
-    engine: Engine | None = None,
+    processes: Ranks = ALONE,
+    run: Engine = local.run,
 ) -> FeatureMatrix:
     """Do a job, or what is left of it, under the lock of its name; `extract` describes the parameters."""
-    engine = LocalEngine(workers) if engine is None else engine
+    if append and processes.leads:
+        _give_up_extension(job, store, name)
+    processes.meet()
     earlier = _unfinished_part(job, store, name) if append else None
     if earlier is not None:
         extract_job(
             earlier,
             store,
             name,
+            workers=workers,
             on_error=on_error,
             stopped=stopped,
             progress=progress,
-            engine=engine,
+            processes=processes,
+            run=run,
         )
-    if engine.leads:
+    if processes.leads:
         store.require_lock(name)
         extraction, source = _begin(job, store, name, append)
         if not extraction.complete:
             _give_up_damaged(extraction, name)
-        engine.meet()
+        processes.meet()
     else:
-        engine.meet()
+        processes.meet()
         extraction, source = _begin(job, store, name, append)
-    staged = extraction.folder != store.folder(name)
-    before = store.open(name) if staged else None
     if not extraction.complete:
         require_same_environment(extraction, job)
-        missing = _missing(extraction, before, engine)
-        engine.meet()  # all have the same list before anything is committed
-        _compute(job, extraction, source, missing, before, on_error, stopped, progress, engine)
-    engine.meet()
-    if engine.leads:
+        missing = _missing(extraction, processes)
+        processes.meet()  # all have the same list before anything is committed
+        _compute(job, extraction, source, missing, workers, on_error, stopped, progress, processes, run)
+    processes.meet()
+    if processes.leads:
         if not extraction.complete:
             store.require_lock(name)
             extraction.finish()
-        if staged:
-            store.replace(name)
         _warn_about_siblings(store, name, extraction.header)
-    engine.meet()
+    processes.meet()
     return open_features(store.address, name)
 
 
@@ -260,7 +324,7 @@ def _batch_size_begun(store: str | os.PathLike[str], name: str) -> int | None:
     """Batch size of an extraction that was begun: it can be finished or extended with no other."""
     with contextlib.suppress(StoreError, KeyError, TypeError):
         begun = FeatureStore(store).find(name)
-        if begun is not None and begun.committed().any():
+        if begun is not None and begun.holds_rows():
             return int(begun.header.provenance["environment"]["arguments"]["batch_size"])
     return None
 
@@ -322,7 +386,7 @@ def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extr
         if append:
             raise
     if append and len(source) > begun.header.n_samples:
-        return _stage(job, store, name, begun, source)
+        return _extend(job, store, name, begun, source)
     header = job.header(source)
     try:
         return store.begin(name, header, source.y, source.sample_ids), source
@@ -331,6 +395,19 @@ def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extr
         if not append and more > 0 and _inputs_of_earlier_rows(job, begun, source) == begun.header.provenance["inputs"]:
             raise StoreError(f"{begun.where}: the data has {more} more images now: add them with --append") from error
         raise
+
+
+def _give_up_extension(job: Job, store: FeatureStore, name: str) -> None:
+    """Roll an interrupted extension back if the images that it was to add are others now."""
+    begun = store.find(name)
+    if begun is None or begun.complete or not begun.header.segments:
+        return
+    with contextlib.suppress(DataError):
+        source = arrange(job.source, begun.sample_ids().tolist(), begun.header.classes)
+        if _inputs_of_earlier_rows(job, begun, source) == begun.header.provenance["inputs"]:
+            return
+    store.require_lock(name)
+    begun.roll_back()
 
 
 def _unfinished_part(job: Job, store: FeatureStore, name: str) -> Job | None:
@@ -342,14 +419,14 @@ def _unfinished_part(job: Job, store: FeatureStore, name: str) -> Job | None:
     return replace(job, source=source.take(np.arange(begun.header.n_samples)))
 
 
-def _stage(job: Job, store: FeatureStore, name: str, begun: Extraction, source: Source) -> tuple[Extraction, Source]:
+def _extend(job: Job, store: FeatureStore, name: str, begun: Extraction, source: Source) -> tuple[Extraction, Source]:
     old = begun.header
     different = differences(old.provenance["inputs"], _inputs_of_earlier_rows(job, begun, source))
     if different:
         raise StoreError(f"{begun.where} was made from something else ({'; '.join(different)}): it cannot be extended")
     require_same_environment(begun, job)
     header = job.header(source, (*old.segments, old.n_samples), old.rows_per_block)
-    return store.stage(name, header, source.y, source.sample_ids), source
+    return store.extend(name, header, source.y, source.sample_ids), source
 
 
 def _inputs_of_earlier_rows(job: Job, begun: Extraction, source: Source) -> dict[str, Any]:
@@ -358,15 +435,16 @@ def _inputs_of_earlier_rows(job: Job, begun: Extraction, source: Source) -> dict
     return inputs
 
 
-def _missing(extraction: Extraction, before: Extraction | None, engine: Engine) -> Plan:
-    """Row blocks for this process to compute, without the rows that an extraction before this one has."""
+def _missing(extraction: Extraction, processes: Ranks) -> Plan:
+    """Row blocks for this process to compute, without rows that are stored already."""
     header, committed = extraction.header, extraction.committed()
     if committed.any():
         _log.info(
             "%s: %d of %d row blocks are there, computing the rest", extraction.where, committed.sum(), len(committed)
         )
-    numbers = engine.share(np.flatnonzero(~committed))
-    return Plan(header.n_samples, header.rows_per_block, numbers, before.header.n_samples if before else 0)
+    numbers = processes.share(np.flatnonzero(~committed))
+    known = {number: extraction.known_rows(number) for number in numbers.tolist()}
+    return Plan(header.n_samples, header.rows_per_block, numbers, known)
 
 
 def _compute(
@@ -374,11 +452,12 @@ def _compute(
     extraction: Extraction,
     source: Source,
     missing: Plan,
-    before: Extraction | None,
+    workers: int | None,
     on_error: Literal["raise", "skip"],
     stopped: Callable[[], bool],
     progress: Callable[[int, int, int], None] | None,
-    engine: Engine,
+    processes: Ranks,
+    run: Engine,
 ) -> None:
     total = extraction.header.n_samples
     first = done = total - missing.n_rows
@@ -387,18 +466,20 @@ def _compute(
     def advance(images: int) -> None:
         nonlocal done
         done += images
-        if progress is not None and engine.leads:
+        if progress is not None and processes.leads:
             whole = done - first if done == total else (done - first) // height * height
             progress(done, total, whole * row_bytes)
 
     advance(0)
     remarks = Remarks()
     try:
-        extraction.before = before
-        engine.run(
-            replace(job, source=source),
+        run(
+            job.forward,
+            source,
             extraction,
             missing,
+            batch_size=job.batch_size,
+            workers=workers,
             on_error=on_error,
             stopped=stopped,
             progress=advance,
@@ -414,7 +495,7 @@ def _compute(
 
 def expected_seconds(job: Job, workers: int | None = None) -> float:
     """How long a job takes from its beginning, judged by one batch."""
-    return len(job.source) * seconds_per_image(job.forward, job.source, job.batch_size, workers)
+    return len(job.source) * local.seconds_per_image(job.forward, job.source, job.batch_size, workers)
 
 
 def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeader) -> None:

@@ -1,7 +1,7 @@
 """Which rows are computed and committed together."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,12 +44,12 @@ class Plan:
     n_samples: int
     height: int  # rows of each block; the last one may be shorter
     numbers: Sequence[int] | NDArray[np.int64] | None = None  # which blocks; by default all
-    known: int = 0  # blocks leave out this many first rows, which are stored already
+    known: Mapping[int, int] = field(default_factory=dict)  # first rows of blocks that are stored already
 
     def __iter__(self) -> Iterator[RowBlock]:
         for number in range(-(-self.n_samples // self.height)) if self.numbers is None else map(int, self.numbers):
-            stop = min((number + 1) * self.height, self.n_samples)
-            yield RowBlock(number, max(number * self.height, min(self.known, stop)), stop)
+            start, stop = number * self.height, min((number + 1) * self.height, self.n_samples)
+            yield RowBlock(number, start + self.known.get(number, 0), stop)
 
     @property
     def n_rows(self) -> int:
