@@ -68,6 +68,7 @@ def repair(
         running = Running(on_error, False, lambda: stopped() or lost(), progress)
         opened.require_lock(name)
         if lost_labels:
+            extraction.require_labels(job.source.y, job.source.sample_ids)
             extraction.write_labels(job.source.y, job.source.sample_ids)
         if blocks:
             extraction.reopen(blocks)

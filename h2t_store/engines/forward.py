@@ -27,57 +27,25 @@ Network = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Forward:
-    """What turns images into features.
+    """What turns images into features."""
 
-    Attributes
-    ----------
-    model : nn.Module
-        In evaluation mode, on ``device``.
-    layers : sequence of Pooled
-        What is pooled, in the order of the columns.
-    transform : callable
-        From a PIL image to uint8 ``(3, height, width)``.
-    mean, std : sequence of float
-        Per channel, of values in [0, 1].
-    dtype : torch.dtype
-        As stored.
-    device : torch.device
-        Where the network runs.
-    amp : bool
-        Run the network under bfloat16 autocast.
-    compiled : bool
-        Compile the network with its pooling (``torch.compile``).
-    memory_format : torch.memory_format
-        Of the network's weights and of the images.
-    """
-
-    model: nn.Module
-    layers: Sequence[Pooled]
-    transform: Callable[[Image.Image], Tensor]
-    mean: Sequence[float]
+    model: nn.Module  # in evaluation mode, on the device
+    layers: Sequence[Pooled]  # in the order of the columns
+    transform: Callable[[Image.Image], Tensor]  # to uint8 (3, height, width)
+    mean: Sequence[float]  # per channel, of values in [0, 1]
     std: Sequence[float]
-    dtype: torch.dtype
+    dtype: torch.dtype  # as stored
     device: torch.device
-    amp: bool
-    compiled: bool
-    memory_format: torch.memory_format
+    amp: bool  # run the network under bfloat16 autocast
+    compiled: bool  # compile the network with its pooling
+    memory_format: torch.memory_format  # of weights and images
 
 
 @contextmanager
 def running(
     forward: Forward, at_once: int | None = None, note: Callable[[int], None] = lambda images: None
 ) -> Iterator[Network]:
-    """Open the network, which halves a batch for as long as CUDA runs out of memory.
-
-    Parameters
-    ----------
-    forward : Forward
-        From images to features.
-    at_once : int, optional
-        The most images to begin with.
-    note : callable
-        Called with the number of images at once whenever it is halved.
-    """
+    """Open the network, with ``at_once`` images at most; ``note`` is told when CUDA memory suffices for fewer only."""
     shape = (1, len(forward.mean), 1, 1)
     mean, std = (torch.tensor(values, device=forward.device).view(shape) for values in (forward.mean, forward.std))
     most = at_once or 1 << 30
@@ -110,46 +78,31 @@ def running(
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a batch in main memory; on CUDA not before `wait`.
+    """Features of a batch in main memory; on CUDA not before `wait`."""
 
-    Attributes
-    ----------
-    stored : list of Tensor
-        One (n, width) for each layer, in the storage dtype.
-    norms : Tensor of shape (n, n_layers)
-        Euclidean norm of each layer's part of each row.
-    """
-
-    stored: list[Tensor]
-    norms: Tensor
+    stored: list[Tensor]  # (n, width) for each layer
+    norms: Tensor  # (n, n_layers), Euclidean
     _layers: list[Tensor]  # as computed, to explain what is not finite
     _copied: torch.cuda.Event | None
 
-    def wait(self, forward: Forward, sample_ids: Sequence[str]) -> "Features":
+    def wait(self, forward: Forward, sample_ids: Sequence[str]) -> None:
         """Wait for the copy; raise `ModelError` or `TapError` at a value that is not finite."""
         if self._copied is not None:
             self._copied.synchronize()
-        if not torch.isfinite(self.norms).all():  # so are the norms of values that are not
-            self._explain(forward, sample_ids)
-        return self
-
-    def _explain(self, forward: Forward, sample_ids: Sequence[str]) -> None:
-        """Name the tap and the image at fault."""
+        if torch.isfinite(self.norms).all():  # a value that is not finite makes a norm that is not
+            return
         for layer, values, norms in zip(forward.layers, self._layers, self.norms.T, strict=True):
             bad = ~torch.isfinite(values).all(dim=1)
             if bad.any():
                 sample = sample_ids[int(bad.nonzero()[0])]
-                raise ModelError(
-                    f"tap {layer.name!r}: the network gives values that are not finite for image {sample!r}"
-                )
-            too_large = ~torch.isfinite(norms).to(values.device)
-            if too_large.any():
-                sample = sample_ids[int(too_large.nonzero()[0])]
+                reason = f"the network gives values that are not finite for image {sample!r}"
+                raise ModelError(f"tap {layer.name!r}: {reason}")
+            large = ~torch.isfinite(norms).to(values.device)
+            if large.any():
+                value, sample = float(values[large].abs().amax(1)[0]), sample_ids[int(large.nonzero()[0])]
+                limit = f"{str(forward.dtype).removeprefix('torch.')} ({torch.finfo(forward.dtype).max:g})"
                 advice = ": extract with --dtype float32" if forward.dtype == torch.float16 else ""
-                raise TapError(
-                    f"tap {layer.name!r}: {float(values[too_large].abs().amax(1)[0]):.4g} for image {sample!r} is "
-                    f"beyond {str(forward.dtype).removeprefix('torch.')} ({torch.finfo(forward.dtype).max:g}){advice}"
-                )
+                raise TapError(f"tap {layer.name!r}: {value:.4g} for image {sample!r} is beyond {limit}{advice}")
 
 
 def copy_to_host(forward: Forward, layers: list[Tensor]) -> Features:

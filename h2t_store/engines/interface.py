@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from h2t_store.engines.loading import OnError
 from h2t_store.engines.plan import RowBlock
 from h2t_store.engines.preparation import Job
 from h2t_store.engines.remarks import Remarks
@@ -18,15 +19,10 @@ __all__ = ["Engine"]
 
 
 class Engine(ABC):
-    """Where row blocks are computed; a context manager. `h2t_store.engines.open_engine` makes one.
-
-    Attributes
-    ----------
-    leads : bool
-        Whether this process does what is done once, such as creating and finishing the extraction.
-    """
+    """Where row blocks are computed; a context manager. `h2t_store.engines.open_engine` makes one."""
 
     leads: bool = True
+    """Whether this process does what is done once, such as creating and finishing the extraction."""
 
     def __enter__(self) -> Self:
         return self
@@ -54,38 +50,20 @@ class Engine(ABC):
         extraction: Extraction,
         plan: Iterable[RowBlock],
         *,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
         stopped: Callable[[], bool] = lambda: False,
         progress: Callable[[int], None] = lambda images: None,
         remark: Callable[[Remarks], None] = lambda remarks: None,
     ) -> None:
-        """Compute and commit row blocks.
+        """Compute the row blocks of a plan and commit them.
 
-        Parameters
-        ----------
-        job : Job
-            What to compute; its images are in the order of the rows.
-        extraction : Extraction
-            Where blocks are written.
-        plan : iterable of RowBlock
-            Which blocks. The rows of a block before its start are stored already.
-        on_error : {"raise", "skip"}
-            What to do about images that cannot be read.
-        stopped : callable
-            Asked after every block whether to stop.
-        progress : callable
-            Called with the number of images done since the last call.
-        remark : callable
-            Called with the remarks on images decoded since the last call.
+        The images of the job are in the order of the rows. ``stopped`` is asked after every block. ``progress`` is
+        called with the number of images done, and ``remark`` with the remarks on images, since the last call.
 
         Raises
         ------
-        DataError
-            At an image that cannot be read.
-        ModelError
-            Where the network gives values that are not finite.
-        TapError
-            Where an activation does not fit the storage dtype, or is not as expected.
+        DataError, ModelError, TapError
+            Where an image cannot be read, or the network gives what cannot be stored.
         StoppedError
             After the blocks in hand when ``stopped`` became true; everything computed is committed.
         """

@@ -20,46 +20,22 @@ from h2t_store.errors import DataError, H2TError, one_line
 from h2t_store.images import Source
 from h2t_store.images.names import shown
 
-__all__ = [
-    "BATCHES_AHEAD",
-    "Batch",
-    "check_workers",
-    "default_workers",
-    "is_of_a_worker",
-    "load",
-    "load_batch",
-    "naming_workers",
-]
-
 BATCHES_AHEAD = 2
 _MAX_DEFAULT_WORKERS = 4
 _GUARD = "put what it is to do once below: if __name__ == '__main__':"
 _DIGEST_BYTES = 16
 
+OnError = Literal["raise", "skip"]
 Transform = Callable[[Image.Image], Tensor]
 
 
 class Batch(NamedTuple):
-    """Images of some rows.
-
-    Attributes
-    ----------
-    rows : list of int
-        Their numbers.
-    images : Tensor of shape (n - failed, 3, height, width), uint8
-        Of the rows that have one.
-    digests : ndarray of shape (n, 16), uint8
-        Of the pictures; zeros where there is none.
-    failed : dict of int to str
-        Why there is no image, by the place in ``rows``.
-    remarks : Remarks
-        What was lost or guessed.
-    """
+    """Images of some rows."""
 
     rows: list[int]
-    images: Tensor
-    digests: NDArray[np.uint8]
-    failed: dict[int, str]
+    images: Tensor  # (n - failed, 3, height, width) uint8
+    digests: NDArray[np.uint8]  # (n, 16), zeros where there is no image
+    failed: dict[int, str]  # why there is no image, by the place in rows
     remarks: Remarks
 
 
@@ -127,16 +103,10 @@ def load(
     segments: Sequence[int],
     workers: int,
     pinned: bool,
-    on_error: Literal["raise", "skip"],
+    on_error: OnError,
     remark: Callable[[Remarks], None],
 ) -> Generator[Batch]:
-    """Batches of row blocks in order, `BATCHES_AHEAD` for each worker process; 0 workers load in this one.
-
-    Raises
-    ------
-    DataError
-        At an image that cannot be read unless ``on_error`` is "skip".
-    """
+    """Batches of row blocks in order, two ahead for each worker process; 0 workers load in this one."""
     loader: DataLoader[Any] = DataLoader(
         _Batches(source, transform),
         batch_size=None,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import tee
 from time import perf_counter
-from typing import Literal
 
 import torch
 
@@ -14,6 +13,7 @@ from h2t_store.engines.forward import Features, Forward, Network, copy_to_host, 
 from h2t_store.engines.interface import Engine
 from h2t_store.engines.loading import (
     Batch,
+    OnError,
     check_workers,
     default_workers,
     is_of_a_worker,
@@ -55,7 +55,7 @@ class LocalEngine(Engine):
         extraction: Extraction,
         plan: Iterable[RowBlock],
         *,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
         stopped: Callable[[], bool] = lambda: False,
         progress: Callable[[int], None] = lambda images: None,
         remark: Callable[[Remarks], None] = lambda remarks: None,
@@ -85,7 +85,7 @@ class LocalEngine(Engine):
             computed = _compute(forward, network, loaded, job.source)
             for block in blocks:
                 filling = Filling(forward, block)
-                while not filling.full:
+                while filling.n_filled < len(filling.norms):
                     batch, features = next(computed)
                     filling.add(batch, features)
                     progress(len(batch.rows))

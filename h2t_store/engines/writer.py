@@ -31,11 +31,6 @@ class Filling:
         self.failures: dict[int, str] = {}
         self.n_filled = 0
 
-    @property
-    def full(self) -> bool:
-        """Whether all rows are there."""
-        return self.n_filled == len(self.norms)
-
     def add(self, batch: Batch, features: Features | None) -> None:
         """Put in the next rows; ``features`` are of those that did not fail."""
         first, stop = self.n_filled, self.n_filled + len(batch.rows)
@@ -54,12 +49,7 @@ class Filling:
 class Writer:
     """Writes row blocks in the background, two at a time at most; all are on disk once it is left.
 
-    Parameters
-    ----------
-    extraction : Extraction
-        Where to.
-    written : callable
-        Called, in another thread, with each block that is committed.
+    ``written`` is called, in another thread, with each block that is committed.
     """
 
     def __init__(self, extraction: Extraction, written: Callable[[RowBlock], None]) -> None:
@@ -80,8 +70,9 @@ class Writer:
             block.number,
             [layer.numpy() for layer in filled.features],
             filled.norms.numpy(),
+            np.zeros((len(filled.norms), 16), np.uint8),
             filled.failures,
-            before=self._extraction.before if known else None,
+            known=known,
         )
         self._written(block)
 
