@@ -72,7 +72,7 @@ def extract(
     data, model, **settings
         The fields of `h2t_store.settings.Settings`: images, network, ``taps``, ``target_size`` and so on.
     store : path-like or str
-        Folder or URL, created if missing (see `h2t_store.storage.places.address.open_place`).
+        Folder or URL, created if missing (see `h2t_store.storage.places.open_place`).
     name : str
         Name of the extraction, such as ``pets/train``.
     workers : int, optional

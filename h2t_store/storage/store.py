@@ -32,7 +32,7 @@ class FeatureStore:
     Parameters
     ----------
     address : path-like or str
-        A folder or a URL (see `h2t_store.storage.places.address.open_place`).
+        A folder or a URL (see `h2t_store.storage.places.open_place`).
     create : bool
         Make the store if there is none.
     cache : path-like, optional
