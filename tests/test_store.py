@@ -209,6 +209,13 @@ def test_a_store_of_another_format_is_one_error(tmp_path):
             FeatureStore(tmp_path / "s")
 
 
+def test_a_header_says_the_same_after_a_round_trip():
+    written, state = header().begun("x"), layout.State(True, 3, 8)
+    attributes = json.loads(json.dumps(written.to_attrs(state)))
+    assert ExtractionHeader.from_attrs(attributes, "") == (written, state)
+    assert replace(written, n_samples=41).digest != written.digest
+
+
 def test_an_extraction_of_another_name_is_not_read_as_this_one(tmp_path):
     fill(tmp_path / "s", "pets/train")
     fill(tmp_path / "s", "pets/test")

@@ -61,9 +61,12 @@ def verify(
         if _content(store.place / path) != layout.group_document(attributes):
             yield Damage(path, "missing, changed or damaged", "document")
     try:
-        extraction = store.open(name)
+        extraction = store.find(name)
+        problem = "missing"
     except DamagedError as error:
-        yield Damage(f"{name}/zarr.json", _problem(error), "header")
+        extraction, problem = None, _problem(error)
+    if extraction is None:
+        yield Damage(f"{name}/zarr.json", problem, "header")
         return
     for path in extraction.specs:
         try:
@@ -134,8 +137,9 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage
 
 
 def _problem(error: StoreError) -> str:
-    """What is wrong, without the name that stands beside it."""
-    return str(error).rpartition(": ")[2].removeprefix(" is ").strip() or str(error)
+    """What is wrong, without the path that stands beside it."""
+    text = str(error).rpartition(": ")[2]
+    return text.partition(" is ")[2] if text.startswith("chunk ") else text
 
 
 def _content(place: Place) -> bytes | None:
