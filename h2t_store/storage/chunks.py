@@ -40,6 +40,11 @@ def checksum(data: NDArray[np.uint8]) -> int:
     return crc
 
 
+def framed(data: NDArray[np.uint8]) -> bytes:
+    """Bytes with their crc32c after them, as a chunk is stored."""
+    return data.tobytes() + checksum(data).to_bytes(CRC_BYTES, "little")
+
+
 def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
     """Write a file of an array: one chunk, or all chunks of a shard. It counts once its row block is committed.
 

@@ -184,7 +184,7 @@ class FeatureStore:
         for group in above:
             if not (self.place / group / "zarr.json").exists():
                 write_group(self.place / group, {}, shared=True)
-        begun = Extraction(folder, self.where(name), header.begun(name).with_labels(y, sample_ids))
+        begun = Extraction(folder, self.where(name), header.begun(name, y, sample_ids))
         begun.write_documents()
         begun.write_labels(y, sample_ids)
         begun.write_attributes(complete=False)

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 
 from h2t_store.errors import DamagedError, StoreError
 from h2t_store.storage import layout
-from h2t_store.storage.extraction import COMMITTED, Extraction, chunk_path, write_group
-from h2t_store.storage.places import Place
+from h2t_store.storage.extraction import COMMITTED, Extraction, chunk_path, content_of, write_group
 from h2t_store.storage.store import FeatureStore
 from h2t_store.storage.threads import in_threads
 
@@ -58,7 +57,7 @@ def verify(
     """
     store.require(name)
     for path, attributes in _groups(name).items():
-        if _content(store.place / path) != layout.group_document(attributes):
+        if content_of(store.place / path) != layout.group_document(attributes):
             yield Damage(path, "missing, changed or damaged", "document")
     try:
         extraction = store.find(name)
@@ -110,7 +109,7 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage
     def damage(path: str, problem: str, column: int = 0) -> Damage:
         return Damage(f"{name}/{chunk_path(extraction.specs[path], path, block, column)}", problem, "block", block)
 
-    flag = _content(extraction.chunk_file("committed", block))
+    flag = content_of(extraction.chunk_file("committed", block))
     if flag is None:
         return [damage("committed", "missing")] if extraction.complete else []
     found = [] if flag == COMMITTED else [damage("committed", "damaged")]
@@ -140,13 +139,6 @@ def _problem(error: StoreError) -> str:
     """What is wrong, without the path that stands beside it."""
     text = str(error).rpartition(": ")[2]
     return text.partition(" is ")[2] if text.startswith("chunk ") else text
-
-
-def _content(place: Place) -> bytes | None:
-    try:
-        return place.read()
-    except OSError:
-        return None
 
 
 def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> None:
