@@ -56,6 +56,11 @@ def _compressor(codec: str, dtype: str) -> Any:
         raise StoreError("codec 'pcodec' needs pcodec: pip install 'head2toe[pcodec]'") from None
 
 
+def framed(data: NDArray[np.uint8]) -> bytes:
+    """Bytes with their crc32c after them, as a chunk is stored."""
+    return data.tobytes() + checksum(data).to_bytes(CRC_BYTES, "little")
+
+
 def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
     """Write a file of an array, one chunk or all chunks of a shard, and return the crc32c of each as encoded.
 
