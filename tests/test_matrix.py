@@ -38,7 +38,9 @@ def stored(tmp_path_factory) -> tuple[FeatureMatrix, np.ndarray]:
     for block, start in enumerate(range(0, N, ROWS)):
         part = values[start : start + ROWS]
         norms = [np.linalg.norm(part[:, a:b].astype(np.float32), axis=1) for _, a, b, *_ in LAYERS]
-        extraction.write_block(block, np.split(part, [7, 2307, 2310], axis=1), np.stack(norms, axis=1))
+        extraction.write_block(
+            block, np.split(part, [7, 2307, 2310], axis=1), np.stack(norms, axis=1), np.zeros((len(part), 16), np.uint8)
+        )
     extraction.finish()
     return open_features(path, "x"), values.astype(np.float32)
 
@@ -252,7 +254,9 @@ def test_a_pickle_notices_that_its_extraction_was_replaced(tmp_path: Path):
     def write(model: str) -> None:
         header = ExtractionHeader(2, ROWS, "float32", (), LAYERS[:1], {"inputs": {"model": model}, "environment": {}})
         extraction = FeatureStore(tmp_path / "s", create=True).begin("x", header, np.zeros(2, np.int64), ["a", "b"])
-        extraction.write_block(0, [np.ones((2, 7), np.float32)], np.ones((2, 1), np.float32))
+        extraction.write_block(
+            0, [np.ones((2, 7), np.float32)], np.ones((2, 1), np.float32), np.zeros((2, 16), np.uint8)
+        )
         extraction.finish()
 
     write("one")
@@ -261,7 +265,7 @@ def test_a_pickle_notices_that_its_extraction_was_replaced(tmp_path: Path):
     with pytest.raises(StoreError, match="no extraction 'x'"):
         pickle.loads(data).shape  # noqa: B018
     write("two")
-    with pytest.raises(StoreError, match="was replaced"):
+    with pytest.raises(StoreError, match="was extended or replaced"):
         np.asarray(pickle.loads(data))
 
 
@@ -299,7 +303,7 @@ def test_labels_are_those_of_the_data_whatever_classes_it_has(tmp_path, images, 
 def test_rows_without_a_label_have_none_and_can_be_left_out(tmp_path, classes):
     header = ExtractionHeader(4, ROWS, "float32", classes, LAYERS[:1], {"inputs": {}, "environment": {}})
     extraction = FeatureStore(tmp_path / "s", create=True).begin("x", header, np.array([1, -1, 0, 1]), list("pqrs"))
-    extraction.write_block(0, [np.ones((4, 7), np.float32)], np.ones((4, 1), np.float32))
+    extraction.write_block(0, [np.ones((4, 7), np.float32)], np.ones((4, 1), np.float32), np.zeros((4, 16), np.uint8))
     extraction.finish()
     matrix = open_features(tmp_path / "s", "x")
     assert matrix.y.dtype == object

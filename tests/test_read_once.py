@@ -34,7 +34,9 @@ def path(tmp_path_factory):
     for block, start in enumerate(range(0, N, ROWS)):
         part = values[start : start + ROWS]
         norms = [np.linalg.norm(part[:, a:b].astype(np.float32), axis=1) for _, a, b, *_ in LAYERS]
-        extraction.write_block(block, np.split(part, [30, 1330], axis=1), np.stack(norms, axis=1))
+        extraction.write_block(
+            block, np.split(part, [30, 1330], axis=1), np.stack(norms, axis=1), np.zeros((len(part), 16), np.uint8)
+        )
     extraction.finish()
     return path
 
