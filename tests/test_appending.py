@@ -131,7 +131,7 @@ def test_what_changed_besides_is_refused(tmp_path, folder, grow, change):
         settings["seed"] = 1
     else:
         settings["batch_size"] = 7
-    with pytest.raises(ValueError, match=r"made from something else|no longer there|was begun elsewhere"):
+    with pytest.raises(ValueError, match=r"made from something else|no longer there|was begun in another environment"):
         extract(folder, append=True, **settings)
     assert open_features(tmp_path / "s", "x").shape[0] == 40
 

@@ -99,7 +99,10 @@ def test_ls_shows_odd_names_and_damage_and_goes_on(run, folder, tmp_path):
         (["extract"], "Missing"),
         (["extract", "FOLDER", "--model", MODEL, "--store", "S"], "--name"),
         (["extract", "FOLDER", "--model", MODEL, "--store", "S", "--name", "x", "--fast"], "--fast"),
-        (["extract", "FOLDER", "--model", MODEL, "--store", "S", "--name", "x", "-b", "many"], "--batch-size"),
+        (
+            ["extract", "FOLDER", "--model", MODEL, "--store", "S", "--name", "x", "-b", "many"],
+            "batch_size 'many': accepted are whole numbers from 1 to",
+        ),
         (["extract", "no where", "--model", MODEL, "--store", "S", "--name", "x"], "data 'no where' does not exist"),
         (["extract", "EMPTY", "--model", MODEL, "--store", "S", "--name", "x"], "holds no images"),
         (["extract", "BAD", "--model", MODEL, "--store", "S", "--name", "x"], "fake.jpg: not an image"),
@@ -175,7 +178,7 @@ def test_a_signal_says_how_to_continue_and_the_same_command_does(tmp_path, image
     stopped = subprocess.run(command, capture_output=True, text=True, check=False)
     assert stopped.returncode == 128 + signal.SIGTERM
     assert stopped.stderr.splitlines() == [
-        "stopping after the row block in hand; once more stops at once",
+        "stopping after the current row block; a second signal stops at once",
         "error: stopped: finished row blocks are stored, the same command continues",
     ]
     assert (
@@ -360,7 +363,7 @@ def helps(command):
 @pytest.mark.parametrize("command", ["extract", "h2t"])
 def test_help_is_printed_as_it_is_written_brackets_too(run, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "600")
-    written = list(helps(typer.main.get_command({"extract": cli._extract_app, "h2t": cli._h2t_app}[command])))
+    written = list(helps(typer.main.get_command({"extract": cli.extract.app, "h2t": cli.store.app}[command])))
     assert command == "h2t" or any("'head2toe[s3]'" in text for text in written[0][1])
     for args, texts in written:
         code, out, _ = run(command, *args, "--help")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,22 +16,19 @@ import torch.distributed as dist
 from conftest import MODELS
 from PIL import Image
 
-from h2t_store import extract, open_features
-from h2t_store.engines import plan
+import h2t_store
+from h2t_store import open_features
 from h2t_store.engines.loading import load_batch
+from h2t_store.engines.local import seconds_per_image
 from h2t_store.engines.preparation import prepare
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError
-from h2t_store.extracting import expected_seconds, extract_job
 from h2t_store.images import ArraySource
+from h2t_store.settings import Settings
 from h2t_store.storage.store import FeatureStore
 from h2t_store.storage.verify import verify
 
 MODEL = f"{MODELS}:small_input"
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
+extract = partial(h2t_store.extract, rows_per_block=16)  # several row blocks out of few images
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -61,7 +59,7 @@ def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, f
     def fails(image):
         raise MemoryError("no room")
 
-    batch = load_batch(prepare(folder, model=MODEL).source, fails, [1])
+    batch = load_batch(prepare(Settings(data=folder, model=MODEL)).source, fails, [1])
     assert batch.failed == {0: f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"}
     assert len(extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)) == 40
 
@@ -117,9 +115,8 @@ def test_a_worker_that_is_killed_is_not_blamed_on_the_network_or_a_picture(tmp_p
         return real(self, row)
 
     monkeypatch.setattr(ArraySource, "picture", picture)
-    job = prepare((images, None), model=MODEL, batch_size=4)
     with pytest.raises(DataError, match=r"^a process that decodes images failed: .*fewer workers"):
-        extract_job(job, FeatureStore(tmp_path / "s", create=True), "x", workers=1)
+        extract((images, None), model=MODEL, store=tmp_path / "s", name="x", batch_size=4, workers=1)
     committed = FeatureStore(tmp_path / "s").open("x").committed()
     assert committed[0]
     assert not committed[2]
@@ -184,10 +181,9 @@ def test_the_batch_that_memory_sufficed_for_is_on_record_and_is_gone_on_with(tmp
 
 def test_an_image_that_does_not_fit_alone_is_an_error(tmp_path, images):
     model = tiny_models.Greedy(2)
-    job = prepare((images, None), model=model, batch_size=4)
-    model.most = 0
+    common = dict(model=model, store=tmp_path / "s", name="x", batch_size=4)
     with pytest.raises(ModelError, match=r"the network failed on a batch of .*out of memory"):
-        extract_job(job, FeatureStore(tmp_path / "s", create=True), "x")
+        extract((images, None), progress=lambda *_: setattr(model, "most", 0), **common)
 
 
 def test_stopping_finishes_the_block_in_hand(tmp_path, images):
@@ -277,12 +273,12 @@ def test_several_target_sizes_are_one_pass_with_nothing_twice(tmp_path, images):
 
 
 def test_what_is_to_be_expected_is_what_comes(tmp_path, images):
-    job = prepare((images, None), model=MODEL, target_size=[4, 100])
+    job = prepare(Settings(data=(images, None), model=MODEL, target_size=[4, 100], rows_per_block=16))
     matrix = extract((images, None), model=MODEL, target_size=[4, 100], store=tmp_path / "s", name="x")
     stored = sum(path.stat().st_size for path in (tmp_path / "s/x/features").rglob("c/*/*"))
     assert job.expected_bytes() == stored
     assert job.layers == matrix.layers
-    assert expected_seconds(job) > 0
+    assert seconds_per_image(job.forward, job.source, job.batch_size) > 0
 
 
 def test_provenance_says_how_to_do_it_again(tmp_path, folder, monkeypatch):

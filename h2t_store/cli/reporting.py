@@ -1,4 +1,4 @@
-"""What a person sees while a job runs and afterwards: progress, sizes, tables, JSON."""
+"""What commands print: progress, sizes, tables, JSON."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Meter", "duration", "facts", "json_text", "progress", "short", "size", "table"]
+__all__ = ["Meter", "by_shape", "duration", "facts", "json_text", "progress", "short", "size", "table"]
 
 _PLAIN_SECONDS = 10.0
 
@@ -46,7 +46,7 @@ class Meter:
         if self.rate:
             parts.append(f"{self.rate:.{0 if self.rate >= 10 else 1}f}/s")
         if self.bytes:
-            parts.append(f"{size(self.bytes)} written")
+            parts.append(f"{size(self.bytes)} computed")
         if self.rate:
             parts.append(f"{duration((self.total - self.done) / self.rate)} left")
         return ", ".join(parts)
@@ -54,11 +54,10 @@ class Meter:
 
 @contextmanager
 def progress(unit: str) -> Iterator[Meter]:
-    """A bar on a terminal, a plain line now and then elsewhere; both on stderr."""
+    """Show a bar on a terminal, a line every ten seconds elsewhere; both on stderr."""
     if sys.stderr.isatty():
-        with Progress(
-            BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
-        ) as bar:
+        columns = BarColumn(), TextColumn("{task.description}")
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
             yield Meter(unit, lambda m: bar.update(task, completed=m.done, total=m.total, description=str(m)))
         return
@@ -74,7 +73,7 @@ def progress(unit: str) -> Iterator[Meter]:
 
 
 def size(n: float) -> str:
-    """Bytes for a person."""
+    """Bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -83,7 +82,7 @@ def size(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person."""
+    """Seconds in hours, minutes and seconds."""
     minutes, whole = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -91,8 +90,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole:02d} s" if minutes else f"{seconds:.{0 if seconds >= 10 else 1}f} s"
 
 
+def by_shape(shape: Sequence[int]) -> str:
+    """A shape such as ``4 x 8 x 8``."""
+    return " x ".join(map(str, shape))
+
+
 def short(value: Any) -> str:
-    """A value of some JSON, long lists cut."""
+    """A JSON value in one line, long lists cut."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {short(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
@@ -102,14 +106,14 @@ def short(value: Any) -> str:
 
 
 def facts(of: Mapping[str, Any]) -> None:
-    """Print names and values, one to a line."""
+    """Print names and values, one per line."""
     width = max(map(len, of))
     for key, value in of.items():
         print(f"{key:<{width}}  {short(value)}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; lines are not broken where output goes to a file."""
+    """Print a table; lines are not broken in a file."""
     shown = Table(*header, box=None, pad_edge=False)
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))

@@ -5,6 +5,7 @@ from typing import Literal
 
 from h2t_store.engines.interface import Engine
 from h2t_store.errors import H2TError
+from h2t_store.settings import integer
 
 __all__ = ["Engine", "open_engine"]
 
@@ -27,6 +28,8 @@ def open_engine(
     """
     if name not in _ENGINES:
         raise H2TError(f"engine {name!r}: accepted are local, ray and torchrun")
+    if workers is not None:
+        integer("workers", workers, 0)
     if num_gpus_per_worker is not None and not 0 <= num_gpus_per_worker < math.inf:
         raise H2TError(f"num_gpus_per_worker {num_gpus_per_worker!r}: accepted are numbers from 0")
     if name == "ray":

@@ -12,7 +12,8 @@ from h2t_store.engines.loading import OnError
 from h2t_store.engines.plan import RowBlock
 from h2t_store.engines.preparation import Job
 from h2t_store.engines.remarks import Remarks
-from h2t_store.storage.store import Extraction
+from h2t_store.settings import Settings
+from h2t_store.storage.extraction import Extraction
 
 __all__ = ["Engine"]
 
@@ -39,7 +40,7 @@ class Engine(ABC):
         return
 
     @abstractmethod
-    def prepare(self, *args: Any, **settings: Any) -> Job:
+    def prepare(self, settings: Settings) -> Job:
         """Find out what an extraction would compute, see `h2t_store.engines.preparation.prepare`."""
 
     @abstractmethod

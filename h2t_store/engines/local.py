@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import tee
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -28,7 +27,8 @@ from h2t_store.engines.remarks import Remarks
 from h2t_store.engines.writer import Filling, Writer
 from h2t_store.errors import ModelError, StoppedError, one_line
 from h2t_store.images import Source
-from h2t_store.storage.store import Extraction
+from h2t_store.settings import Settings
+from h2t_store.storage.extraction import Extraction
 
 __all__ = ["LocalEngine", "seconds_per_image"]
 
@@ -46,8 +46,8 @@ class LocalEngine(Engine):
         check_workers(workers)
         self.workers = workers
 
-    def prepare(self, *args: Any, **settings: Any) -> Job:
-        return prepare(*args, **settings)
+    def prepare(self, settings: Settings) -> Job:
+        return prepare(settings)
 
     def run(
         self,

@@ -1,6 +1,7 @@
 """The processes that ``torchrun`` started: each computes its share of the row blocks on a card of its own."""
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from h2t_store.engines.local import LocalEngine
 from h2t_store.engines.preparation import Job
 from h2t_store.errors import H2TError, one_line
+from h2t_store.settings import Settings
 
 __all__ = ["TorchrunEngine"]
 
@@ -48,10 +50,10 @@ class TorchrunEngine(LocalEngine):
             except RuntimeError as error:
                 raise H2TError("another of the processes ended: its own error says why") from error
 
-    def prepare(self, *args: Any, **settings: Any) -> Job:
-        if torch.cuda.is_available() and str(settings["device"]) in ("auto", "cuda"):
-            settings["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        return super().prepare(*args, **settings)
+    def prepare(self, settings: Settings) -> Job:
+        if torch.cuda.is_available() and settings.device in ("auto", "cuda"):
+            settings = replace(settings, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        return super().prepare(settings)
 
 
 def _join() -> None:

@@ -30,12 +30,13 @@ from h2t_store.engines.interface import Engine
 from h2t_store.engines.loading import BATCHES_AHEAD, OnError, check_workers
 from h2t_store.engines.local import LocalEngine
 from h2t_store.engines.plan import RowBlock
-from h2t_store.engines.preparation import Job, prepare, with_whole_paths
+from h2t_store.engines.preparation import Job, prepare
 from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import H2TError, StoppedError, one_line
 from h2t_store.network import code_digest
+from h2t_store.settings import Settings
+from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.places import Place
-from h2t_store.storage.store import Extraction
 from h2t_store.switches import Switch
 
 try:
@@ -73,14 +74,11 @@ class _Worker:
         self._blocks.put(block)
         return answer.result()
 
-    def _serve(
-        self, job: Job, folder: Place, where: str, on_error: OnError, num_cpus: int, decoding: int, before: Any
-    ) -> None:
+    def _serve(self, job: Job, folder: Place, where: str, on_error: OnError, num_cpus: int, decoding: int) -> None:
         try:
             torch.set_num_threads(num_cpus)
             job.forward.model.to(job.forward.device)
             engine, extraction = LocalEngine(decoding), Extraction(folder, where)
-            extraction.before = before and Extraction(*before)
             options: Any = dict(on_error=on_error, remark=self._remarks.put, written=self._answer)
             while True:
                 engine.run(job, extraction, self._coming(self._blocks.get()), **options)
@@ -194,16 +192,14 @@ class RayEngine(Engine):
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
         self._connection.__exit__()
 
-    def prepare(self, *args: Any, **settings: Any) -> Job:
+    def prepare(self, settings: Settings) -> Job:
         """Prepare on a worker, as this machine may lack the GPU that it takes to try; log here what is logged there."""
-        settings = with_whole_paths(*args, **settings)
-        model = settings["model"]
-        num_gpus = self._gpus_of_each(_resources(), str(settings.get("device", "auto")))
+        model, num_gpus = settings.model, self._gpus_of_each(_resources(), settings.device)
         with _in_one_line():
             if isinstance(model, nn.Module):
                 _send_code_of(model)
             task = ray.remote(num_gpus=num_gpus, num_cpus=1, max_retries=3)(_prepare_to_send)
-            job, records = ray.get(task.remote(settings))
+            job, records = ray.get(task.remote(settings.absolute()))
         for record in records:
             _log.log(record.levelno, "%s", record.getMessage())
         if isinstance(model, nn.Module):  # whose source may not be there
@@ -230,8 +226,7 @@ class RayEngine(Engine):
         worker = ray.remote(num_gpus=num_gpus, num_cpus=num_cpus, max_concurrency=in_hand)(_Worker)
         with _in_one_line():
             _send_code_of(job.forward.model.cpu())
-            before = extraction.before and (extraction.before.folder, extraction.before.where)
-            task = ray.put(job), extraction.folder, extraction.where, on_error, num_cpus, decoding, before
+            task = ray.put(job), extraction.folder, extraction.where, on_error, num_cpus, decoding
             max_deaths = self.deaths_of_each * n_workers
             with closing(_Team(worker, task, in_hand, max_deaths, plan)) as team:
                 team.hire(n_workers)
@@ -262,12 +257,12 @@ def _shape(nodes: list[dict[str, float]], workers: int | None, num_gpus: float) 
     return workers, max(1, min(sum(cpus) // workers, *cpus))
 
 
-def _prepare_to_send(settings: dict[str, Any]) -> tuple[Job, list[logging.LogRecord]]:
+def _prepare_to_send(settings: Settings) -> tuple[Job, list[logging.LogRecord]]:
     records: SimpleQueue[logging.LogRecord] = SimpleQueue()
     handler = QueueHandler(records)
     _log.addHandler(handler)
     try:
-        job = prepare(**settings)
+        job = prepare(settings)
     finally:
         _log.removeHandler(handler)
     _send_code_of(job.forward.model.cpu())

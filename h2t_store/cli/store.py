@@ -1,0 +1,238 @@
+"""The command ``h2t``: look into a store, check it, repair it, export from it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from h2t_store.cli.flags import EXIT_CODES, Json, Name, Store, Version, Workers
+from h2t_store.cli.reporting import by_shape, facts, json_text, progress, short, size, table
+from h2t_store.cli.running import interruption
+from h2t_store.errors import DamagedError, H2TError, StoreError
+
+if TYPE_CHECKING:
+    from h2t_store.storage.store import Extraction
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Look into a feature store, check it, repair it, export from it.",
+    epilog=EXIT_CODES,
+)
+
+
+@app.callback()
+def _h2t(_: Version = False) -> None:
+    pass
+
+
+@app.command()
+def ls(store: Store, as_json: Json = False) -> None:
+    """List the extractions of a store, with networks and digests of their weights.
+
+    Example: h2t ls pets.zarr
+    """
+    from h2t_store.storage.store import FeatureStore
+
+    opened = FeatureStore(store)
+    rows: list[dict[str, Any]] = []
+    for name in opened.names():
+        try:
+            rows.append({"name": name} | _summary(opened.open(name)))
+        except StoreError as error:
+            rows.append({"name": name, "state": f"damaged: {error}"})
+    if as_json:
+        print(json_text(rows))
+        return
+    columns = ("name", "images", "classes", "features", "layers", "stored", "model", "state")
+    shown = [row | {"stored": size(row["stored"])} if "stored" in row else row for row in rows]
+    table(columns, [[row.get(column, "") for column in columns] for row in shown])
+
+
+@app.command()
+def info(store: Store, name: Name, as_json: Json = False) -> None:
+    """Print one extraction: layers and their sizes, classes, skipped images, and how it was made.
+
+    Example: h2t info pets.zarr pets/train
+    """
+    from h2t_store.storage.store import FeatureStore
+
+    extraction = FeatureStore(store).open(name)
+    header, failures = extraction.header, extraction.skipped()
+    if as_json:
+        layers = [
+            {"layer": layer.name, "activation": layer.shape, "start": layer.start, "stop": layer.stop}
+            | {"target_sizes": layer.target_sizes}
+            for layer in header.layers
+        ]
+        found = {"name": name} | _summary(extraction) | {"dtype": header.dtype, "class_names": header.classes}
+        print(json_text(found | extraction.provenance | {"failures": failures, "layer_list": layers}))
+        return
+    shown: dict[str, Any] = {
+        "name": name,
+        "images": header.n_samples,
+        "classes": list(header.classes) or "unlabelled",
+        "features": f"{header.n_features} from {len(header.layers)} layers, {header.dtype}",
+        "stored": size(extraction.stored_bytes()),
+        "state": _state(extraction),
+    }
+    made = extraction.provenance["inputs"] | extraction.provenance["environment"]
+    facts(shown | {key: value for key, value in made.items() if key not in shown})
+    for sample, reason in failures:
+        print(f"skipped {sample}: {reason}")
+    print()
+    rows = [(layer.name, by_shape(layer.shape), f"{layer.start}:{layer.stop}", layer.width) for layer in header.layers]
+    table(("layer", "activation", "columns", "width"), rows)
+
+
+@app.command()
+def verify(
+    store: Store,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One extraction; by default all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read everything and name each damaged or missing chunk and any changed metadata; exit status 3 if any.
+
+    Example: h2t verify pets.zarr
+    """
+    from h2t_store.storage.store import FeatureStore
+    from h2t_store.storage.verify import verify as damages_of
+
+    opened = FeatureStore.unchecked(store)
+    with progress("row blocks") as meter:
+        found = {
+            each: [damage._asdict() for damage in damages_of(opened, each, meter)]
+            for each in (opened.names() if name is None else [name])
+        }
+    if as_json:
+        print(json_text(found))
+    for each, damages in found.items() if not as_json else ():
+        for damage in damages:
+            print(f"{damage['path']}: {damage['problem']}")
+        if damages:
+            print(f"{each}: {len(damages)} things are damaged")
+        else:
+            extraction = opened.open(each)
+            print(f"{each}: sound{'' if extraction.complete else f' as far as it is: {_state(extraction)}'}")
+    if any(found.values()):
+        raise typer.Exit(3)
+
+
+@app.command()
+def repair(
+    store: Store,
+    name: Name,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Where the images are now.", show_default="where they were"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The network, if its name has changed.", show_default="as recorded"),
+    ] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Restore metadata from its copies, and compute damaged row blocks again, and only those.
+
+    Images and network must be the same.
+
+    Example: h2t repair pets.zarr pets/train --data /mnt/moved/pets/train
+    """
+    from h2t_store.repairing import repair as restore
+
+    with interruption.computing() as meter:
+        damages = restore(
+            store, name, data=data, model=model, workers=workers, stopped=interruption.asked, progress=meter
+        )
+    n_blocks = len({damage.block for damage in damages if damage.kind == "block"})
+    if as_json:
+        print(json_text({"damages": [damage._asdict() for damage in damages], "computed": meter.computed}))
+    elif damages:
+        print(f"{store}: {name}: {len(damages)} things repaired, {n_blocks} row blocks computed again")
+    else:
+        print(f"{store}: {name}: nothing is damaged")
+
+
+@app.command()
+def rm(
+    store: Store,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove one extraction, after asking.
+
+    Example: h2t rm pets.zarr pets/train
+    """
+    from h2t_store.storage.store import FeatureStore
+
+    opened = FeatureStore(store)
+    try:
+        summary = _summary(opened.open(name))
+        what = short(summary | {"stored": size(summary["stored"])})
+    except DamagedError:
+        what = "damaged"
+    if not yes and not typer.confirm(f"Remove {name} ({what}) from {store}?", err=True):
+        raise H2TError("nothing was removed")
+    with opened.lock(name):
+        opened.remove(name)
+    print(json_text({"removed": name}) if as_json else f"{store}: {name} removed")
+
+
+@app.command()
+def export(
+    store: Store,
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Name that ends in .npy, .parquet or .safetensors.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="GLOBS", help="Only these layers, joined by commas.", show_default="all"),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep copies of what is read from a URL in this folder, and read them next."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write features, labels and identifiers to one file, as float32.
+
+    Example: h2t export pets.zarr pets/train pets.parquet --layers 'layer4.*'
+    """
+    from h2t_store.export import export as write
+    from h2t_store.matrix import open_features
+
+    matrix = open_features(store, name, cache=cache)
+    if layers is not None:
+        matrix = matrix.select_layers(layers.split(","))
+    with progress("rows") as meter:
+        write(matrix, file, meter)
+    n_bytes = file.stat().st_size
+    if as_json:
+        print(json_text({"file": str(file), "rows": matrix.shape[0], "features": matrix.shape[1], "bytes": n_bytes}))
+    else:
+        print(f"{file}: {matrix.shape[0]} rows x {matrix.shape[1]} features, {size(n_bytes)}")
+
+
+def _summary(extraction: "Extraction") -> dict[str, Any]:
+    header = extraction.header
+    inputs = header.provenance["inputs"]
+    return {
+        "images": header.n_samples,
+        "classes": len(header.classes),
+        "features": header.n_features,
+        "layers": len(header.layers),
+        "stored": extraction.stored_bytes(),
+        "model": f"{inputs.get('model')} {inputs.get('weights_sha256')!s:.8}",
+        "state": _state(extraction),
+    }
+
+
+def _state(extraction: "Extraction") -> str:
+    if extraction.complete:
+        return f"complete, {extraction.n_failed} skipped" if extraction.n_failed else "complete"
+    committed = extraction.committed()
+    return f"{int(committed.sum())} of {len(committed)} row blocks"
