@@ -20,7 +20,7 @@ from h2t_store.engines import local, plan
 from h2t_store.engines.preparation import prepare
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError
 from h2t_store.extracting import expected_seconds, extract_job
-from h2t_store.images import ArraySource
+from h2t_store.images import Source
 from h2t_store.storage.store import FeatureStore
 from h2t_store.storage.verify import verify
 
@@ -108,14 +108,14 @@ def test_an_extraction_without_any_image_is_an_error(tmp_path, folder):
 
 
 def test_a_worker_that_is_killed_is_not_blamed_on_the_network_or_a_picture(tmp_path, images, monkeypatch):
-    real = ArraySource.picture
+    real = Source.picture
 
     def picture(self, row):
         if row == 20:  # as the system does with one that is too large for the memory
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, row)
 
-    monkeypatch.setattr(ArraySource, "picture", picture)
+    monkeypatch.setattr(Source, "picture", picture)
     job = prepare((images, None), model=MODEL, batch_size=4)
     with pytest.raises(DataError, match=r"^a process that decodes images failed: .*fewer workers"):
         extract_job(job, FeatureStore(tmp_path / "s", create=True), "x", workers=1)

@@ -69,13 +69,14 @@ class _Images(Dataset[_Item]):
     def __getitem__(self, row: int) -> _Item:
         name = shown(self.source.where(row))
         try:
-            image, remarks = self.source.picture(row)
+            picture = self.source.picture(row)
         except DataError as error:
             return _Item(str(error), name)
         try:
-            return _Item(self.transform(image), name, remarks)
+            return _Item(self.transform(picture.image), name, picture.remarks)
         except Exception as error:  # memory that does not suffice, for one
-            return _Item(f"{name}: {image.width} x {image.height} pixels cannot be prepared: {one_line(error)}", name)
+            width, height = picture.image.size
+            return _Item(f"{name}: {width} x {height} pixels cannot be prepared: {one_line(error)}", name)
 
 
 def _collate(items: Sequence[_Item]) -> _Batch:

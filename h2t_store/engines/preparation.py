@@ -189,7 +189,7 @@ def prepare(
     images_at_once = choose_batch_size(forward, (height, width)) if batch_size == "auto" else int(batch_size)
     whole = with_whole_paths(data, model=model, data_dir=data_dir, checkpoint=checkpoint)
     arguments = {
-        "data": None if isinstance(data, tuple) else os.fspath(whole["data"]),
+        "data": os.fspath(whole["data"]) if isinstance(data, str | os.PathLike) else None,
         "model": whole["model"] if isinstance(model, str) else None,
         "split": split,
         "data_dir": whole["data_dir"],
