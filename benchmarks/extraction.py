@@ -46,7 +46,6 @@ import numpy as np
 import timm
 import torch
 from common import alternate, launch, machine, peak_mb, ratio, shown
-from h2t_store.engines.opening import open_engine
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import resolve_data_config
@@ -54,6 +53,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store import extract
+from h2t_store.engines import open_engine
 from h2t_store.engines.preparation import Job, prepare
 from h2t_store.extracting import Running, fill
 from h2t_store.images import Source

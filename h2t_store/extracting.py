@@ -159,6 +159,9 @@ def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Runn
         _give_up_extension(job, store, name)
     engine.meet()
     if running.append:
+        if engine.leads:
+            _roll_back(job, store, name)
+        engine.meet()
         begun = store.find(name)
         if begun is not None and not begun.complete:
             fill(_earlier_rows(arranged(job, begun), begun), store, name, engine, replace(running, append=False))
@@ -223,8 +226,21 @@ def _extend(job: Job, store: FeatureStore, name: str, begun: Extraction) -> Extr
     if different:
         raise StoreError(f"{begun.where} was made from something else ({'; '.join(different)}): it cannot be extended")
     require_same_environment(begun, job)
-    header = job.header((*begun.header.segments, begun.header.n_samples), begun.header.rows_per_block)
+    old = begun.header
+    header = replace(job.header(), rows_per_block=old.rows_per_block, codec=old.codec, shards=old.shards)
     return store.extend(name, header, job.source.y, job.source.sample_ids)
+
+
+def _roll_back(job: Job, store: FeatureStore, name: str) -> None:
+    """Give up an unfinished extension if the images that it was to add have changed."""
+    begun = store.find(name)
+    if begun is None or begun.complete or not begun.header.segments:
+        return
+    with suppress(DataError):
+        if _earlier_rows(arranged(job, begun), begun).inputs == begun.header.provenance["inputs"]:
+            return
+    store.require_lock(name)
+    begun.roll_back()
 
 
 def _reopen_damaged(extraction: Extraction, name: str) -> None:
@@ -239,11 +255,10 @@ def _reopen_damaged(extraction: Extraction, name: str) -> None:
             extraction.reopen(gone)
         return
     for block in np.flatnonzero(extraction.committed()).tolist():
-        damage = next(iter(damaged_chunks(extraction, name, block)), None)
-        if damage is not None:
-            _log.warning(
-                "%s: row block %d is computed again: %s: %s", extraction.where, block, damage.path, damage.problem
-            )
+        damages = damaged_chunks(extraction, name, block)
+        if damages:
+            path, problem = damages[0].path, damages[0].problem
+            _log.warning("%s: row block %d is computed again: %s: %s", extraction.where, block, path, problem)
             extraction.reopen([block])
 
 
@@ -255,8 +270,7 @@ def _missing(extraction: Extraction, engine: Engine) -> Plan:
             "%s: %d of %d row blocks are stored, computing the rest", extraction.where, committed.sum(), len(committed)
         )
     missing = engine.share(np.flatnonzero(~committed))
-    extended = {row // header.rows_per_block for row in header.segments}.intersection(missing.tolist())
-    known = {block: extraction.known_rows(block) for block in extended}
+    known = {block: extraction.known_rows(block) for block in missing.tolist()}
     return Plan(header.n_samples, header.rows_per_block, missing, known)
 
 

@@ -57,24 +57,17 @@ class Job:
     batch_size: int
     environment: dict[str, Any]
 
-    def header(self, segments: tuple[int, ...] = (), rows_per_block: int | None = None) -> ExtractionHeader:
-        """Header of the extraction; equal ``inputs`` in its provenance mean equal features.
-
-        Parameters
-        ----------
-        segments : tuple of int
-            Rows at which the extraction was extended.
-        rows_per_block : int, optional
-            Of the extraction that is extended; by default what suits the number of images.
-        """
+    def header(self) -> ExtractionHeader:
+        """Header of a new extraction; equal ``inputs`` in its provenance mean equal features."""
         return ExtractionHeader(
             n_samples=len(self.source),
-            rows_per_block=rows_per_block or self._rows_per_block,
+            rows_per_block=self._rows_per_block,
             dtype=self.settings.dtype,
             classes=self.source.classes,
             layers=self.layers,
             provenance={"inputs": self.inputs, "environment": self.environment},
-            segments=segments,
+            codec=self.settings.codec,
+            shards=self.settings.shards,
         )
 
     @property
