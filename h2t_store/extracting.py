@@ -155,6 +155,9 @@ def _earlier_rows(job: Job, begun: Extraction) -> Job:
 
 def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Running) -> None:
     """Do what is missing of a job, under the lock of its name."""
+    if running.append and engine.leads:
+        _give_up_extension(job, store, name)
+    engine.meet()
     if running.append:
         if engine.leads:
             _roll_back(job, store, name)
@@ -204,6 +207,18 @@ def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Job,
         if new > 0 and _earlier_rows(job, begun).inputs == begun.header.provenance["inputs"]:
             raise StoreError(f"{begun.where}: the data has {new} more images now: add them with --append") from error
         raise
+
+
+def _give_up_extension(job: Job, store: FeatureStore, name: str) -> None:
+    """Roll an interrupted extension back if the images that it was to add are others now."""
+    begun = store.find(name)
+    if begun is None or begun.complete or not begun.header.segments:
+        return
+    with suppress(DataError):
+        if _earlier_rows(arranged(job, begun), begun).inputs == begun.header.provenance["inputs"]:
+            return
+    store.require_lock(name)
+    begun.roll_back()
 
 
 def _extend(job: Job, store: FeatureStore, name: str, begun: Extraction) -> Extraction:

@@ -28,19 +28,13 @@ from h2t_store.engines.writer import Filling, Writer
 from h2t_store.errors import ModelError, StoppedError, one_line
 from h2t_store.images import Source
 from h2t_store.settings import Settings
-from h2t_store.storage.store import Extraction
+from h2t_store.storage.extraction import Extraction
 
 __all__ = ["LocalEngine", "seconds_per_image"]
 
 
 class LocalEngine(Engine):
-    """This process, with others that decode images.
-
-    Parameters
-    ----------
-    workers : int, optional
-        Processes that decode; by default as many as suit the images. 0 decodes in this process.
-    """
+    """This process; ``workers`` others decode the images."""
 
     def __init__(self, workers: int | None = None) -> None:
         check_workers(workers)
