@@ -14,7 +14,7 @@ import h2t_store
 from h2t_store import open_features
 from h2t_store.engines import plan, preparation
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError, TapError
-from h2t_store.images import source
+from h2t_store.images import Source
 from h2t_store.storage import chunks
 from h2t_store.storage.store import Extraction
 
@@ -70,7 +70,7 @@ def test_a_second_call_computes_nothing(tmp_path, folder, monkeypatch, caplog):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_a_picture_that_changes_before_it_is_decoded_leaves_no_row(tmp_path, folder, monkeypatch, workers, limit):
-    monkeypatch.setattr(source, "_MAX_DIGESTED_BYTES", limit)
+    monkeypatch.setattr(Source, "max_digested_bytes", limit)
 
     def overwrite(done, total, size):
         path = folder / "d" / "39.png"
@@ -85,7 +85,7 @@ def test_a_picture_that_changes_before_it_is_decoded_leaves_no_row(tmp_path, fol
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_beyond_what_is_digested_a_picture_that_changed_in_place_is_noticed(tmp_path, folder, monkeypatch, finished):
-    monkeypatch.setattr(source, "_MAX_DIGESTED_BYTES", 0)
+    monkeypatch.setattr(Source, "max_digested_bytes", 0)
     common = dict(model=MODEL, store=tmp_path / "s", name="x", workers=0)
     with contextlib.nullcontext() if finished else pytest.raises(StoppedError):
         extract(folder, stopped=lambda: not finished, **common)
@@ -134,9 +134,8 @@ def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, 
         if len(calls) < crash_at:
             return write(self, block, *rest, **others)
         if when == "before the commit":
-            path = f"features/{self.header.layers[0].name}"
-            sevens = np.full((16, self.header.layers[0].width), 7, np.float16)
-            chunks.write_chunk(self.chunk_file(path, block), sevens, self.specs[path])
+            path = self.chunk_file(f"features/{self.header.layers[0].name}", block, 0)
+            chunks.write_chunk(path, np.full((16, self.header.layers[0].width), 7, np.float16))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Extraction, "write_block", crashing)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from h2t_store.errors import DataError
-from h2t_store.images import arrange, open_source
-from h2t_store.images import source as source_module
+from h2t_store.images import Source, arrange, open_source
 from h2t_store.images.names import as_names
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -342,7 +341,7 @@ def test_the_description_is_of_the_content_and_not_of_the_place(folder, images):
 
 @pytest.fixture(params=[1 << 30, 0], ids=["digested", "beyond the limit"])
 def limit(request, monkeypatch):
-    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", request.param)
+    monkeypatch.setattr(Source, "max_digested_bytes", request.param)
 
 
 def changed(content: bytes) -> bytes:
@@ -416,7 +415,7 @@ def test_a_picture_that_changes_after_it_was_described_is_not_read(tmp_path, kin
 
 
 def test_beyond_the_limit_the_description_is_of_sizes_and_times(folder, monkeypatch):
-    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", 5000)
+    monkeypatch.setattr(Source, "max_digested_bytes", 5000)
     source = open_source(folder)
     assert "paths_sizes_and_times_sha256" in source.description
     assert "contents_sha256" in source.take(np.arange(3)).description
@@ -429,7 +428,7 @@ def test_beyond_the_limit_the_description_is_of_sizes_and_times(folder, monkeypa
 
 def test_beyond_the_limit_a_table_that_was_written_again_is_another_one(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", 0)
+    monkeypatch.setattr(Source, "max_digested_bytes", 0)
     path = tmp_path / "p" / "train.parquet"
 
     def described(pixels, time, cache):
@@ -483,8 +482,8 @@ def test_labels_are_described_by_their_names(images):
 
 def test_each_image_is_digested_once(folder, monkeypatch):
     source, read = open_source(folder), []
-    content = type(source).content
-    monkeypatch.setattr(type(source), "content", lambda self, row: read.append(row) or content(self, row))
+    real = type(source).read
+    monkeypatch.setattr(type(source), "read", lambda self, row: read.append(row) or real(self, row))
     first = source.take(np.arange(10)).description
     assert len(read) == 10
     _ = source.description

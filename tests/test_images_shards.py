@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import raises_with
 from PIL import Image
-from test_datasets_tar import as_png, write_tar
+from test_images_tar import as_png, write_tar
 
 from h2t_store.images import arrange, open_source
 

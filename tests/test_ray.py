@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from conftest import MODELS, files_below
 from object_server import serving
 from PIL import Image
 
-from h2t_store import extract
-from h2t_store.engines import open_engine, plan
+import h2t_store
+from h2t_store.engines import open_engine
 from h2t_store.engines.plan import Plan
 from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
+from h2t_store.settings import Settings
 from h2t_store.storage.places import open_place
 from h2t_store.storage.store import FeatureStore
 
@@ -26,6 +28,7 @@ ray = pytest.importorskip("ray")
 from h2t_store.engines.ray import RayEngine  # noqa: E402
 
 MODEL = f"{MODELS}:small_input"
+extract = partial(h2t_store.extract, rows_per_block=16)  # several row blocks out of few images
 MORTAL = """
 import os
 import signal
@@ -79,11 +82,6 @@ def cluster(s3):
     yield nodes
     ray.shutdown()
     nodes.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 def tree(store: Path, name: str) -> dict[str, bytes]:
@@ -174,10 +172,9 @@ def test_workers_that_die_are_replaced(cluster, tmp_path, folder):
 
 def test_a_network_that_always_dies_is_an_error(cluster, tmp_path, folder):
     with RayEngine(1, deaths_of_each=1) as engine:
-        job = engine.prepare(folder, model=mortal(tmp_path, 9), batch_size=4)
-        extraction = FeatureStore(tmp_path / "s", create=True).begin(
-            "x", job.header(job.source), job.source.y, job.source.sample_ids
-        )
+        job = engine.prepare(Settings(data=folder, model=mortal(tmp_path, 9), batch_size=4))
+        store = FeatureStore(tmp_path / "s", create=True)
+        extraction = store.begin("x", job.header(), job.source.y, job.source.sample_ids)
         with pytest.raises(H2TError, match="2 Ray workers died in a row"):
             engine.run(job, extraction, Plan(40, extraction.header.rows_per_block))
 
@@ -217,12 +214,10 @@ def test_a_driver_that_is_killed_leaves_what_can_be_finished(cluster, tmp_path, 
     script = f"""
 import os, signal
 from h2t_store import extract
-from h2t_store.engines import plan
-plan._ROWS_OF_FEW = 16
 def kill(done, *_):
     if done:
         os.kill(os.getpid(), signal.SIGKILL)
-extract({str(folder)!r}, progress=kill, **{common | on_ray!r})
+extract({str(folder)!r}, progress=kill, rows_per_block=16, **{common | on_ray!r})
 """
     killed = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL

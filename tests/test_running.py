@@ -22,7 +22,7 @@ from h2t_store.engines.loading import load_batch
 from h2t_store.engines.local import seconds_per_image
 from h2t_store.engines.preparation import prepare
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError
-from h2t_store.images import ArraySource
+from h2t_store.images import Source
 from h2t_store.settings import Settings
 from h2t_store.storage.store import FeatureStore
 from h2t_store.storage.verify import verify
@@ -107,14 +107,14 @@ def test_an_extraction_without_any_image_is_an_error(tmp_path, folder):
 
 
 def test_a_worker_that_is_killed_is_not_blamed_on_the_network_or_a_picture(tmp_path, images, monkeypatch):
-    real = ArraySource.picture
+    real = Source.picture
 
     def picture(self, row):
         if row == 39:  # as the system does with one that is too large for the memory
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, row)
 
-    monkeypatch.setattr(ArraySource, "picture", picture)
+    monkeypatch.setattr(Source, "picture", picture)
     with pytest.raises(DataError, match=r"^a process that decodes images failed: .*fewer workers"):
         extract((images, None), model=MODEL, store=tmp_path / "s", name="x", batch_size=4, workers=1)
     committed = FeatureStore(tmp_path / "s").open("x").committed()
@@ -276,7 +276,7 @@ def test_what_is_to_be_expected_is_what_comes(tmp_path, images):
     job = prepare(Settings(data=(images, None), model=MODEL, target_size=[4, 100], rows_per_block=16))
     matrix = extract((images, None), model=MODEL, target_size=[4, 100], store=tmp_path / "s", name="x")
     stored = sum(path.stat().st_size for path in (tmp_path / "s/x/features").rglob("c/*/*"))
-    assert job.expected_bytes() == stored
+    assert sum(map(job.layer_bytes, job.layers)) == stored
     assert job.layers == matrix.layers
     assert seconds_per_image(job.forward, job.source, job.batch_size) > 0
 

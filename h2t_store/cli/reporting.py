@@ -22,33 +22,22 @@ class Meter:
 
     def __init__(self, unit: str, show: Callable[["Meter"], None]) -> None:
         self._unit, self._show = unit, show
-        self.total = self.done = self.first = self.bytes = 0
+        self.total = self.done = self.computed = self.bytes = 0
         self.began: float | None = None
 
     def __call__(self, done: int, total: int, n_bytes: int = 0) -> None:
         if self.began is None:
-            self.began, self.first = time.perf_counter(), done
-        self.done, self.total, self.bytes = done, total, n_bytes
+            self.began, self._first = time.perf_counter(), done
+        self.done, self.total, self.bytes, self.computed = done, total, n_bytes, done - self._first
         self._show(self)
-
-    @property
-    def computed(self) -> int:
-        """Units done since the first call."""
-        return self.done - self.first
-
-    @property
-    def rate(self) -> float:
-        """Units per second; 0 until there are some."""
-        return self.computed / (time.perf_counter() - self.began) if self.began and self.computed else 0.0
 
     def __str__(self) -> str:
         parts = [f"{self.done}/{self.total} {self._unit}"]
-        if self.rate:
-            parts.append(f"{self.rate:.{0 if self.rate >= 10 else 1}f}/s")
         if self.bytes:
             parts.append(f"{size(self.bytes)} computed")
-        if self.rate:
-            parts.append(f"{duration((self.total - self.done) / self.rate)} left")
+        if self.began and self.computed:
+            rate = self.computed / (time.perf_counter() - self.began)
+            parts += [f"{rate:.{0 if rate >= 10 else 1}f}/s", f"{duration((self.total - self.done) / rate)} left"]
         return ", ".join(parts)
 
 
@@ -65,7 +54,7 @@ def progress(unit: str) -> Iterator[Meter]:
 
     def line(meter: Meter) -> None:
         nonlocal printed
-        if meter.rate and meter.done < meter.total and time.perf_counter() - printed >= _PLAIN_SECONDS:
+        if meter.computed and meter.done < meter.total and time.perf_counter() - printed >= _PLAIN_SECONDS:
             printed = time.perf_counter()
             print(meter, file=sys.stderr, flush=True)
 

@@ -13,7 +13,7 @@ from h2t_store.engines.plan import RowBlock
 from h2t_store.engines.preparation import Job
 from h2t_store.engines.remarks import Remarks
 from h2t_store.settings import Settings
-from h2t_store.storage.store import Extraction
+from h2t_store.storage.extraction import Extraction
 
 __all__ = ["Engine"]
 

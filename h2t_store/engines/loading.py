@@ -23,7 +23,6 @@ from h2t_store.images.names import shown
 BATCHES_AHEAD = 2
 _MAX_DEFAULT_WORKERS = 4
 _GUARD = "put what it is to do once below: if __name__ == '__main__':"
-_DIGEST_BYTES = 16
 
 OnError = Literal["raise", "skip"]
 Transform = Callable[[Image.Image], Tensor]
@@ -42,7 +41,7 @@ class Batch(NamedTuple):
 def load_batch(source: Source, transform: Transform, rows: list[int]) -> Batch:
     """Decode and transform some rows; a row that fails is reported, not raised."""
     images, failed, remarks = [], {}, Remarks()
-    digests = np.zeros((len(rows), _DIGEST_BYTES), np.uint8)
+    digests = np.zeros((len(rows), 16), np.uint8)
     for i, row in enumerate(rows):
         name = shown(source.where(row))
         try:
@@ -51,7 +50,7 @@ def load_batch(source: Source, transform: Transform, rows: list[int]) -> Batch:
         except DataError as error:
             failed[i] = str(error)
             continue
-        digests[i] = np.frombuffer(getattr(picture, "digest", bytes(_DIGEST_BYTES)), np.uint8)
+        digests[i] = np.frombuffer(picture.digest, np.uint8)
         remarks.add(dict.fromkeys(picture.remarks, (1, name)))
     return Batch(rows, torch.stack(images) if images else torch.empty(0), digests, failed, remarks)
 

@@ -28,7 +28,7 @@ from h2t_store.engines.writer import Filling, Writer
 from h2t_store.errors import ModelError, StoppedError, one_line
 from h2t_store.images import Source
 from h2t_store.settings import Settings
-from h2t_store.storage.store import Extraction
+from h2t_store.storage.extraction import Extraction
 
 __all__ = ["LocalEngine", "seconds_per_image"]
 

@@ -35,8 +35,8 @@ from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import H2TError, StoppedError, one_line
 from h2t_store.network import code_digest
 from h2t_store.settings import Settings
+from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.places import Place
-from h2t_store.storage.store import Extraction
 from h2t_store.switches import Switch
 
 try:
@@ -194,8 +194,7 @@ class RayEngine(Engine):
 
     def prepare(self, settings: Settings) -> Job:
         """Prepare on a worker, as this machine may lack the GPU that it takes to try; log here what is logged there."""
-        model = settings.model
-        num_gpus = self._gpus_of_each(_resources(), settings.device)
+        model, num_gpus = settings.model, self._gpus_of_each(_resources(), settings.device)
         with _in_one_line():
             if isinstance(model, nn.Module):
                 _send_code_of(model)

@@ -12,7 +12,7 @@ import torch
 from h2t_store.engines.forward import Features, Forward
 from h2t_store.engines.loading import Batch
 from h2t_store.engines.plan import RowBlock
-from h2t_store.storage.store import Extraction
+from h2t_store.storage.extraction import Extraction
 
 __all__ = ["Filling", "Writer"]
 
@@ -70,7 +70,7 @@ class Writer:
             block.number,
             [layer.numpy() for layer in filled.features],
             filled.norms.numpy(),
-            np.zeros((len(filled.norms), 16), np.uint8),
+            filled.digests,
             filled.failures,
             known=known,
         )

@@ -7,10 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store.errors import DataError
-from h2t_store.images.names import Classes, as_names, count
+from h2t_store.images.names import Classes, as_names, counted
 from h2t_store.images.source import Source
-
-__all__ = ["arrange"]
 
 S = TypeVar("S", bound=Source)
 
@@ -18,20 +16,8 @@ S = TypeVar("S", bound=Source)
 def arrange(source: S, sample_ids: Sequence[str], classes: Classes) -> S:
     """Bring a source into the order of what was read from it before.
 
-    Parameters
-    ----------
-    source : Source
-        The data as it is now.
-    sample_ids : sequence of str
-        Identifiers of the earlier rows.
-    classes : tuple of str or of int
-        The earlier classes.
-
-    Returns
-    -------
-    Source
-        The earlier rows first, in their order (those that share an identifier, in the order of the source), then the
-        others in the order of the source. ``classes`` begin with the earlier ones.
+    Earlier rows come first, in their order (those that share an identifier, in the order of the source), then the
+    others in the order of the source; ``classes`` begin with the earlier ones.
 
     Raises
     ------
@@ -58,11 +44,11 @@ def _rows_of(wanted: list[str], present: list[str]) -> NDArray[np.int64]:
     rows = np.empty(len(wanted), dtype=np.int64)
     missing = []
     for i, name in enumerate(wanted):
-        rows[i] = row = first.get(name, -1)
-        if row < 0:
+        rows[i] = first.get(name, -1)
+        if rows[i] < 0:
             missing.append(name)
         else:
-            first[name] = int(following[row])
+            first[name] = int(following[rows[i]])
     if missing:
-        raise DataError(f"data: {count(missing, f'of {len(wanted)} images are no longer there')[0]}")
+        raise DataError(f"data: {counted(missing, f'of {len(wanted)} images are no longer there')}")
     return rows

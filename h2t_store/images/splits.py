@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from h2t_store.errors import DataError, did_you_mean
 from h2t_store.images.names import shown
 
-__all__ = ["choose_split", "find_split"]
-
 _SYNONYMS = {
     name: names[0]
     for names in (

@@ -5,13 +5,11 @@ from PIL import Image
 
 from h2t_store.images.depth import grey_bits
 
-__all__ = ["as_rgb", "require_readable"]
-
-_MODES_BEFORE_RGB = {"P": "RGBA", "LA": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
-_WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _ACCEPTED = "accepted are unsigned 8 and 16 bits per channel"
 _SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT, _DNG_VERSION = 254, 258, 262, 284, 339, 50706
 _SIGNED = 2
+_WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+_NOT_MULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 _TRANSPARENT = "are transparent in part: transparency is dropped and the colours under it are used, as in timm"
 _GUESSED = "are 16-bit grey without a value above {}: taken for {}-bit (if that is wrong, convert to 8 bits)"
@@ -32,15 +30,7 @@ def require_readable(image: Image.Image) -> None:
 
 
 def as_rgb(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[str]]:
-    """RGB, and remarks.
-
-    Parameters
-    ----------
-    image : Image
-        Of any mode.
-    bits : int or None
-        Per channel, as declared; None where 16 bits are there and nothing is declared.
-    """
+    """RGB and remarks; ``bits`` per channel are declared, None where 16 bits are there and nothing is declared."""
     if image.mode == "F":
         raise ValueError(f"floating-point pixels; {_ACCEPTED}")
     if image.mode.startswith("I"):
@@ -48,9 +38,11 @@ def as_rgb(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[str]
     narrow = bits is not None and 8 < bits < 16
     if narrow and image.format == "TIFF":
         raise ValueError(f"{bits}-bit colour in 16 bits; {_ACCEPTED}")
+    if image.mode in _NOT_MULTIPLIED:
+        image = image.convert(_NOT_MULTIPLIED[image.mode])
     remarks = _transparency(image, bits)
-    while image.mode in _MODES_BEFORE_RGB:
-        image = image.convert(_MODES_BEFORE_RGB[image.mode])
+    if image.mode in ("P", *_WITH_ALPHA):
+        image = image.convert("RGBA")
     image = image.convert("RGB")
     if (bits is None or narrow) and max(high for _, high in image.getextrema()) < 16:  # type: ignore[misc]
         remarks.append(_DARK)
@@ -82,7 +74,5 @@ def _transparency(image: Image.Image, bits: int | None) -> list[str]:
         return []
     if image.mode in ("L", "RGB") and bits != 8:
         return [_TRANSPARENT]  # PIL scales the pixels, but not the transparent colour
-    while image.mode in ("La", "RGBa"):
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
     return [_TRANSPARENT] if lowest < 255 else []  # type: ignore[operator]
