@@ -17,7 +17,7 @@ from h2t_store.errors import DataError, StoreError, one_line
 from h2t_store.images import arrange
 from h2t_store.matrix import FeatureMatrix, open_features
 from h2t_store.settings import Running, Settings, split
-from h2t_store.storage.layout import ExtractionHeader, check_name
+from h2t_store.storage.layout import check_name
 from h2t_store.storage.places import in_one_process
 from h2t_store.storage.store import Extraction, FeatureStore, differences
 from h2t_store.storage.verify import damaged_chunks
@@ -137,11 +137,9 @@ def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Runn
         engine.meet()  # all have the same list before the first block is committed
         _run(job, extraction, missing, engine, running)
     engine.meet()
-    if engine.leads:
-        if not extraction.complete:
-            store.require_lock(name)
-            extraction.finish()
-        _warn_about_siblings(store, name, extraction.header)
+    if engine.leads and not extraction.complete:
+        store.require_lock(name)
+        extraction.finish()
     engine.meet()
 
 
@@ -235,20 +233,6 @@ def _run(job: Job, extraction: Extraction, missing: Plan, engine: Engine, runnin
         raise StoreError(f"{extraction.where} cannot be written: {reason}") from error
     finally:
         remarks.log()
-
-
-def _warn_about_siblings(store: FeatureStore, name: str, header: ExtractionHeader) -> None:
-    """Warn if ``pets/train`` and ``pets/test`` do not go together: other kinds of labels, or other weights."""
-    parent = name.rpartition("/")[0]
-    siblings = [other for other in store.names() if other != name and other.rpartition("/")[0] == parent]
-    for sibling in siblings if parent else []:
-        with suppress(StoreError):
-            other = store.open(sibling).header
-            if len({type(label) for label in (*header.classes, *other.classes)}) > 1:
-                _log.warning("labels of %s and %s differ: integers in one, names in the other", name, sibling)
-            mine, theirs = header.provenance["inputs"], other.provenance["inputs"]
-            if mine["model"] == theirs["model"] and mine["weights_sha256"] != theirs["weights_sha256"]:
-                _log.warning("%s and %s were made by %s with different weights", name, sibling, mine["model"])
 
 
 def require_same_environment(extraction: Extraction, job: Job) -> None:

@@ -2,12 +2,14 @@
 
 import sys
 import time
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from h2t_store.cli.flags import EXIT_CODES, Json, Version, folders, with_settings
-from h2t_store.cli.reporting import by_shape, duration, facts, json_text, size, table
+from h2t_store.cli.reporting import facts, json_text, short, table
 from h2t_store.cli.running import interruption
 from h2t_store.settings import Running, Settings, split
 
@@ -96,16 +98,16 @@ def _print_plan(name: str, settings: Settings, running: Running, as_json: bool) 
         ]
         print(json_text(total | {"batch_size": job.batch_size, "preprocessing": preprocessing, "layers": layers}))
         return
-    rows = [(each.name, by_shape(each.shape), each.width, size(job.layer_bytes(each))) for each in job.layers]
+    rows = [(each.name, short(each.shape), each.width, decimal(job.layer_bytes(each))) for each in job.layers]
     table(("layer", "activation", "width", "stored"), rows)
     print()
     facts(
         {
             "images": n_images,
             "features": f"{n_columns} from {len(rows)} layers, {settings.dtype}",
-            "stored": size(n_bytes),
+            "stored": decimal(n_bytes),
             "preprocessing": preprocessing,
             "batch size": job.batch_size,
-            "time": f"{duration(seconds)}, {n_images / seconds:.1f} images/s",
+            "time": f"{timedelta(seconds=round(seconds))}, {n_images / seconds:.1f} images/s",
         }
     )

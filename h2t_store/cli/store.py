@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from h2t_store.cli.flags import EXIT_CODES, WORKERS, Json, Name, Store, Version
-from h2t_store.cli.reporting import by_shape, facts, json_text, progress, short, size, table
+from h2t_store.cli.reporting import facts, json_text, progress, short, table
 from h2t_store.cli.running import interruption
 from h2t_store.errors import DamagedError, H2TError, StoreError
 
@@ -36,18 +37,18 @@ def ls(store: Store, as_json: Json = False) -> None:
     Example: h2t ls pets.zarr
     """
     opened = _open(store)
-    rows: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     for name in opened.names():
         try:
-            rows.append({"name": name} | _summary(opened.open(name)))
+            found[name] = _summary(opened.open(name))
         except StoreError as error:
-            rows.append({"name": name, "state": f"damaged: {error}"})
+            found[name] = {"state": f"damaged: {error}"}
     if as_json:
-        print(json_text(rows))
+        print(json_text([{"name": name} | summary for name, summary in found.items()]))
         return
-    columns = ("name", "images", "classes", "features", "layers", "stored", "model", "state")
-    shown = [row | {"stored": size(row["stored"])} if "stored" in row else row for row in rows]
-    table(columns, [[row.get(column, "") for column in columns] for row in shown])
+    columns = ("images", "classes", "features", "layers", "stored", "model", "state")
+    rows = [(name, *(_shown(summary).get(column, "") for column in columns)) for name, summary in found.items()]
+    table(("name", *columns), rows)
 
 
 @app.command()
@@ -67,20 +68,13 @@ def info(store: Store, name: Name, as_json: Json = False) -> None:
         found = {"name": name} | summary | {"dtype": header.dtype, "class_names": header.classes}
         print(json_text(found | extraction.provenance | {"failures": failures, "layer_list": layers}))
         return
-    shown: dict[str, Any] = {
-        "name": name,
-        "images": header.n_samples,
-        "classes": list(header.classes) or "unlabelled",
-        "features": f"{header.n_features} from {len(header.layers)} layers, {header.dtype}",
-        "stored": size(summary["stored"]),
-        "state": summary["state"],
-    }
-    made = extraction.provenance["inputs"] | extraction.provenance["environment"]
-    facts(shown | {key: value for key, value in made.items() if key not in shown})
+    inputs, environment = extraction.provenance["inputs"], extraction.provenance["environment"]
+    shown = {"name": name} | _shown(summary) | {"classes": list(header.classes) or "unlabelled"}
+    facts(shown | inputs | environment)
     for sample, reason in failures:
         print(f"skipped {sample}: {reason}")
     print()
-    rows = [(layer.name, by_shape(layer.shape), f"{layer.start}:{layer.stop}", layer.width) for layer in header.layers]
+    rows = [(layer.name, short(layer.shape), f"{layer.start}:{layer.stop}", layer.width) for layer in header.layers]
     table(("layer", "activation", "columns", "width"), rows)
 
 
@@ -157,8 +151,7 @@ def rm(
     """
     opened = _open(store)
     try:
-        summary = _summary(opened.open(name))
-        what = short(summary | {"stored": size(summary["stored"])})
+        what = short(_shown(_summary(opened.open(name))))
     except DamagedError:
         what = "damaged"
     if not yes and not typer.confirm(f"Remove {name} ({what}) from {store}?", err=True):
@@ -197,7 +190,7 @@ def export(
         write(matrix, file, meter)
     (n_rows, n_columns), n_bytes = matrix.shape, file.stat().st_size
     result = {"file": str(file), "rows": n_rows, "features": n_columns, "bytes": n_bytes}
-    print(json_text(result) if as_json else f"{file}: {n_rows} rows x {n_columns} features, {size(n_bytes)}")
+    print(json_text(result) if as_json else f"{file}: {n_rows} rows x {n_columns} features, {decimal(n_bytes)}")
 
 
 def _open(store: str) -> "FeatureStore":
@@ -214,9 +207,13 @@ def _summary(extraction: "Extraction") -> dict[str, Any]:
         "features": header.n_features,
         "layers": len(header.layers),
         "stored": extraction.stored_bytes(),
-        "model": f"{inputs.get('model')} {inputs.get('weights_sha256')!s:.8}",
+        "model": f"{inputs['model']} {inputs['weights_sha256']:.8}",
         "state": _state(extraction),
     }
+
+
+def _shown(summary: dict[str, Any]) -> dict[str, Any]:
+    return summary | {"stored": decimal(summary["stored"])} if "stored" in summary else summary
 
 
 def _state(extraction: "Extraction") -> str:
