@@ -76,7 +76,7 @@ def _require_complete(extraction: Extraction) -> None:
 
 
 def _replaced(extraction: Extraction) -> StoreError:
-    return StoreError(f"{extraction.where} was replaced by another extraction since this matrix was opened")
+    return StoreError(f"{extraction.where} was extended or replaced since this matrix was opened: open it again")
 
 
 class FeatureMatrix:

@@ -265,7 +265,7 @@ def test_a_pickle_notices_that_its_extraction_was_replaced(tmp_path: Path):
     with pytest.raises(StoreError, match="no extraction 'x'"):
         pickle.loads(data).shape  # noqa: B018
     write("two")
-    with pytest.raises(StoreError, match="was replaced"):
+    with pytest.raises(StoreError, match="was extended or replaced"):
         np.asarray(pickle.loads(data))
 
 

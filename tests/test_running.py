@@ -13,8 +13,10 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+import zarr
 from conftest import MODELS
 from PIL import Image
+from xxhash import xxh3_128_digest
 
 import h2t_store
 from h2t_store import open_features
@@ -53,6 +55,21 @@ def test_skipped_images_keep_their_row_and_are_masked(tmp_path, folder, workers)
     good = extract(folder / "c", name="c", **common)
     np.testing.assert_allclose(np.asarray(matrix[matrix.y == "c"]), np.asarray(good), rtol=2e-3, atol=1e-4)
     assert extract(folder, name="x", **common).shape[0] == 29
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_row_has_the_digest_of_its_file(tmp_path, folder, workers):
+    (folder / "a/04.png").write_text("no image")
+    matrix = extract(
+        folder, model=MODEL, store=tmp_path / "s", name="x", workers=workers, batch_size=4, on_error="skip"
+    )
+    assert dict(matrix.failures).keys() == {"a/04.png"}
+    digests = zarr.open_array(tmp_path / "s/x/digests")[:]
+    files = sorted(folder.glob("*/*.png"))
+    assert len(digests) == len(files) == 40
+    for file, digest in zip(files, digests, strict=True):
+        expected = bytes(16) if file.name == "04.png" else xxh3_128_digest(file.read_bytes())
+        assert digest.tobytes() == expected
 
 
 def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, folder):
@@ -197,19 +214,16 @@ def test_stopping_finishes_the_block_in_hand(tmp_path, images):
     np.testing.assert_array_equal(np.asarray(matrix), np.asarray(whole))
 
 
-def test_torchrun_shares_the_blocks_and_gives_the_same_bits(tmp_path, images):
-    (tmp_path / "p" / "a").mkdir(parents=True)
-    for i in range(1400):
-        Image.fromarray(np.roll(images[i % 40], i, axis=0)).save(tmp_path / "p" / "a" / f"{i:04}.bmp")
-    args = [str(tmp_path / "p"), "--model", MODEL, "--store", str(tmp_path / "s"), "--device", "cpu", "-j", "0"]
+def test_torchrun_shares_the_blocks_and_gives_the_same_bits(tmp_path, folder):
+    args = [str(folder), "--model", MODEL, "--store", str(tmp_path / "s"), "--device", "cpu", "-j", "0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "h2t_store", *args, "--name", "shared", "--engine", "torchrun"],
+        [*torchrun, "-m", "h2t_store", *args, "--rows-per-block", "16", "--name", "shared", "--engine", "torchrun"],
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "1400 images" in done.stdout
-    alone = extract(tmp_path / "p", model=MODEL, store=tmp_path / "s", name="alone", workers=0, device="cpu")
+    assert "40 images" in done.stdout
+    alone = extract(folder, model=MODEL, store=tmp_path / "s", name="alone", workers=0, device="cpu")
     shared = open_features(tmp_path / "s", "shared")
     assert shared.sample_ids.tolist() == alone.sample_ids.tolist()
     np.testing.assert_allclose(np.asarray(shared), np.asarray(alone), rtol=2e-3, atol=1e-4)

@@ -31,14 +31,14 @@ Transform = Callable[[Image.Image], Tensor]
 class Batch(NamedTuple):
     """Images of some rows."""
 
-    rows: list[int]
+    rows: Sequence[int]
     images: Tensor  # (n - failed, 3, height, width) uint8
     digests: NDArray[np.uint8]  # (n, 16), zeros where there is no image
     failed: dict[int, str]  # why there is no image, by the place in rows
     remarks: Remarks
 
 
-def load_batch(source: Source, transform: Transform, rows: list[int]) -> Batch:
+def load_batch(source: Source, transform: Transform, rows: Sequence[int]) -> Batch:
     """Decode and transform some rows; a row that fails is reported, not raised."""
     images, failed, remarks = [], {}, Remarks()
     digests = np.zeros((len(rows), 16), np.uint8)
@@ -46,41 +46,26 @@ def load_batch(source: Source, transform: Transform, rows: list[int]) -> Batch:
         name = shown(source.where(row))
         try:
             picture = source.picture(row)
-            images.append(_transformed(transform, picture.image, name))
         except DataError as error:
             failed[i] = str(error)
+            continue
+        try:
+            images.append(transform(picture.image))
+        except Exception as error:  # such as MemoryError
+            width, height = picture.image.size
+            failed[i] = f"{name}: {width} x {height} pixels cannot be prepared: {one_line(error)}"
             continue
         digests[i] = np.frombuffer(picture.digest, np.uint8)
         remarks.add(dict.fromkeys(picture.remarks, (1, name)))
     return Batch(rows, torch.stack(images) if images else torch.empty(0), digests, failed, remarks)
 
 
-def _transformed(transform: Transform, image: Image.Image, name: str) -> Tensor:
-    try:
-        return transform(image)
-    except Exception as error:  # such as MemoryError
-        size = f"{image.width} x {image.height}"
-        raise DataError(f"{name}: {size} pixels cannot be prepared: {one_line(error)}") from error
-
-
 class _Batches(Dataset[Batch]):
-    """Batches by their rows."""
-
     def __init__(self, source: Source, transform: Transform) -> None:
         self.source, self.transform = source, transform
 
-    def __getitem__(self, rows: list[int]) -> Batch:
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
         return load_batch(self.source, self.transform, rows)
-
-
-class _Rows:
-    """Rows of each batch, planned as they are asked for."""
-
-    def __init__(self, blocks: Iterable[RowBlock], batch_size: int, segments: Sequence[int]) -> None:
-        self.plan = (blocks, batch_size, segments)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(list, batches(*self.plan))
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -109,7 +94,7 @@ def load(
     loader: DataLoader[Any] = DataLoader(
         _Batches(source, transform),
         batch_size=None,
-        sampler=_Rows(blocks, batch_size, segments),
+        sampler=batches(blocks, batch_size, segments),
         num_workers=workers,
         prefetch_factor=BATCHES_AHEAD if workers else None,
         collate_fn=_as_it_is,

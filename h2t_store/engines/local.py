@@ -34,13 +34,7 @@ __all__ = ["LocalEngine", "seconds_per_image"]
 
 
 class LocalEngine(Engine):
-    """This process, with others that decode images.
-
-    Parameters
-    ----------
-    workers : int, optional
-        Processes that decode; by default as many as suit the images. 0 decodes in this process.
-    """
+    """This process; ``workers`` others decode the images."""
 
     def __init__(self, workers: int | None = None) -> None:
         check_workers(workers)

@@ -1,37 +1,45 @@
-"""One chunk in a store: its values in C order, then their crc32c in four bytes, as Zarr's ``crc32c`` codec has it.
+"""Write and read the chunks of a store: encoded values, then their crc32c, byte for byte as zarr writes them.
 
-Chunks are read and written whole, straight from and into memory, because that is several times as fast as a general
-pipeline. A chunk that is absent, cut short or changed is an error, whatever part of it is wanted.
+There is own code for this because zarr 3.1 writes such chunks a fifth as fast (``benchmarks/codecs.json``; reading is
+equally fast), and because an absent, shortened, changed or exchanged chunk must be an error: zarr reads an absent chunk
+as fill values.
 """
 
+import hashlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import google_crc32c
+import numcodecs  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store.errors import DamagedError, StoreError
-from h2t_store.storage.layout import ArraySpec
+from h2t_store.storage.layout import ArraySpec, codec_documents
 from h2t_store.storage.places import Place
+from h2t_store.storage.places.disk import Disk
 
 __all__ = [
     "CRC_BYTES",
+    "check_shard",
     "checksum",
     "checksum_of",
     "decode_strings",
     "encode_strings",
     "read_bytes",
     "read_chunk",
+    "require_codec",
     "write_chunk",
 ]
 
 CRC_BYTES = 4
+_INDEX_ENTRY = 16  # offset and length of a chunk in a shard
 
-_scratch = threading.local()
+_memory = threading.local()
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
@@ -40,117 +48,208 @@ def checksum(data: NDArray[np.uint8]) -> int:
     return crc
 
 
+def require_codec(codec: str) -> None:
+    """Raise `StoreError` if the package of a codec is not installed."""
+    if codec != "none":
+        _compressor(codec, "float32")
+
+
+@lru_cache
+def _compressor(codec: str, dtype: str) -> Any:
+    """The codec of numcodecs behind that of zarr, which itself can only be called asynchronously."""
+    documents = {document["name"]: document.get("configuration", {}) for document in codec_documents(dtype, codec)}
+    if codec == "zstd":
+        return numcodecs.Zstd(**documents["zstd"])
+    if codec == "blosc":
+        shuffles = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+        return numcodecs.Blosc(**documents["blosc"] | {"shuffle": shuffles[documents["blosc"]["shuffle"]]})
+    try:
+        return numcodecs.PCodec(**documents["numcodecs.pcodec"])
+    except AttributeError:
+        raise StoreError("codec 'pcodec' needs pcodec: pip install 'head2toe[pcodec]'") from None
+
+
 def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
-    """Write a file of an array: one chunk, or all chunks of a shard. It counts once its row block is committed.
+    """Write a file of an array: one chunk, or all chunks of a shard.
 
     Parameters
     ----------
     place : Place
-        File of the chunk; folders are made.
+        The file; folders are made.
     values : ndarray
-        Whole: of the shape of the chunk or shard, or encoded strings. Copied only if it is not contiguous.
+        Of the shape of the chunk or shard, or encoded strings. Copied only if they are not contiguous.
     spec : ArraySpec
         Of the array.
 
     Returns
     -------
     list of int
-        The crc32c of each chunk as stored.
+        The crc32c of each chunk as encoded.
     """
-    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    crc = checksum(data)
-    place.write([data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))])
-    return [crc]
+    chunks = [values] if spec.shard is None else np.split(values, _chunks_per_shard(spec), axis=1)
+    parts: list[memoryview] = []
+    crcs, stops = [], [0]
+    for chunk in chunks:
+        data = _encoded(chunk, spec)
+        crcs.append(checksum(data))
+        parts += [data.data, _as_bytes(crcs[-1])]
+        stops.append(stops[-1] + len(data) + CRC_BYTES)
+    if spec.shard is not None:
+        index = np.stack([stops[:-1], np.diff(stops)], axis=1).astype("<u8").reshape(-1).view(np.uint8)
+        parts += [index.data, _as_bytes(checksum(index))]
+    place.write(parts)
+    return crcs
 
 
 def checksum_of(values: NDArray[Any], spec: ArraySpec) -> int:
-    """The crc32c that a whole chunk with these values, or encoded strings, has as stored."""
-    return checksum(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    """The crc32c that a whole chunk of these values, or of encoded strings, has as encoded."""
+    return checksum(_encoded(values, spec))
+
+
+def _encoded(values: NDArray[Any], spec: ArraySpec) -> NDArray[np.uint8]:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if spec.codec == "none":
+        return flat.view(np.uint8)
+    return np.frombuffer(_compressor(spec.codec, spec.dtype).encode(flat), np.uint8)
+
+
+def _as_bytes(crc: int) -> memoryview:
+    return memoryview(crc.to_bytes(CRC_BYTES, "little"))
 
 
 def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.uint8]:
-    """The values of a chunk as bytes, checked.
-
-    Parameters
-    ----------
-    place : Place
-        File of the chunk.
-    where : str
-        What the chunk is, for messages.
-    crc : int, optional
-        The crc32c that the values must have; by default only the one in the file counts.
-
-    Raises
-    ------
-    DamagedError
-        Where the file is missing, cut short, changed or another chunk's.
-    """
+    """Bytes of a chunk without its checksum; for parameters and errors see `read_chunk`."""
     with _told_as_damage(where):
         data = np.frombuffer(place.read(), dtype=np.uint8)
     return _checked(data, where, crc)
 
 
 def read_chunk(place: Place, where: str, spec: ArraySpec, inner: int = 0, crc: int | None = None) -> NDArray[Any]:
-    """The values of a chunk, checked; valid until this thread reads the next one.
+    """Values of a chunk, valid until this thread reads the next one.
 
     Parameters
     ----------
     place : Place
-        File of the chunk.
+        File of the chunk, or of its shard.
     where : str
-        What the chunk is, for messages.
+        Name of the chunk, for messages.
     spec : ArraySpec
         Of the array.
     inner : int
-        Which chunk of the file, if the array has shards.
+        Number of the chunk in its shard, if the array has shards.
     crc : int, optional
-        The crc32c that the values must have; by default only the one in the file counts, and no copy of the file.
+        The crc32c that the chunk must have as encoded. Without it the cache is not used.
 
     Raises
     ------
     DamagedError
-        Where the file is missing, of another size, changed or another chunk's.
+        If the file is missing, cut short, changed or that of another chunk.
     """
-    dtype, shape = np.dtype(spec.dtype), spec.chunks
-    size = math.prod(shape) * dtype.itemsize + CRC_BYTES
-    kept = None if crc is None else place.kept()
-    if kept is not None:
+    copy = None
+    if place.cache is not None and crc is not None:
+        name = hashlib.sha256(f"{place} {inner}".encode()).hexdigest()
+        copy = Disk(place.cache / name[:2] / name[2:32])
         with suppress(DamagedError):
-            return _checked(_whole(kept, where, size), where, crc).view(dtype).reshape(shape)
-    read = _whole(place, where, size)
-    values = _checked(read, where, crc).view(dtype).reshape(shape)
-    if kept is not None:
+            return _decoded(_checked(_stored(copy, where, spec), where, crc), where, spec)
+    try:
+        encoded = _fetched(place, where, spec, inner, crc)
+    except DamagedError:
+        if spec.shard is None:
+            raise
+        _shard_index.cache_clear()  # another process may have replaced the shard
+        encoded = _fetched(place, where, spec, inner, crc)
+    if copy is not None:
         try:
-            kept.write_whole(read.tobytes(), durable=False, shared=True)
+            copy.write([encoded.data, _as_bytes(checksum(encoded))])
         except OSError as error:
-            raise StoreError(f"cache: {kept} cannot be written: {error.strerror or error}") from error
-    return values
+            raise StoreError(f"cache: {copy} cannot be written: {error.strerror or error}") from error
+    return _decoded(encoded, where, spec)
 
 
-def _whole(place: Place, where: str, size: int) -> NDArray[np.uint8]:
-    """All bytes of a file of this size, in memory that is used again; none is taken for a file of another size."""
+def _fetched(place: Place, where: str, spec: ArraySpec, inner: int, crc: int | None) -> NDArray[np.uint8]:
+    """Encoded values of a chunk; of a shard, only these are read, and its index if the offset depends on it."""
+    if spec.shard is None:
+        within = None
+    elif spec.codec == "none":
+        size = _decoded_size(spec) + CRC_BYTES
+        within = (inner * size, inner * size + size)
+    else:
+        within = _shard_index(place, where, _chunks_per_shard(spec))[inner]
+    return _checked(_stored(place, where, spec, within), where, crc)
 
+
+def check_shard(place: Place, where: str, spec: ArraySpec) -> None:
+    """Raise `DamagedError` unless the index of a shard is sound."""
+    _shard_index.cache_clear()
+    _shard_index(place, where, _chunks_per_shard(spec))
+
+
+@lru_cache(4096)
+def _shard_index(place: Place, where: str, n_chunks: int) -> list[tuple[int, int]]:
+    """Start and stop of each chunk in a shard; they must lie one after another."""
+    with _told_as_damage(where):
+        data = np.frombuffer(place.read(last=n_chunks * _INDEX_ENTRY + CRC_BYTES), np.uint8)
+    starts, lengths = _checked(data, where, None).view("<u8").reshape(-1, 2).T.astype(np.int64)
+    stops = np.cumsum(lengths)
+    if len(starts) != n_chunks or (starts != stops - lengths).any():
+        raise DamagedError(f"{where} is damaged: its index does not fit its chunks")
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _chunks_per_shard(spec: ArraySpec) -> int:
+    return 1 if spec.shard is None else spec.shard[1] // spec.chunks[1]
+
+
+def _decoded_size(spec: ArraySpec) -> int:
+    return math.prod(spec.chunks) * np.dtype(spec.dtype).itemsize
+
+
+def _stored(place: Place, where: str, spec: ArraySpec, within: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Bytes of a chunk with its checksum, in memory that this thread reuses; not those of a file of another size."""
     buffer: NDArray[np.uint8] | None = None
+    expected = _decoded_size(spec) + CRC_BYTES if spec.codec == "none" else None
 
-    def allocate(found: int) -> NDArray[np.uint8] | None:
+    def allocate(size: int) -> NDArray[np.uint8] | None:
         nonlocal buffer
-        if found == size:
-            buffer = _reused(size)
+        if expected in (None, size):
+            buffer = _reused("stored", size)
         return buffer
 
     with _told_as_damage(where):
-        read = place.fill(allocate)
-    if read != size or buffer is None:
-        raise DamagedError(f"{where} is damaged: {read} bytes instead of {size}")
+        size = place.fill(allocate, within)
+    if buffer is None or size != len(buffer):
+        raise DamagedError(f"{where} is damaged: {size} bytes instead of {expected}")
     return buffer
 
 
-def _reused(size: int) -> NDArray[np.uint8]:
+def _reused(use: str, size: int) -> NDArray[np.uint8]:
     """Memory that this thread is given again the next time."""
-    if len(getattr(_scratch, "buffer", ())) < size:
-        _scratch.buffer = np.empty(size, dtype=np.uint8)
-    buffer: NDArray[np.uint8] = _scratch.buffer[:size]
-    return buffer
+    memory: NDArray[np.uint8] | None = getattr(_memory, use, None)
+    if memory is None or len(memory) < size:
+        memory = np.empty(size, dtype=np.uint8)
+        setattr(_memory, use, memory)
+    return memory[:size]
+
+
+def _decoded(encoded: NDArray[np.uint8], where: str, spec: ArraySpec) -> NDArray[Any]:
+    if spec.codec == "none":
+        return encoded.view(spec.dtype).reshape(spec.chunks)
+    values = _reused("decoded", _decoded_size(spec)).view(spec.dtype)
+    try:
+        _compressor(spec.codec, spec.dtype).decode(encoded, out=values)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise DamagedError(f"{where} is damaged: {spec.codec} cannot decode it") from error
+    return values.reshape(spec.chunks)
+
+
+def _checked(data: NDArray[np.uint8], where: str, crc: int | None) -> NDArray[np.uint8]:
+    """Stored bytes without their checksum, which must fit them and be ``crc``."""
+    values, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+    if len(data) < CRC_BYTES or checksum(values) != stored:
+        raise DamagedError(f"{where} is damaged: its checksum does not fit its values")
+    if crc is not None and crc != stored:
+        raise DamagedError(f"{where} is damaged: it holds the values of another chunk")
+    return values
 
 
 @contextmanager
@@ -163,33 +262,11 @@ def _told_as_damage(where: str) -> Iterator[None]:
         raise DamagedError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _checked(data: NDArray[np.uint8], where: str, crc: int | None) -> NDArray[np.uint8]:
-    values, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-    if len(data) < CRC_BYTES or checksum(values) != stored:
-        raise DamagedError(f"{where} is damaged: its checksum does not fit its values")
-    if crc is not None and crc != stored:
-        raise DamagedError(f"{where} is damaged: it holds the values of another chunk")
-    return values
-
-
 def encode_strings(strings: Sequence[str]) -> NDArray[np.uint8]:
-    """Strings as Zarr's ``vlen-utf8`` has them: their number, then each with its length before it."""
-    encoded = [string.encode() for string in strings]
-    parts = [len(encoded).to_bytes(4, "little")]
-    for string in encoded:
-        parts += [len(string).to_bytes(4, "little"), string]
-    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+    """Strings as zarr's codec ``vlen-utf8`` stores them."""
+    return np.frombuffer(numcodecs.VLenUTF8().encode(np.array(strings, dtype=object)), dtype=np.uint8)
 
 
 def decode_strings(data: NDArray[np.uint8]) -> list[str]:
-    """The inverse of `encode_strings`; raises `ValueError` where the bytes are no strings."""
-    raw, at, strings = data.tobytes(), 4, []
-    for _ in range(int.from_bytes(raw[:4], "little")):
-        stop = at + 4 + int.from_bytes(raw[at : at + 4], "little")
-        if stop > len(raw) or at == len(raw):
-            break
-        strings.append(raw[at + 4 : stop].decode())
-        at = stop
-    if at != len(raw) or len(strings) != int.from_bytes(raw[:4], "little"):
-        raise ValueError("not as many strings as there should be")
-    return strings
+    """Undo `encode_strings`; `ValueError` if the bytes are no strings."""
+    return list(numcodecs.VLenUTF8().decode(data))

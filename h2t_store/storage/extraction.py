@@ -94,7 +94,7 @@ class Extraction:
 
     def note_images_at_once(self, images: int) -> None:
         """Note that batches are this small from here on; several processes may do so."""
-        (self.folder / f"{_AT_ONCE}/{images}").write_whole(b"", shared=True)
+        (self.folder / f"{_AT_ONCE}/{images}").write_whole(b"")
 
     def write_attributes(self, *, complete: bool) -> None:
         """Write the header and the state."""
@@ -470,9 +470,9 @@ def _padded(values: Any, shape: tuple[int, ...], spec: ArraySpec) -> NDArray[Any
     return whole
 
 
-def write_group(folder: Place, attributes: Mapping[str, Any], *, shared: bool = False) -> None:
-    """Write the zarr.json of a group; ``shared`` if writers of other extractions may do so at once."""
-    (folder / "zarr.json").write_whole(layout.group_document(attributes), shared=shared)
+def write_group(folder: Place, attributes: Mapping[str, Any]) -> None:
+    """Write the zarr.json of a group."""
+    (folder / "zarr.json").write_whole(layout.group_document(attributes))
 
 
 def read_group(folder: Place, where: str) -> dict[str, Any]:

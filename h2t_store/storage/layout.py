@@ -335,7 +335,8 @@ def array_specs(header: ExtractionHeader) -> dict[str, ArraySpec]:
     n_crcs = 5 + sum(layer.n_chunks for layer in header.layers)
     specs = {}
     for layer in header.layers:
-        shard = (rows, layer.chunk_width * layer.n_chunks) if header.shards else None
+        several = header.shards and layer.n_chunks > 1  # a single chunk is one file without a shard
+        shard = (rows, layer.chunk_width * layer.n_chunks) if several else None
         shape, chunks = (n, layer.width), (rows, layer.chunk_width)
         specs[feature_path(layer)] = ArraySpec(shape, chunks, header.dtype, _NAN, header.codec, shard)
     specs["layer_norms"] = ArraySpec((n, n_layers), (rows, n_layers), "float32", _NAN)

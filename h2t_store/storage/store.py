@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store.errors import DamagedError, StoppedError, StoreError, did_you_mean
-from h2t_store.storage import layout
+from h2t_store.storage import chunks, layout
 from h2t_store.storage.extraction import Extraction, Names, read_group, write_group
 from h2t_store.storage.layout import ExtractionHeader
 from h2t_store.storage.places import LockedError, Lost, Place, in_one_process, open_place
@@ -57,7 +57,7 @@ class FeatureStore:
             if not create and not document.exists():
                 raise StoreError(f"{where} does not exist{' in this process' if in_one_process(address) else ''}")
             try:
-                write_group(self.place, {"h2t_format": layout.FORMAT}, shared=True)
+                write_group(self.place, {"h2t_format": layout.FORMAT})
             except (FileExistsError, NotADirectoryError):
                 raise StoreError(other) from None
             except OSError as error:
@@ -179,11 +179,12 @@ class FeatureStore:
                 return begun
         elif any(True for _ in _names_below(folder)):
             raise StoreError(f"name {name!r}: extractions lie below it already; choose another name")
+        chunks.require_codec(header.codec)
         self.require_lock(name)
-        self._discard(folder)  # what a crash left, or a beginning of something else without any row
+        folder.discard()  # what a crash left, or a beginning of something else without any row
         for group in above:
             if not (self.place / group / "zarr.json").exists():
-                write_group(self.place / group, {}, shared=True)
+                write_group(self.place / group, {})
         begun = Extraction(folder, self.where(name), header.begun(name).with_labels(y, sample_ids))
         begun.write_documents()
         begun.write_labels(y, sample_ids)
@@ -217,15 +218,11 @@ class FeatureStore:
             if any(readable for _, readable in _names_below(folder)):
                 raise
         self.require_lock(name)
-        self._discard(folder)
-
-    def _discard(self, folder: Place) -> None:
-        if _occupied(folder):
-            folder.discard(self.place)
+        folder.discard()
 
 
 def _occupied(folder: Place) -> bool:
-    return any(not path.endswith(".partial") for path, _ in folder.files())
+    return any(True for _ in folder.files())
 
 
 def _kind(folder: Place) -> Literal["extraction", "unreadable", "group", "array", "nothing"]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from h2t_store.errors import DamagedError, StoreError
-from h2t_store.storage import layout
+from h2t_store.storage import chunks, layout
 from h2t_store.storage.extraction import COMMITTED, Extraction, chunk_path, write_group
 from h2t_store.storage.places import Place
 from h2t_store.storage.store import FeatureStore
@@ -121,10 +121,13 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage
     files = extraction.block_chunks
 
     def check(position: int) -> Damage | None:
+        path, column = files[position]
+        spec = extraction.specs[path]
         try:
+            if spec.shard and column == 0:
+                chunks.check_shard(extraction.chunk_file(path, block), "chunk", spec)
             extraction.read_recorded(block, position)
         except DamagedError as error:
-            path, column = files[position]
             return damage(path, _problem(error), column)
         return None
 
@@ -158,10 +161,7 @@ def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> 
         raise StoreError(f"{store.where(name)} cannot be repaired: its zarr.json is damaged: {again}")
     groups = _groups(name)
     for path in {damage.path for damage in damages} & {*groups}:
-        write_group(
-            store.place / path.removesuffix("zarr.json").rstrip("/") if "/" in path else store.place,
-            groups[path],
-            shared=True,
-        )
+        folder = path.rpartition("/")[0]
+        write_group(store.place / folder if folder else store.place, groups[path])
     if any(damage.kind == "document" for damage in damages):
         store.open(name).write_documents()

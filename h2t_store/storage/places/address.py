@@ -1,4 +1,4 @@
-"""From the address of a store to its place."""
+"""The place that an address names."""
 
 import os
 import re
@@ -14,39 +14,39 @@ from h2t_store.storage.places.interface import Place
 
 __all__ = ["in_one_process", "open_place"]
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has lost one of the slashes
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib reduces '//' to one slash
 _BUCKETS = re.compile(r"(s3|gs|az)://[^/]+/.*[^/]|memory://[^/].*")
 
 
 def in_one_process(address: str | os.PathLike[str]) -> bool:
-    """Whether what lies at an address is in the memory of the process that made it."""
+    """Whether an address is one in the memory of this process."""
     return isinstance(address, str) and address.startswith("memory:")
 
 
 def open_place(address: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Place:
-    """Where a store of this address lies.
+    """The place of a store.
 
     Parameters
     ----------
     address : path-like or str
-        A folder, or ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, ``az://CONTAINER/PATH`` or ``memory://NAME``. Where the
-        server is and who may use it stands in the environment, under the names of the clients of S3 and so on.
+        A folder, or ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, ``az://CONTAINER/PATH`` or ``memory://NAME``.
+        Credentials and endpoint come from the environment variables that the clients of S3 etc. use.
     cache : path-like, optional
         Folder for copies of what is read from an object store.
 
     Raises
     ------
     StoreError
-        Where it is neither, or says what is secret.
+        If it is neither, or contains credentials.
     UnreachableError
-        Where nothing answers at a URL.
+        If nothing answers at a URL.
     """
     text = _path_of(address, "store")
-    kept = None if cache is None else Path(os.path.abspath(_path_of(cache, "cache")))
+    copies = None if cache is None else Path(os.path.abspath(_path_of(cache, "cache")))
     if not _URL.match(text):
         return Disk(Path(os.path.abspath(text)))
     if any(mark in text for mark in "@?#"):
-        raise StoreError("store: a URL with '@', '?' or '#' in it; credentials and options go into the environment")
+        raise StoreError("store: a URL with '@', '?' or '#'; credentials and options go into the environment")
     url = text.rstrip("/")
     names = url.split("/")[3:]
     sensible = url.isprintable() and not any(name in ("", ".", "..") for name in names)
@@ -56,7 +56,7 @@ def open_place(address: str | os.PathLike[str], cache: str | os.PathLike[str] | 
             "az://CONTAINER/PATH, memory://NAME"
         )
     require_client(url)
-    return Bucket(url, cache=kept)
+    return Bucket(url, cache=copies)
 
 
 def _path_of(given: Any, argument: str) -> str:
