@@ -134,8 +134,9 @@ def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, 
         if len(calls) < crash_at:
             return write(self, block, *rest, **others)
         if when == "before the commit":
-            path = self.chunk_file(f"features/{self.header.layers[0].name}", block, 0)
-            chunks.write_chunk(path, np.full((16, self.header.layers[0].width), 7, np.float16))
+            path = f"features/{self.header.layers[0].name}"
+            sevens = np.full((16, self.header.layers[0].width), 7, np.float16)
+            chunks.write_chunk(self.chunk_file(path, block), sevens, self.specs[path])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Extraction, "write_block", crashing)
