@@ -55,10 +55,10 @@ from torch.utils.data import DataLoader, Dataset
 from h2t_store import extract
 from h2t_store.engines import open_engine
 from h2t_store.engines.preparation import Job, prepare
-from h2t_store.extracting import Running, fill
+from h2t_store.extracting import fill
 from h2t_store.images import Source
 from h2t_store.network.taps import tapped
-from h2t_store.settings import Settings
+from h2t_store.settings import Running, Settings
 from h2t_store.storage.store import FeatureStore
 from h2t_store.switches import exact_arithmetic
 

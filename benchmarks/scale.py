@@ -41,7 +41,7 @@ LIMITS = {"seconds": 60.0, "megabytes": 500.0}
 def job_of(model: str, target_size: int) -> Job:
     """What is to be computed for images of this network's size."""
     images = np.zeros((2, 224, 224, 3), np.uint8)
-    settings = Settings.of(
+    settings = Settings(
         data=(images, None), model=model, pretrained=False, taps="paper", cls_token=NETWORKS[model],
         target_size=target_size, batch_size=1, device="cpu",
     )  # fmt: skip

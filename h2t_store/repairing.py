@@ -3,15 +3,15 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
-from h2t_store.engines import open_engine
 from h2t_store.engines.preparation import Job
 from h2t_store.errors import DamagedError, H2TError, StoreError
-from h2t_store.extracting import Running, arranged, fill, require_same_environment
-from h2t_store.settings import Settings
+from h2t_store.extracting import arranged, engine_of, fill, require_same_environment
+from h2t_store.settings import Running, Settings
 from h2t_store.storage.store import Extraction, FeatureStore, differences
 from h2t_store.storage.verify import Damage, restore_documents, verify
 
@@ -32,14 +32,12 @@ def repair(
 
     Parameters
     ----------
-    store : path-like or str
-        Folder or URL.
-    name : str
-        Name of the extraction.
+    store, name
+        As in `h2t_store.extract`.
     data, model : optional
         Where images and network are now; by default where they were. They must be the same.
     workers, stopped, progress
-        As in `h2t_store.extract`.
+        As in `h2t_store.settings.Running`.
 
     Returns
     -------
@@ -51,8 +49,8 @@ def repair(
     StoreError
         If it cannot be repaired, or if data or network have changed.
     """
-    opened = FeatureStore.unchecked(store)
-    with opened.lock(name) as lost, open_engine("local", workers=workers) as engine:
+    running, opened = Running(workers=workers, progress=progress), FeatureStore.unchecked(store)
+    with opened.lock(name) as lost, engine_of(running) as engine:
         damages = list(verify(opened, name))
         opened.require_lock(name)
         restore_documents(opened, name, damages)
@@ -65,13 +63,13 @@ def repair(
             return damages
         job = _same_rows(extraction, engine.prepare(_settings(extraction, data, model)))
         on_error: Literal["raise", "skip"] = "skip" if _may_have_skipped(extraction, damages) else "raise"
-        running = Running(on_error, False, lambda: stopped() or lost(), progress)
         opened.require_lock(name)
         if lost_labels:
             extraction.require_labels(job.source.y, job.source.sample_ids)
             extraction.write_labels(job.source.y, job.source.sample_ids)
         if blocks:
             extraction.reopen(blocks)
+        running = replace(running, on_error=on_error, stopped=lambda: stopped() or lost())
         fill(job, opened, name, engine, running)
     return damages
 

@@ -1,166 +1,118 @@
-"""Settings: the one description of an extraction. The command, the provenance and the workers all take it from here."""
+"""Settings: the one description of an extraction; Running: how it is computed.
+
+`h2t_store.extract`, the command, the provenance, the workers and `h2t_store.repair` all take it from here.
+"""
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cache
-from numbers import Integral
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from h2t_store.arguments import argument, check_choices, integer
 from h2t_store.errors import H2TError, did_you_mean
 
-__all__ = ["Flag", "Settings", "flags", "integer"]
+__all__ = ["Running", "Settings", "split"]
 
 _MAX_IMG_SIZE = 8192
 
 
-class Flag(NamedTuple):
-    """Help text of an argument, and how it is given on the command line."""
-
-    help: str
-    panel: str = ""
-    metavar: str = ""
-    names: tuple[str, ...] = ()
-    shown: str = ""  # in place of the default
-    kind: Any = None  # type on the command line, if other than in Python
-
-
-def _setting(default: Any, help: str, panel: str = "", metavar: str = "", **others: Any) -> Any:
-    return field(default=default, metadata={"flag": Flag(help, panel, metavar, **others)})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What an extraction computes and how it is stored."""
+    """What an extraction computes and how it is stored.
 
-    data: Any = _setting(  # noqa: RUF009
-        MISSING,
-        "A folder with one folder of images per class, a .tar of such folders, a list file ('path label' per line), "
-        "torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's). In Python also a tuple (images, labels): "
-        "uint8 images (n, height, width, 3), and labels or None.",
-        metavar="DATA",
-        kind=str,
-    )
-    split: str | None = _setting(
-        None,
-        "Part of the data. Of a folder or .tar, the folder of that name in it; of wds/, a split in its _info.json, or "
-        "shards and their number of samples: 'x-{0000..0001}.tar|2000'.",
-        "Data",
-        "SPLIT",
-        shown="train; a folder or .tar with several splits needs one named",
-    )
-    data_dir: str | None = _setting(
-        None,
-        "Folder of torch/NAME, or the folder that paths in a list file are relative to.",
-        "Data",
-        "FOLDER",
-        shown="the current folder; the folder of the list",
-    )
-    download: bool = _setting(False, "Allow downloading torch/NAME.", "Data", names=("--dataset-download",))
-    model: Any = _setting(  # noqa: RUF009
-        MISSING,
-        "Any timm architecture, h2t_resnet20 (bundled), or path/to/file.py:factory. In Python also a torch.nn.Module, "
-        "which is put in evaluation mode and moved to the device.",
-        "Network",
-        "NAME",
-        kind=str,
-    )
-    pretrained: bool = _setting(
-        True, "Load published weights, downloading them if needed; otherwise random weights.", "Network"
-    )
-    checkpoint: str | None = _setting(
-        None, "Load these weights instead: .safetensors, or a torch file of tensors.", "Network", "FILE"
-    )
-    img_size: int | None = _setting(
-        None, "Side of the square input.", "Network", "PIXELS", shown="chosen by the network"
-    )
-    seed: int = _setting(0, "Seed of random weights (--no-pretrained).", "Network", "N")
-    taps: str | tuple[str, ...] = _setting(
-        "activations",
-        "Activations to store: 'activations' (inputs of every convolution and linear layer, block outputs, logits), "
-        "'blocks' (block outputs, penultimate, logits), 'paper' (as published, ResNets and ViTs), or globs over module "
-        "names, joined by commas: 'layer3.*' for outputs, 'layer3.*:in' for inputs.",
-        "Features",
-        "TAPS",
-        kind=str,
-    )
-    cls_token: Literal["pool", "only", "keep"] = _setting(
-        "pool", "Pool the class token with the others, take it alone, or keep it beside the pooled others.", "Features"
-    )
-    target_size: tuple[int, ...] = _setting(
-        (512,),
-        "Approximate length that each activation is pooled to. Several are stored side by side in one pass (repeat the "
-        "flag; X.select_target_size takes one).",
-        "Features",
-        "N",
-        kind=list[int],
-    )
-    dtype: Literal["float16", "float32"] = _setting(
-        "float16", "Type as stored; values that do not fit are an error.", "Features"
-    )
-    batch_size: int | Literal["auto"] = _setting(
-        "auto",
-        "Images per forward pass; halved as long as CUDA runs out of memory.",
-        "Speed",
-        "N|auto",
-        names=("--batch-size", "-b"),
-        kind=str,
-    )
-    device: str = _setting("auto", "cpu, cuda, cuda:1, mps; auto is CUDA if present, else the CPU.", "Speed", "DEVICE")
-    amp: bool = _setting(False, "Run the network under bfloat16 autocast.", "Speed")
-    torchcompile: bool = _setting(
-        False, "Compile the network together with its pooling.", "Speed", names=("--torchcompile",)
-    )
-    codec: Literal["none", "zstd", "blosc", "pcodec"] = _setting("none", "Compress features.", "Storage")
-    shards: bool = _setting(
-        False, "Store a row block of a layer as one object, for object stores.", "Storage", names=("--shards",)
-    )
-    rows_per_block: int | None = _setting(
-        None,
-        "Rows computed and committed together, and the height of chunks.",
-        "Storage",
-        "N",
-        shown="512 for few images, 2048 for many",
-    )
+    Attributes
+    ----------
+    data
+        A folder with one folder of images per class, a .tar of such folders, a list file ('path label' per line),
+        torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's). In Python also what
+        `h2t_store.images.open_source` takes, such as a tuple (uint8 images, labels).
+    split
+        Part of the data. Of a folder or .tar, the folder of that name in it; of wds/, a split in its _info.json, or
+        shards and their number of samples: 'x-{0000..0001}.tar|2000'.
+    data_dir
+        Folder of torch/NAME, or the folder that paths in a list file are relative to.
+    download
+        Allow downloading torch/NAME.
+    model
+        Any timm architecture, h2t_resnet20 (bundled), or path/to/file.py:factory. In Python also a torch.nn.Module,
+        which is put in evaluation mode and moved to the device.
+    pretrained
+        Load published weights, downloading them if needed; otherwise random weights.
+    checkpoint
+        Load these weights instead: .safetensors, or a torch file of tensors.
+    img_size
+        Side of the square input.
+    seed
+        Seed of random weights (--no-pretrained).
+    taps
+        Activations to store: 'activations' (inputs of every convolution and linear layer, block outputs, logits),
+        'blocks' (block outputs, penultimate, logits), 'paper' (as published, ResNets and ViTs), or globs over module
+        names, joined by commas: 'layer3.*' for outputs, 'layer3.*:in' for inputs.
+    cls_token
+        Pool the class token with the others, take it alone, or keep it beside the pooled others.
+    target_size
+        Approximate length that each activation is pooled to. Several are stored side by side in one pass (repeat the
+        flag; X.select_target_size takes one).
+    dtype
+        Type as stored; values that do not fit are an error.
+    batch_size
+        Images per forward pass; halved as long as CUDA runs out of memory.
+    device
+        cpu, cuda, cuda:1, mps; auto is CUDA if present, else the CPU.
+    amp
+        Run the network under bfloat16 autocast.
+    torchcompile
+        Compile the network together with its pooling.
+    codec
+        Compress features. An extraction that is extended keeps its codec, shards and rows per block.
+    shards
+        Store a row block of a layer as one object, which saves requests to object stores.
+    rows_per_block
+        Rows computed and committed together, and the height of chunks.
+    """
+
+    data: Any = argument(MISSING, metavar="DATA", kind=str)  # noqa: RUF009
+    split: str | None = argument(None, "Data", "SPLIT", shown="train; a folder or .tar of several needs one named")
+    data_dir: str | None = argument(None, "Data", "FOLDER", shown="the current folder; the folder of the list")
+    download: bool = argument(False, "Data", names=("--dataset-download",))
+    model: Any = argument(MISSING, "Network", "NAME", kind=str)  # noqa: RUF009
+    pretrained: bool = argument(True, "Network")
+    checkpoint: str | None = argument(None, "Network", "FILE")
+    img_size: int | None = argument(None, "Network", "PIXELS", shown="chosen by the network")
+    seed: int = argument(0, "Network", "N")
+    taps: str | tuple[str, ...] = argument("activations", "Features", "TAPS", kind=str)
+    cls_token: Literal["pool", "only", "keep"] = argument("pool", "Features")
+    target_size: tuple[int, ...] = argument((512,), "Features", "N", kind=list[int])
+    dtype: Literal["float16", "float32"] = argument("float16", "Features")
+    batch_size: int | Literal["auto"] = argument("auto", "Speed", "N|auto", names=("--batch-size", "-b"), kind=str)
+    device: str = argument("auto", "Speed", "DEVICE")
+    amp: bool = argument(False, "Speed")
+    torchcompile: bool = argument(False, "Speed", names=("--torchcompile",))
+    codec: Literal["none", "zstd", "blosc", "pcodec"] = argument("none", "Storage")
+    shards: bool = argument(False, "Storage", names=("--shards",))
+    rows_per_block: int | None = argument(None, "Storage", "N", shown="512 for few images, 2048 for many")
 
     def __post_init__(self) -> None:
-        for name, kind in _types().items():
-            value = getattr(self, name)
-            if kind is bool and not isinstance(value, bool):
-                raise H2TError(f"{name} {value!r}: accepted are True and False")
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                *first, last = get_args(kind)
-                raise H2TError(f"{name} {value!r}: accepted are {', '.join(first)} and {last}")
-        self._set("seed", integer("seed", self.seed, 0))
-        if self.img_size is not None:
-            self._set("img_size", integer("img_size", self.img_size, 1, _MAX_IMG_SIZE))
-        if self.rows_per_block is not None:
-            self._set("rows_per_block", integer("rows_per_block", self.rows_per_block, 1))
-        if self.batch_size != "auto":
-            self._set("batch_size", integer("batch_size", self.batch_size, 1, also=" and 'auto'"))
-        self._set("target_size", _sizes(self.target_size))
-        self._set("taps", _words("taps", self.taps))
-        self._set("device", str(self.device))
-        self._set("data_dir", _path("data_dir", self.data_dir))
-        self._set("checkpoint", _path("checkpoint", self.checkpoint))
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    @classmethod
-    def of(cls, **given: Any) -> "Settings":
-        """Build settings; raises `TypeError` with a suggestion for a keyword that is not one."""
-        known = [each.name for each in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise TypeError(f"{name!r} is not an argument of extract{did_you_mean(name, known)}")
-        return cls(**given)
+        check_choices(self)
+        valid = {
+            "seed": integer("seed", self.seed, 0),
+            "img_size": integer("img_size", self.img_size, 1, _MAX_IMG_SIZE, besides=None),
+            "rows_per_block": integer("rows_per_block", self.rows_per_block, 1, besides=None),
+            "batch_size": integer("batch_size", self.batch_size, 1, besides="auto"),
+            "target_size": tuple(dict.fromkeys(integer("target_size", size, 1) for size in _listed(self.target_size))),
+            "taps": _words("taps", self.taps),
+            "device": str(self.device),
+            "data_dir": _path("data_dir", self.data_dir),
+            "checkpoint": _path("checkpoint", self.checkpoint),
+        }
+        for name, value in valid.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Settings":
         """Read what `to_json` wrote; settings that an older version did not record have their defaults."""
-        return cls.of(**record)
+        return cls(**record)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON, with data or model None if it is an object in memory, and without ``download``."""
@@ -171,48 +123,81 @@ class Settings:
 
     def absolute(self) -> "Settings":
         """The same with absolute paths, for a process in another folder; names stay as they are."""
-        data, data_dir = self.data, self.data_dir and _absolute(self.data_dir)
-        if isinstance(data, str):
-            if data.startswith("torch/"):
-                data_dir = data_dir or os.getcwd()
-            data = _absolute_data(data, data_dir)
-        elif isinstance(data, os.PathLike):
+        data, model = self.data, self.model
+        data_dir, checkpoint = (path and _absolute(path) for path in (self.data_dir, self.checkpoint))
+        if isinstance(data, os.PathLike):
             data = Path(_absolute(data))
-        model, checkpoint = self.model, self.checkpoint and _absolute(self.checkpoint)
+        elif isinstance(data, str) and data.startswith("torch/"):
+            data_dir = data_dir or os.getcwd()
+        elif isinstance(data, str) and data != "digits" and not (data_dir and data.startswith("wds/")):
+            prefix = next((prefix for prefix in ("hfds/", "wds/") if data.startswith(prefix)), "")
+            data = prefix + _absolute(data.removeprefix(prefix))
         if isinstance(model, str) and ".py:" in model:
             file, _, factory = model.rpartition(":")
             model = f"{_absolute(file)}:{factory}"
         return replace(self, data=data, data_dir=data_dir, model=model, checkpoint=checkpoint)
 
 
-@cache
-def _types() -> dict[str, Any]:
-    return get_type_hints(Settings)
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """How an extraction is computed; its features do not depend on it.
+
+    Attributes
+    ----------
+    workers
+        Processes that decode images; 0 decodes in this process. With engine ray, workers that each hold the network.
+    on_error
+        At an image that cannot be read, stop; or record why, mask its row, and continue.
+    append
+        Extend the extraction by images that are new in the data; stored rows stay as they are.
+    engine
+        Compute in this process; on a Ray cluster (pip install 'head2toe[ray]') whose nodes find store and data at the
+        same addresses; or in processes started by torchrun, one per device. One engine can finish what another began.
+    ray_address
+        Address of a running cluster, 'auto', or 'local' to start one.
+    num_gpus_per_worker
+        GPUs of each Ray worker, such as 0.5.
+    stopped
+        Called after every row block; true stops.
+    progress
+        Called with images done, images in total, and bytes of features computed by this call.
+    """
+
+    workers: int | None = argument(
+        None, "Speed", "N", names=("--workers", "-j"), shown="up to 4; with ray one per share of GPUs, or per node"
+    )
+    on_error: Literal["raise", "skip"] = argument("raise", "Data")
+    append: bool = argument(False, "Data", names=("--append",))
+    engine: Literal["local", "ray", "torchrun"] = argument("local", "Cluster")
+    ray_address: str | None = argument(None, "Cluster", "ADDRESS", shown="RAY_ADDRESS, else Ray's choice")
+    num_gpus_per_worker: float | None = argument(None, "Cluster", "N", shown="1 if the cluster has GPUs")
+    stopped: Callable[[], bool] = argument(lambda: False)  # noqa: RUF009
+    progress: Callable[[int, int, int], None] = argument(lambda done, total, n_bytes: None)  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        integer("workers", self.workers, 0, besides=None)
 
 
-def flags() -> dict[str, tuple[Any, Flag]]:
-    """Type on the command line and flag of each setting."""
-    found = {each.name: each.metadata["flag"] for each in fields(Settings)}
-    return {name: (flag.kind or _types()[name], flag) for name, flag in found.items()}
+def split(arguments: Mapping[str, Any]) -> tuple[Settings, Running]:
+    """Build both from keyword arguments; raises `TypeError` with a suggestion for an unknown one."""
+    settings, running = ([each.name for each in fields(kind)] for kind in (Settings, Running))
+    for name in arguments:
+        if name not in settings + running:
+            raise TypeError(f"{name!r} is not an argument of extract{did_you_mean(name, settings + running)}")
+    computed, how = ({name: arguments[name] for name in known if name in arguments} for known in (settings, running))
+    return Settings(**computed), Running(**how)
 
 
-def integer(argument: str, value: Any, least: int, most: int = 2**63 - 1, also: str = "") -> int:
-    """Return ``value`` if it is a whole number in the range, else raise `H2TError`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
-        raise H2TError(f"{argument} {value!r}: accepted are whole numbers from {least} to {most}{also}")
-    return int(value)
-
-
-def _sizes(given: Any) -> tuple[int, ...]:
-    sizes = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    return tuple(dict.fromkeys(integer("target_size", size, 1) for size in sizes or [given]))
+def _listed(given: Any) -> list[Any]:
+    """The items of a sequence; what is none, or is empty, as the one item."""
+    return (list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []) or [given]
 
 
 def _words(name: str, given: Any) -> str | tuple[str, ...]:
-    words = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-    if not all(isinstance(word, str) for word in words):
+    if not all(isinstance(word, str) for word in _listed(given)):
         raise H2TError(f"{name} {given!r}: accepted are a string and a sequence of strings")
-    return given if isinstance(given, str) else tuple(words)
+    return given if isinstance(given, str) else tuple(given)
 
 
 def _path(name: str, given: Any) -> str | None:
@@ -223,14 +208,3 @@ def _path(name: str, given: Any) -> str | None:
 
 def _absolute(path: str | os.PathLike[str]) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else os.fspath(path)
-
-
-def _absolute_data(name: str, data_dir: str | None) -> str:
-    if name == "digits" or name.startswith("torch/") or (name.startswith("wds/") and data_dir is not None):
-        return name
-    prefix = next((prefix for prefix in ("hfds/", "wds/") if name.startswith(prefix)), "")
-    return prefix + _absolute(name.removeprefix(prefix))
-
-
-_ATTRIBUTES = "\n".join(f"    {name}\n        {flag.help}" for name, (_, flag) in flags().items())
-Settings.__doc__ = f"{Settings.__doc__}\n\n    Attributes\n    ----------\n{_ATTRIBUTES}\n"

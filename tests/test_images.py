@@ -11,6 +11,7 @@ from conftest import as_png, raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from h2t_store.errors import DataError
 from h2t_store.images import Source, arrange, open_source
@@ -369,15 +370,18 @@ def opened(kind, root, contents):
     if kind == "list":
         (root / "list.txt").write_text("data/train/a/1.png x\ndata/train/a/2.png x\n")
         return open_source(root / "list.txt"), path
-    if kind == "hfds":
-        pytest.importorskip("datasets")
-        return open_source(f"hfds/{root / 'data'}", data_dir=root / "cache"), path
+    if kind == "table":
+        datasets = pytest.importorskip("datasets")
+        table = datasets.Dataset.from_dict({"image": [str(path), str(path.with_name("2.png"))]})
+        return open_source(table.cast_column("image", datasets.Image())), path
+    if kind == "torchvision":
+        return open_source(ImageFolder(path.parents[1])), path
     with tarfile.open(root / "x.tar", "w") as archive:
         archive.add(path.parent, "a")
     return open_source(root / "x.tar") if kind == "tar" else open_source(f"wds/{root}", "x.tar"), root / "x.tar"
 
 
-KINDS = ["folder", "list", "tar", "wds", "hfds"]
+KINDS = ["folder", "list", "tar", "wds", "table", "torchvision"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -482,8 +486,8 @@ def test_labels_are_described_by_their_names(images):
 
 def test_each_image_is_digested_once(folder, monkeypatch):
     source, read = open_source(folder), []
-    real = type(source).read
-    monkeypatch.setattr(type(source), "read", lambda self, row: read.append(row) or real(self, row))
+    real = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, row: read.append(row) or real(self, row))
     first = source.take(np.arange(10)).description
     assert len(read) == 10
     _ = source.description
@@ -578,12 +582,14 @@ def test_arrays_that_are_not_images_are_refused(images):
     for labels, message in (
         (np.zeros(3, int), "labels of shape (3,) for 40 images"),
         (np.full(40, -2), "labels from -2"),
-        (np.zeros(40), "labels of dtype float64"),
+        (np.zeros(40), "labels of type float"),
     ):
         with raises_with(message):
             open_source((images, labels))
-    for wrong in (images, [images, None], 3):
+    for wrong in (images, 3):
         with raises_with("'digits' and a tuple (images, labels)"):
             open_source(wrong)
+    with raises_with("data: list[0] is of type ndarray; accepted are (image, label)"):
+        open_source([images, None])
     with raises_with("a tuple of 3"):
         open_source((images, None, None))

@@ -14,8 +14,9 @@ from conftest import MODELS
 
 import h2t_store
 from h2t_store import cli, open_features
+from h2t_store.arguments import parameters
 from h2t_store.errors import H2TError
-from h2t_store.settings import Settings
+from h2t_store.settings import Running, Settings, split
 
 OTHER_VALUES = dict(
     data="digits",
@@ -41,7 +42,17 @@ OTHER_VALUES = dict(
 )
 
 
-def given_to_the_command(monkeypatch, *words: str) -> dict:
+OTHER_WAYS = dict(
+    workers=3,
+    on_error="skip",
+    append=True,
+    engine="ray",
+    ray_address="local",
+    num_gpus_per_worker=0.5,
+)
+
+
+def given_to_the_command(monkeypatch, *words: str) -> tuple[Settings, Running]:
     """What the command ``extract`` passes on."""
     seen = {}
 
@@ -53,30 +64,44 @@ def given_to_the_command(monkeypatch, *words: str) -> dict:
     monkeypatch.setattr(sys, "argv", ["extract", *words])
     with pytest.raises(H2TError, match="enough"):
         typer.main.get_command(cli.extract.app)(standalone_mode=False)
-    return {name: seen[name] for name in OTHER_VALUES}
+    return split({name: value for name, value in seen.items() if name not in ("store", "name", "stopped", "progress")})
 
 
-def test_every_setting_is_reachable_from_the_command(monkeypatch):
+def test_every_argument_is_reachable_from_the_command(monkeypatch):
     assert set(OTHER_VALUES) == {field.name for field in fields(Settings)}
+    assert set(OTHER_WAYS) == {field.name for field in fields(Running)} - {"stopped", "progress"}
     words = [OTHER_VALUES["data"], "--store", "s", "--name", "x", "--dataset-download", "--no-pretrained"]
-    for name, value in OTHER_VALUES.items():
+    for name, value in (OTHER_VALUES | OTHER_WAYS).items():
         flag = f"--{name.replace('_', '-')}"
         if name == "target_size":
             words += [part for size in value for part in (flag, str(size))]
-        elif name in ("amp", "torchcompile", "shards"):
+        elif name in ("amp", "torchcompile", "shards", "append"):
             words.append(flag)
         elif name not in ("data", "download", "pretrained"):
             words += [flag, str(value)]
-    given = Settings(**given_to_the_command(monkeypatch, *words))
+    given, running = given_to_the_command(monkeypatch, *words)
     assert given == Settings(**OTHER_VALUES)
+    assert running == Running(**OTHER_WAYS)
     defaults = Settings(data="digits", model="resnet18")
     same = [field.name for field in fields(Settings) if getattr(given, field.name) == getattr(defaults, field.name)]
     assert same == ["data", "model"]
+    assert not any(getattr(running, name) == getattr(Running(), name) for name in OTHER_WAYS)
 
 
 def test_the_command_has_the_defaults_of_the_settings(monkeypatch):
     given = given_to_the_command(monkeypatch, "digits", "--model", "resnet18", "--store", "s", "--name", "x")
-    assert Settings(**given) == Settings(data="digits", model="resnet18")
+    assert given == (Settings(data="digits", model="resnet18"), Running())
+
+
+@pytest.mark.parametrize("described", [Settings, Running])
+def test_every_argument_has_a_help_text_that_the_command_prints(described):
+    command = typer.main.get_command(cli.extract.app)
+    printed = {each.name: getattr(each, "help", None) for each in command.params}
+    for each in parameters(described):
+        flag = each.annotation
+        assert len(flag.help) > 15, each.name
+        if each.name not in ("stopped", "progress"):
+            assert printed[each.name] == flag.help
 
 
 def test_settings_survive_json_and_pickling():
@@ -105,7 +130,7 @@ def test_a_record_of_an_older_version_has_defaults_for_what_it_lacks():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(split="x", taps=5), "taps 5: accepted are a string and a sequence of strings"),
+        (dict(taps=5), "taps 5: accepted are a string and a sequence of strings"),
         (dict(dtype="int8"), "dtype 'int8': accepted are float16 and float32"),
         (dict(cls_token="mean"), "cls_token 'mean': accepted are pool, only and keep"),
         (dict(codec="gzip"), "codec 'gzip': accepted are none, zstd, blosc and pcodec"),
@@ -162,3 +187,19 @@ def test_rows_per_block_is_the_height_of_chunks(tmp_path, images):
     chunks = sorted(path.name for path in (tmp_path / "s/x/committed/c").iterdir())
     assert (len(matrix), chunks) == (40, ["0", "1", "2", "3"])
     assert matrix.provenance["environment"]["arguments"]["rows_per_block"] == 12
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(workers=-1), "workers -1: accepted are whole numbers from 0 to"),
+        (dict(on_error="ignore"), "on_error 'ignore': accepted are raise and skip"),
+        (dict(engine="spark"), "engine 'spark': accepted are local, ray and torchrun"),
+        (dict(append=None), "append None: accepted are True and False"),
+        (dict(num_gpus_per_worker=-1.0), "num_gpus_per_worker -1.0: accepted are numbers from 0"),
+    ],
+)
+def test_a_wrong_way_to_run_is_named_and_leaves_no_store(tmp_path, images, wrong, message):
+    with pytest.raises(H2TError, match=message):
+        h2t_store.extract((images, None), model=f"{MODELS}:small_input", store=tmp_path / "s", name="x", **wrong)
+    assert not (tmp_path / "s").exists()

@@ -1,8 +1,7 @@
-"""Arguments that commands share, and the flags of `Settings`."""
+"""Arguments that commands share, and the flags of `Settings` and `Running`."""
 
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 from glob import glob
 from importlib.metadata import version
 from inspect import Parameter, Signature, signature
@@ -10,9 +9,10 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from h2t_store.settings import Flag, Settings, flags
+from h2t_store.arguments import parameters
+from h2t_store.settings import Running, Settings
 
-__all__ = ["EXIT_CODES", "Json", "Name", "Store", "Version", "Workers", "folders", "with_settings"]
+__all__ = ["EXIT_CODES", "WORKERS", "Json", "Name", "Store", "Version", "folders", "with_settings"]
 
 EXIT_CODES = (
     "Exit status: 0 done; 1 error, told in one line on stderr; 2 wrong usage; 3 damage found (verify); 130 or 143 "
@@ -31,45 +31,35 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def option(kind: Any, flag: Flag) -> Any:
-    """A flag as typer declares it."""
-    metavar = flag.metavar or ("" if kind is bool else None)
-    shown = flag.shown or True
-    return typer.Option(*flag.names, metavar=metavar, help=flag.help, show_default=shown, rich_help_panel=flag.panel)
+def _typed(each: Parameter) -> Parameter:
+    """A described argument as typer takes it."""
+    flag = each.annotation
+    metavar = flag.metavar or ("" if flag.kind is bool else None)
+    info: Any = typer.Argument(metavar=metavar, help=flag.help)
+    if flag.panel:
+        info = typer.Option(
+            *flag.names, metavar=metavar, help=flag.help, show_default=flag.shown or True, rich_help_panel=flag.panel
+        )
+    default = list(each.default) if isinstance(each.default, tuple) else each.default
+    return each.replace(default=default, annotation=Annotated[flag.kind, info])
 
 
-_STORE = "Folder or URL of the store, as for extract."
-_WORKERS = Flag(
-    "Processes that decode images; with --engine ray, workers that each hold the network.",
-    "Speed",
-    "N",
-    ("--workers", "-j"),
-    "up to 4; one per share of GPUs, or per node",
-)
-Store = Annotated[str, typer.Argument(metavar="STORE", help=_STORE, autocompletion=folders)]
+_FLAGS = [_typed(each) for each in parameters(Settings) + parameters(Running)]
+_FLAGS = [each for each in _FLAGS if each.name not in ("stopped", "progress")]
+
+Store = Annotated[
+    str, typer.Argument(metavar="STORE", help="Folder or URL of the store, as for extract.", autocompletion=folders)
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the extraction, as 'h2t ls' prints it.")]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, for machines.")]
-Workers = Annotated[int | None, option(int, _WORKERS)]
 Version = Annotated[
     bool, typer.Option("--version", metavar="", is_eager=True, callback=_print_version, help="Print the version.")
 ]
+WORKERS = next(get_args(each.annotation)[1] for each in _FLAGS if each.name == "workers")
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Add a flag for each field of `Settings` to a command, and turn each `Flag` of its own into an option."""
-    known, parameters = flags(), []
-    for each in fields(Settings):
-        kind, flag = known[each.name]
-        info = option(kind, flag) if flag.panel else typer.Argument(metavar=flag.metavar, help=flag.help)
-        default = list(each.default) if isinstance(each.default, tuple) else each.default
-        default = Parameter.empty if default is MISSING else default
-        parameters.append(
-            Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
-        )
-    for own in signature(command).parameters.values():
-        if own.kind is not Parameter.VAR_KEYWORD:
-            kind, info = get_args(own.annotation)
-            info = option(kind, info) if isinstance(info, Flag) else info
-            parameters.append(own.replace(annotation=Annotated[kind, info]))
-    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    """Add the flags of `Settings` and `Running` to a command, which gets them as keyword arguments."""
+    own = [each for each in signature(command).parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    command.__signature__ = Signature([*_FLAGS, *own])  # type: ignore[attr-defined]
     return command

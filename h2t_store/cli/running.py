@@ -19,13 +19,14 @@ from h2t_store.errors import H2TError, StoppedError
 __all__ = ["interruption", "run"]
 
 _ECHO_SECONDS = 2.0  # torchrun forwards the Ctrl-C that its processes got from the terminal already
+_RESUMABLE = "finished row blocks are stored, the same command continues"
 
 
 class _StoppedAtOnceError(BaseException):
     """Not KeyboardInterrupt, which typer handles itself, and not an Exception, which libraries may catch."""
 
 
-class Interruption:
+class _Interruption:
     """Handler of SIGINT and SIGTERM: the first one stops after the current row block, a second one at once."""
 
     def __init__(self) -> None:
@@ -49,12 +50,12 @@ class Interruption:
 
     @contextmanager
     def computing(self) -> Iterator[Meter]:
-        """Show progress; a signal waits for the current row block once there is one."""
+        """Show progress; from the first row block on, a signal waits for the current one."""
         with progress("images") as self.meter:
             yield self.meter
 
 
-interruption = Interruption()
+interruption = _Interruption()
 
 
 def run(app: typer.Typer) -> None:
@@ -65,31 +66,31 @@ def run(app: typer.Typer) -> None:
     warnings.simplefilter("ignore")  # what users must know is an error or a logged line
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interruption)
+    message, code = "", 0
     try:
-        code = _escape_help(typer.main.get_command(app))(standalone_mode=False)
+        code = _escape_help(typer.main.get_command(app))(standalone_mode=False) or 0
         sys.stdout.flush()
     except StoppedError:
-        code = _fail("stopped: finished row blocks are stored, the same command continues", 128 + interruption.signal)
+        message, code = f"stopped: {_RESUMABLE}", 128 + interruption.signal
     except _StoppedAtOnceError:
-        resumable = ": finished row blocks are stored, the same command continues" if interruption.meter else ""
-        code = _fail(f"interrupted{resumable}", 128 + interruption.signal)
+        message, code = f"interrupted{f': {_RESUMABLE}' if interruption.meter else ''}", 128 + interruption.signal
     except H2TError as error:
-        code = _fail(str(error), 1)
+        message, code = str(error), 1
     except BrokenPipeError:  # h2t ls STORE | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        code = _fail(f"{where}{error.strerror or error}", 1)
+        message, code = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 1
     except typer.Abort:
-        code = _fail("nothing was done", 1)
+        message, code = "nothing was done", 1
     except Exception as error:
-        # A usage error: of typer or of click, depending on typer's version.
-        if not hasattr(error, "format_message"):
+        if not hasattr(error, "format_message"):  # as usage errors have, of typer or of click
             raise
-        message = error.format_message()  # empty after h2t without arguments, which prints its help
-        code = _fail(f"{message} (see --help)", 2) if message else 2
-    sys.exit(code if isinstance(code, int) else 0)
+        usage = error.format_message()  # empty after h2t without arguments, which prints its help
+        message, code = f"{usage} (see --help)" if usage else "", 2
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _escape_help(command: Any) -> Any:
@@ -102,8 +103,3 @@ def _escape_help(command: Any) -> Any:
     for below in getattr(command, "commands", {}).values():
         _escape_help(below)
     return command
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
-from h2t_store.cli.flags import EXIT_CODES, Json, Name, Store, Version, Workers
-from h2t_store.cli.reporting import by_shape, facts, json_text, progress, short, size, table
+from h2t_store.cli.flags import EXIT_CODES, WORKERS, Json, Name, Store, Version
+from h2t_store.cli.reporting import facts, json_text, progress, short, table
 from h2t_store.cli.running import interruption
 from h2t_store.errors import DamagedError, H2TError, StoreError
 
 if TYPE_CHECKING:
-    from h2t_store.storage.store import Extraction
+    from h2t_store.storage.store import Extraction, FeatureStore
 
 __all__ = ["app"]
 
@@ -35,21 +36,19 @@ def ls(store: Store, as_json: Json = False) -> None:
 
     Example: h2t ls pets.zarr
     """
-    from h2t_store.storage.store import FeatureStore
-
-    opened = FeatureStore(store)
-    rows: list[dict[str, Any]] = []
+    opened = _open(store)
+    found: dict[str, dict[str, Any]] = {}
     for name in opened.names():
         try:
-            rows.append({"name": name} | _summary(opened.open(name)))
+            found[name] = _summary(opened.open(name))
         except StoreError as error:
-            rows.append({"name": name, "state": f"damaged: {error}"})
+            found[name] = {"state": f"damaged: {error}"}
     if as_json:
-        print(json_text(rows))
+        print(json_text([{"name": name} | summary for name, summary in found.items()]))
         return
-    columns = ("name", "images", "classes", "features", "layers", "stored", "model", "state")
-    shown = [row | {"stored": size(row["stored"])} if "stored" in row else row for row in rows]
-    table(columns, [[row.get(column, "") for column in columns] for row in shown])
+    columns = ("images", "classes", "features", "layers", "stored", "model", "state")
+    rows = [(name, *(_shown(summary).get(column, "") for column in columns)) for name, summary in found.items()]
+    table(("name", *columns), rows)
 
 
 @app.command()
@@ -58,33 +57,24 @@ def info(store: Store, name: Name, as_json: Json = False) -> None:
 
     Example: h2t info pets.zarr pets/train
     """
-    from h2t_store.storage.store import FeatureStore
-
-    extraction = FeatureStore(store).open(name)
-    header, failures = extraction.header, extraction.skipped()
+    extraction = _open(store).open(name)
+    header, failures, summary = extraction.header, extraction.skipped(), _summary(extraction)
     if as_json:
         layers = [
             {"layer": layer.name, "activation": layer.shape, "start": layer.start, "stop": layer.stop}
             | {"target_sizes": layer.target_sizes}
             for layer in header.layers
         ]
-        found = {"name": name} | _summary(extraction) | {"dtype": header.dtype, "class_names": header.classes}
+        found = {"name": name} | summary | {"dtype": header.dtype, "class_names": header.classes}
         print(json_text(found | extraction.provenance | {"failures": failures, "layer_list": layers}))
         return
-    shown: dict[str, Any] = {
-        "name": name,
-        "images": header.n_samples,
-        "classes": list(header.classes) or "unlabelled",
-        "features": f"{header.n_features} from {len(header.layers)} layers, {header.dtype}",
-        "stored": size(extraction.stored_bytes()),
-        "state": _state(extraction),
-    }
-    made = extraction.provenance["inputs"] | extraction.provenance["environment"]
-    facts(shown | {key: value for key, value in made.items() if key not in shown})
+    inputs, environment = extraction.provenance["inputs"], extraction.provenance["environment"]
+    shown = {"name": name} | _shown(summary) | {"classes": list(header.classes) or "unlabelled"}
+    facts(shown | inputs | environment)
     for sample, reason in failures:
         print(f"skipped {sample}: {reason}")
     print()
-    rows = [(layer.name, by_shape(layer.shape), f"{layer.start}:{layer.stop}", layer.width) for layer in header.layers]
+    rows = [(layer.name, short(layer.shape), f"{layer.start}:{layer.stop}", layer.width) for layer in header.layers]
     table(("layer", "activation", "columns", "width"), rows)
 
 
@@ -103,20 +93,14 @@ def verify(
 
     opened = FeatureStore.unchecked(store)
     with progress("row blocks") as meter:
-        found = {
-            each: [damage._asdict() for damage in damages_of(opened, each, meter)]
-            for each in (opened.names() if name is None else [name])
-        }
+        found = {each: list(damages_of(opened, each, meter)) for each in (opened.names() if name is None else [name])}
     if as_json:
-        print(json_text(found))
-    for each, damages in found.items() if not as_json else ():
-        for damage in damages:
-            print(f"{damage['path']}: {damage['problem']}")
-        if damages:
-            print(f"{each}: {len(damages)} things are damaged")
-        else:
-            extraction = opened.open(each)
-            print(f"{each}: sound{'' if extraction.complete else f' as far as it is: {_state(extraction)}'}")
+        print(json_text({each: [damage._asdict() for damage in damages] for each, damages in found.items()}))
+    else:
+        for each, damages in found.items():
+            for damage in damages:
+                print(f"{damage.path}: {damage.problem}")
+            print(f"{each}: {f'{len(damages)} things are damaged' if damages else _soundness(opened.open(each))}")
     if any(found.values()):
         raise typer.Exit(3)
 
@@ -133,7 +117,7 @@ def repair(
         str | None,
         typer.Option(metavar="NAME", help="The network, if its name has changed.", show_default="as recorded"),
     ] = None,
-    workers: Workers = None,
+    workers: Annotated[int | None, WORKERS] = None,
     as_json: Json = False,
 ) -> None:
     """Restore metadata from its copies, and compute damaged row blocks again, and only those.
@@ -149,12 +133,9 @@ def repair(
             store, name, data=data, model=model, workers=workers, stopped=interruption.asked, progress=meter
         )
     n_blocks = len({damage.block for damage in damages if damage.kind == "block"})
-    if as_json:
-        print(json_text({"damages": [damage._asdict() for damage in damages], "computed": meter.computed}))
-    elif damages:
-        print(f"{store}: {name}: {len(damages)} things repaired, {n_blocks} row blocks computed again")
-    else:
-        print(f"{store}: {name}: nothing is damaged")
+    done = f"{len(damages)} things repaired, {n_blocks} row blocks computed again" if damages else "nothing is damaged"
+    result = {"damages": [damage._asdict() for damage in damages], "computed": meter.computed}
+    print(json_text(result) if as_json else f"{store}: {name}: {done}")
 
 
 @app.command()
@@ -168,12 +149,9 @@ def rm(
 
     Example: h2t rm pets.zarr pets/train
     """
-    from h2t_store.storage.store import FeatureStore
-
-    opened = FeatureStore(store)
+    opened = _open(store)
     try:
-        summary = _summary(opened.open(name))
-        what = short(summary | {"stored": size(summary["stored"])})
+        what = short(_shown(_summary(opened.open(name))))
     except DamagedError:
         what = "damaged"
     if not yes and not typer.confirm(f"Remove {name} ({what}) from {store}?", err=True):
@@ -210,25 +188,32 @@ def export(
         matrix = matrix.select_layers(layers.split(","))
     with progress("rows") as meter:
         write(matrix, file, meter)
-    n_bytes = file.stat().st_size
-    if as_json:
-        print(json_text({"file": str(file), "rows": matrix.shape[0], "features": matrix.shape[1], "bytes": n_bytes}))
-    else:
-        print(f"{file}: {matrix.shape[0]} rows x {matrix.shape[1]} features, {size(n_bytes)}")
+    (n_rows, n_columns), n_bytes = matrix.shape, file.stat().st_size
+    result = {"file": str(file), "rows": n_rows, "features": n_columns, "bytes": n_bytes}
+    print(json_text(result) if as_json else f"{file}: {n_rows} rows x {n_columns} features, {decimal(n_bytes)}")
+
+
+def _open(store: str) -> "FeatureStore":
+    from h2t_store.storage.store import FeatureStore
+
+    return FeatureStore(store)
 
 
 def _summary(extraction: "Extraction") -> dict[str, Any]:
-    header = extraction.header
-    inputs = header.provenance["inputs"]
+    header, inputs = extraction.header, extraction.header.provenance["inputs"]
     return {
         "images": header.n_samples,
         "classes": len(header.classes),
         "features": header.n_features,
         "layers": len(header.layers),
         "stored": extraction.stored_bytes(),
-        "model": f"{inputs.get('model')} {inputs.get('weights_sha256')!s:.8}",
+        "model": f"{inputs['model']} {inputs['weights_sha256']:.8}",
         "state": _state(extraction),
     }
+
+
+def _shown(summary: dict[str, Any]) -> dict[str, Any]:
+    return summary | {"stored": decimal(summary["stored"])} if "stored" in summary else summary
 
 
 def _state(extraction: "Extraction") -> str:
@@ -236,3 +221,7 @@ def _state(extraction: "Extraction") -> str:
         return f"complete, {extraction.n_failed} skipped" if extraction.n_failed else "complete"
     committed = extraction.committed()
     return f"{int(committed.sum())} of {len(committed)} row blocks"
+
+
+def _soundness(extraction: "Extraction") -> str:
+    return "sound" if extraction.complete else f"sound as far as it is: {_state(extraction)}"

@@ -3,9 +3,9 @@
 import math
 from typing import Literal
 
+from h2t_store.arguments import integer
 from h2t_store.engines.interface import Engine
 from h2t_store.errors import H2TError
-from h2t_store.settings import integer
 
 __all__ = ["Engine", "open_engine"]
 

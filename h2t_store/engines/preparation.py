@@ -32,22 +32,9 @@ _log = logging.getLogger("h2t_store")
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be computed.
+    """What is to be computed: images in the order of the rows, network on its device, and what was asked for.
 
-    Attributes
-    ----------
-    settings : Settings
-        What was asked for.
-    source : Source
-        The images, in the order of the rows.
-    backbone : Backbone
-        The network, on its device.
-    forward : Forward
-        What turns images into features.
-    batch_size : int
-        Images per forward pass.
-    environment : dict
-        Settings, versions and device, as JSON: what it takes to compute the same again.
+    ``environment`` holds settings, versions and device, as JSON: what it takes to compute the same again.
     """
 
     settings: Settings
@@ -106,24 +93,14 @@ class Job:
         return self.settings.rows_per_block or rows_per_block(len(self.source), self.row_bytes)
 
     def layer_bytes(self, layer: Layer) -> int:
-        """Bytes that a layer takes on disk without compression; every chunk is stored whole."""
+        """Bytes of a layer on disk without compression; every chunk is stored whole."""
         n_blocks = -(-len(self.source) // self._rows_per_block)
         chunk = self._rows_per_block * layer.chunk_width * self.forward.dtype.itemsize + CRC_BYTES
         return n_blocks * layer.n_chunks * chunk
 
-    def expected_bytes(self) -> int:
-        """Bytes that the features take on disk."""
-        return sum(map(self.layer_bytes, self.layers))
-
 
 def prepare(settings: Settings) -> Job:
-    """Open the images, load the network, find its taps and choose the batch size.
-
-    Raises
-    ------
-    DataError, ModelError, TapError
-        One line that names the argument, what was given and what is accepted.
-    """
+    """Open the images, load the network, find its taps and choose the batch size."""
     device = _device(settings.device)
     source = open_source(settings.data, settings.split, data_dir=settings.data_dir, download=settings.download)
     for note in source.notes:
@@ -153,11 +130,13 @@ def prepare(settings: Settings) -> Job:
     )
     height, width = backbone.data_config["input_size"][1:]
     batch_size = choose_batch_size(forward, (height, width)) if settings.batch_size == "auto" else settings.batch_size
+    cuda = device.type == "cuda"
+    device_name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
     environment = {
         "arguments": replace(settings, batch_size=batch_size, device=device.type).absolute().to_json(),
         "taps_left_out": left_out,
         "behaviour": behaviour,
-        "platform": {"python": platform.python_version(), "device": _device_name(device)},
+        "platform": {"python": platform.python_version(), "device": device_name},
         "versions": {package: version(package) for package in ("head2toe", "torch", "timm", "zarr", "pillow")},
     }
     return Job(settings, source, backbone, forward, batch_size, environment)
@@ -176,15 +155,13 @@ def _memory_format(model: nn.Module, device: torch.device) -> torch.memory_forma
 
 def _transform(backbone: Backbone) -> Callable[[Image.Image], Tensor]:
     """timm's preprocessing for evaluation, up to uint8 pixels."""
+    config = backbone.data_config
     try:
-        transform: Callable[[Image.Image], Tensor] = create_transform(
-            **backbone.data_config, is_training=False, use_prefetcher=True
-        )
+        transform: Callable[[Image.Image], Tensor] = create_transform(**config, is_training=False, use_prefetcher=True)
         transform(Image.new("RGB", (8, 8)))
     except Exception as error:
-        raise ModelError(
-            f"model {backbone.name!r}: its preprocessing {backbone.data_config} cannot be used: {one_line(error)}"
-        ) from error
+        reason = f"its preprocessing {config} cannot be used: {one_line(error)}"
+        raise ModelError(f"model {backbone.name!r}: {reason}") from error
     return transform
 
 
@@ -199,10 +176,6 @@ def _device(device: str) -> torch.device:
     except Exception as error:
         raise ModelError(f"device {device!r} cannot be used here: {one_line(error)}") from error
     return chosen
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def _find(

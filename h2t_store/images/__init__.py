@@ -17,9 +17,8 @@ Accepted as ``data`` are
   All items are read once for their labels, unless an attribute ``targets`` lists them.
 """
 
-from h2t_store.images.arranging import arrange
 from h2t_store.images.formats import IMAGE_EXTENSIONS
 from h2t_store.images.opening import Data, open_source
-from h2t_store.images.source import Source
+from h2t_store.images.source import Source, arrange
 
 __all__ = ["IMAGE_EXTENSIONS", "Data", "Source", "arrange", "open_source"]

@@ -5,7 +5,6 @@ Code that a dataset brings along never runs.
 
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,8 +17,7 @@ import numpy as np
 from h2t_store.connection import why_unreachable
 from h2t_store.errors import DataError, did_you_mean, one_line
 from h2t_store.images.files import open_folder
-from h2t_store.images.map_style import MapSource, Table, from_memory, open_dataset
-from h2t_store.images.names import as_names
+from h2t_store.images.map_style import ArrayReader, open_dataset, open_table
 from h2t_store.images.source import Source
 from h2t_store.switches import Switch
 
@@ -47,14 +45,14 @@ def open_torchvision(name: str, root: Path, split: str, download: bool) -> Sourc
     if "/" in split:
         raise DataError(f"split {split!r}: torch/{name} is read with its own classes; accepted is a split alone")
     dataset = _create(name, root, split, download)
-    origin = {"kind": f"torch/{name}"}
+    kind = f"torch/{name}"
     if name in _IN_MEMORY:
         part = "train" if split in _TRAIN else "test"
-        return open_dataset(dataset, {**origin, "split": part}, prefix=f"{part}/")
+        return open_dataset(dataset, {"kind": kind, "split": part}, f"{part}/")
     if name in _IN_FOLDERS:
         folder = Path(dataset.split_folder if name == "imagenet" else dataset.root)
-        return replace(open_folder(folder, None), origin={**origin, "split": folder.name})
-    return open_dataset(dataset, {**origin, "split": dataset.split})
+        return replace(open_folder(folder, None), origin={"kind": kind, "split": folder.name})
+    return open_dataset(dataset, {"kind": kind, "split": dataset.split})
 
 
 def _create(name: str, root: Path, split: str, download: bool) -> Any:
@@ -89,12 +87,12 @@ def open_hub(name: str, cache: Path | None, split: str | None) -> Source:
         if any(Path(name).rglob("metadata.*")):
             raise DataError(f"{where}: its metadata is not read: write a list file, or pass it as a Dataset in Python")
         return open_folder(Path(name), split)
+    part = split or "train"
     try:
-        dataset = builder.as_dataset(split=split or "train")
-    except Exception as error:
+        table = builder.as_dataset(split=part)
+    except Exception as error:  # that there is no such split, for one
         raise DataError(f"{where}: {one_line(error)}") from error
-    table = Table(dataset, f"hfds/{name}", name)
-    return open_dataset(table, {"kind": "hfds", "split": split or "train"}, prefix=f"{split or 'train'}/")
+    return open_table(table, {"kind": "hfds", "split": part}, f"{part}/", np.arange(len(table)), f"hfds/{name}", name)
 
 
 def _prepared(name: str, cache: Path | None) -> Any:
@@ -110,7 +108,7 @@ def _prepared(name: str, cache: Path | None) -> Any:
         raise DataError(f"{where}: there is no such folder")
     unreachable = None if os.path.isdir(name) else why_unreachable(huggingface_hub.constants.ENDPOINT)
     try:
-        with _without_progress, _offline if unreachable else nullcontext():
+        with _offline if unreachable else nullcontext():
             builder = datasets.load_dataset_builder(name, cache_dir=None if cache is None else str(cache))
             if builder.name in _HUB_FORMATS:
                 builder.download_and_prepare()
@@ -139,20 +137,10 @@ def _go_offline() -> Callable[[], None]:
     return lambda: set_to(before)
 
 
-def _hide_progress() -> Callable[[], None]:
-    import datasets
-
-    if sys.stderr.isatty() or not datasets.is_progress_bar_enabled():
-        return lambda: None
-    datasets.disable_progress_bars()
-    enable: Callable[[], None] = datasets.enable_progress_bars
-    return enable
+_offline = Switch(_go_offline)
 
 
-_offline, _without_progress = Switch(_go_offline), Switch(_hide_progress)
-
-
-def open_digits(split: str) -> MapSource:
+def open_digits(split: str) -> Source:
     """The first 1000 of a fixed shuffle of scikit-learn's digits, or the other 797."""
     if split not in ("train", "test"):
         raise DataError(f"split {split!r}: digits has 'train' and 'test'")
@@ -161,10 +149,7 @@ def open_digits(split: str) -> MapSource:
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.RandomState(0).permutation(len(labels))
     chosen = order[:_DIGITS_IN_TRAIN] if split == "train" else order[_DIGITS_IN_TRAIN:]
-    return from_memory(
-        np.round(pixels[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8),
-        origin={"kind": "digits", "split": split},
-        sample_ids=as_names([f"{split}/{i}" for i in chosen]),
-        y=labels[chosen].astype(np.int64),
-        classes=tuple(range(10)),
-    )
+    images = np.round(pixels[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    ids = [f"{split}/{i}" for i in chosen]
+    y = labels[chosen].astype(np.int64)
+    return Source.of(ArrayReader(images), ids, y, tuple(range(10)), origin={"kind": "digits", "split": split})

@@ -51,29 +51,25 @@ def encode(labels: Any, n: int) -> tuple[NDArray[np.int64], Classes]:
 
     Integers are their own codes; strings become indices into their sorted values.
     """
-    y = np.full(n, UNLABELLED, dtype=np.int64)
-    if labels is None:
-        return y, ()
-    if isinstance(labels, Sequence) and None in labels:
-        known = [i for i, label in enumerate(labels) if label is not None]
-        y[known], classes = encode([labels[i] for i in known], len(known)) if known else (y[known], ())
-        return y, classes
-    labels = np.asarray(labels)
-    if labels.shape != (n,):
-        raise DataError(f"data: labels of shape {labels.shape} for {n} images; accepted is ({n},)")
-    if labels.dtype.kind in "iub":
-        least, most = int(labels.min()), int(labels.max())
-        if least < UNLABELLED or most >= _MAX_CLASSES:
-            raise DataError(f"data: labels from {least} to {most}; accepted are -1 to {_MAX_CLASSES - 1}, or strings")
-        return labels.astype(np.int64), tuple(range(most + 1))
-    if labels.dtype.kind not in "UTO" or not all(isinstance(label, str) for label in labels):
-        raise DataError(f"data: labels of dtype {labels.dtype}; accepted are integers and strings")
-    values, y = np.unique(labels.astype(str), return_inverse=True)
-    return y.astype(np.int64), tuple(map(str, values))
+    given = np.asarray([None] * n if labels is None else labels, dtype=object)
+    if given.shape != (n,):
+        raise DataError(f"data: labels of shape {given.shape} for {n} images; accepted is ({n},)")
+    known = [label for label in given.tolist() if label is not None]
+    if all(isinstance(label, str) for label in known):
+        classes = sorted(set(known))
+        index = {None: UNLABELLED} | {label: i for i, label in enumerate(classes)}
+        return np.array([index[label] for label in given.tolist()], dtype=np.int64), tuple(map(str, classes))
+    odd = next((label for label in known if not isinstance(label, int | np.integer)), None)
+    if odd is not None:
+        raise DataError(f"data: labels of type {type(odd).__name__}; accepted are integers and strings")
+    least, most = int(min(known)), int(max(known))
+    if least < UNLABELLED or most >= _MAX_CLASSES:
+        raise DataError(f"data: labels from {least} to {most}; accepted are -1 to {_MAX_CLASSES - 1}, or strings")
+    y = np.array([UNLABELLED if label is None else label for label in given.tolist()], dtype=np.int64)
+    return y, tuple(range(most + 1))
 
 
 def encode_words(words: Sequence[str]) -> tuple[NDArray[np.int64], Classes]:
     """As `encode`; the labels are integers where each is written as one, without leading zeros."""
-    if all(map(_WHOLE_NUMBER.fullmatch, words)):
-        return encode(np.array(words, dtype=np.int64), len(words))
-    return encode(np.array(words, dtype=object), len(words))
+    is_numbers = all(map(_WHOLE_NUMBER.fullmatch, words))
+    return encode(list(map(int, words)) if is_numbers else words, len(words))

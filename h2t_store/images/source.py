@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -14,49 +14,71 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from h2t_store.errors import DataError
-from h2t_store.images.names import UNLABELLED, Classes, Names, shown
+from h2t_store.images.names import UNLABELLED, Classes, Names, as_names, counted, shown
 from h2t_store.images.pictures import DIGEST_BYTES, Picture, decode, digest_of
 
 _ROWS_AT_ONCE = 10_000
+_MOST_SAMPLED = 1000
 
 Stamp = tuple[int, int]
 """Size in bytes, and time of the last change in nanoseconds."""
 
 
+class Reader(ABC):
+    """Gives the pictures of a source by number, in any process."""
+
+    in_memory = False
+    """Whether reading a picture costs nothing."""
+
+    image_size: tuple[int, int] | None = None
+    """Height and width where all pictures share them and it is known."""
+
+    has_stamps = False
+    """Whether size and time of change can be told without reading."""
+
+    @abstractmethod
+    def where(self, number: int, sample_id: str) -> str:
+        """What errors call a picture."""
+
+    @abstractmethod
+    def read(self, number: int, where: str) -> bytes | Picture:
+        """The bytes of a file, or the picture where there is no file; `DataError` where that fails."""
+
+    def stamp(self, number: int, where: str) -> Stamp:
+        """Size and time of change of a picture as it is now."""
+        raise NotImplementedError
+
+
 class Known:
-    """A row of numbers for each picture, found out when first asked for and kept; pickles with what is known.
+    """Sixteen bytes for each of ``n`` pictures, found out when first asked for; pickles with what is known."""
 
-    Parameters
-    ----------
-    n, width : int
-        How many pictures there are, and numbers for each.
-    """
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._rows = np.zeros((0, DIGEST_BYTES), np.uint8)
+        self._is_known = np.zeros(0, bool)
 
-    def __init__(self, n: int, width: int, dtype: type) -> None:
-        self._shape, self._dtype = (n, width), dtype
-        self._rows: NDArray[Any] | None = None
-        self._is_known = np.zeros(0, dtype=bool)
-
-    def of(self, numbers: NDArray[np.int64], find: Callable[[int], Any]) -> NDArray[Any]:
+    def of(self, numbers: NDArray[np.int64], find: Callable[[int], bytes]) -> NDArray[np.uint8]:
         """Those of the pictures ``numbers``; ``find(i)`` gives that of ``numbers[i]``."""
-        if self._rows is None:
-            self._rows, self._is_known = np.zeros(self._shape, self._dtype), np.zeros(self._shape[0], dtype=bool)
+        if not len(self._rows):
+            self._rows, self._is_known = np.zeros((self._n, DIGEST_BYTES), np.uint8), np.zeros(self._n, bool)
         for i in np.flatnonzero(~self._is_known[numbers]).tolist():
-            self._rows[numbers[i]] = find(i)
+            self._rows[numbers[i]] = np.frombuffer(find(i), np.uint8)
             self._is_known[numbers[i]] = True
         return self._rows[numbers]
 
-    def get(self, number: int) -> list[int] | None:
+    def get(self, number: int) -> bytes | None:
         """That of one picture, if it is known."""
-        return None if self._rows is None or not self._is_known[number] else self._rows[number].tolist()
+        return self._rows[number].tobytes() if len(self._rows) and self._is_known[number] else None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Source(ABC):
+@dataclass(frozen=True, eq=False)
+class Source:
     """Pictures, labels and identifiers. Pickles without the pictures that are on disk.
 
     Attributes
     ----------
+    reader : Reader
+        What reads the pictures.
     origin : dict
         What kind of data it is, and which part of it.
     sample_ids : ndarray of shape (n,), StringDType
@@ -68,28 +90,39 @@ class Source(ABC):
     notes : list of str
         What was left out, for a person to read.
     numbers : ndarray of shape (n,), int64
-        Number of each row's picture in the data as it was opened.
+        Number of each row's picture for the reader.
     digests, stamps : Known
-        Of all pictures as opened, shared by every selection of rows: digests, and size and time of change.
+        Of all pictures, shared by every selection of rows.
     """
 
+    reader: Reader = field(repr=False)
     origin: dict[str, Any]
     sample_ids: Names
     y: NDArray[np.int64]
     classes: Classes
-    notes: list[str] = field(default_factory=list)
-    numbers: NDArray[np.int64] = field(default=None, repr=False)  # type: ignore[assignment]
-    digests: Known = field(default=None, repr=False)  # type: ignore[assignment]
-    stamps: Known = field(default=None, repr=False)  # type: ignore[assignment]
+    notes: list[str]
+    numbers: NDArray[np.int64]
+    digests: Known = field(repr=False)
+    stamps: Known = field(repr=False)
 
     max_digested_bytes: ClassVar[int] = 1 << 30
 
-    def __post_init__(self) -> None:
-        if self.numbers is None:
-            n = len(self.y)
-            object.__setattr__(self, "numbers", np.arange(n))
-            object.__setattr__(self, "digests", Known(n, DIGEST_BYTES, np.uint8))
-            object.__setattr__(self, "stamps", Known(n, 2, np.int64))
+    @classmethod
+    def of(
+        cls,
+        reader: Reader,
+        sample_ids: Sequence[str],
+        y: NDArray[np.int64],
+        classes: Classes,
+        *,
+        origin: dict[str, Any],
+        notes: list[str] | None = None,
+        numbers: NDArray[np.int64] | None = None,
+    ) -> Self:
+        """A source as it is opened; ``numbers`` are by default all in order."""
+        numbers = np.arange(len(y)) if numbers is None else numbers
+        n = int(numbers.max()) + 1
+        return cls(reader, origin, as_names(sample_ids), y, classes, notes or [], numbers, Known(n), Known(n))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -97,66 +130,85 @@ class Source(ABC):
     @property
     def in_memory(self) -> bool:
         """Whether reading a picture costs nothing."""
-        return False
+        return self.reader.in_memory
 
     @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width where all pictures share them and it is known."""
-        return None
+        return self.reader.image_size
 
     @cached_property
     def description(self) -> dict[str, Any]:
         """Goes into the provenance; equal descriptions mean equal pictures, identifiers and names of labels, in order.
 
-        How the classes are numbered does not matter. Pictures are held against it when they are decoded.
+        The pictures are known by their digests up to 1 GiB in total; beyond, where reading twice costs, by sizes and
+        times of change, so that a copy is known again if it keeps the times; where there are no times, by the digests
+        of 1000. Pictures are held against it when they are decoded.
         """
-        key, identity = self.identity()
-        names = np.array([*self.classes, None], dtype=object)
+        key, identity = self._identity()
+        names = [*map(str, self.classes), None]
         sha = hashlib.sha256(str(len(self)).encode())
         for start in range(0, len(self), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            labels = [None if label is None else str(label) for label in names[self.y[rows]]]
+            labels = [names[code] for code in self.y[rows].tolist()]
             sha.update(json.dumps([self.sample_ids[rows].tolist(), labels]).encode())
-        sha.update(np.ascontiguousarray(identity).tobytes())
+        sha.update(identity.tobytes())
         return {**self.origin, "n": len(self), key: sha.hexdigest()}
 
-    def identity(self) -> tuple[str, NDArray[Any]]:
-        """What tells the pictures from others, and how that is called.
-
-        The digests of all up to 1 GiB in total; beyond, where reading twice costs, sizes and times of change, so that a
-        copy is known again if it keeps the times.
-        """
-        stamps = self.stamps.of(self.numbers, self.stamp)
-        if stamps[:, 0].sum() <= self.max_digested_bytes:
-            return "contents_sha256", self.digests.of(self.numbers, self.digest)
-        return "paths_sizes_and_times_sha256", stamps.astype("<i8")
+    def _identity(self) -> tuple[str, NDArray[np.uint8]]:
+        """What tells the pictures from others, and how that is called."""
+        n = len(self)
+        stamps = self.stamps.of(self.numbers, self._stamp) if self.reader.has_stamps else np.zeros((0, 16), np.uint8)
+        if self.reader.has_stamps:
+            size = stamps.view("<i8")[:, 0].sum()
+        else:
+            size = 0 if self.in_memory or n <= _MOST_SAMPLED else n * self._size(0)
+        if size <= self.max_digested_bytes:
+            return "contents_sha256", self.digests.of(self.numbers, self._digest)
+        if self.reader.has_stamps:
+            return "paths_sizes_and_times_sha256", stamps
+        some = np.linspace(0, n - 1, _MOST_SAMPLED).astype(np.int64)
+        return "some_contents_sha256", self.digests.of(self.numbers[some], lambda i: self._digest(int(some[i])))
 
     def picture(self, row: int) -> Picture:
         """The picture as RGB; `DataError` where it cannot be read, or is not what `description` is of."""
-        content, stamp = self.read(row)
-        number = int(self.numbers[row])
-        digest = content.digest if isinstance(content, Picture) else digest_of(content)
-        known, found = self.digests.get(number), list(digest)
-        if known is None:
-            known, found = self.stamps.get(number), list(stamp)
+        content, number = self.read(row), int(self.numbers[row])
+        found = content.digest if isinstance(content, Picture) else digest_of(content)
+        known = self.digests.get(number)
+        if known is None and (known := self.stamps.get(number)) is not None:
+            found = self._stamp(row)
         if known not in (None, found):
-            raise DataError(f"{shown(self.where(row))}: {self.changed}")
+            advice = "extract again" + ("" if self.reader.has_stamps else ", from a dataset without random transforms")
+            raise DataError(f"{shown(self.where(row))}: it has changed since the extraction began: {advice}")
         return content if isinstance(content, Picture) else decode(content, self.where(row))
-
-    @property
-    def changed(self) -> str:
-        """What to say of a picture that is no longer what it was."""
-        return "it has changed since the extraction began: extract again"
 
     def image(self, row: int) -> Image.Image:
         """`picture` without remarks and digest."""
         return self.picture(row).image
 
-    def digest(self, row: int) -> NDArray[np.uint8]:
-        """The digest of a picture as it is now."""
-        content, _ = self.read(row)
-        digest = content.digest if isinstance(content, Picture) else digest_of(content)
-        return np.frombuffer(digest, dtype=np.uint8)
+    def where(self, row: int) -> str:
+        """What errors call the picture."""
+        return self.reader.where(int(self.numbers[row]), str(self.sample_ids[row]))
+
+    def read(self, row: int) -> bytes | Picture:
+        """The bytes of a file, or the picture where there is no file."""
+        return self.reader.read(int(self.numbers[row]), self.where(row))
+
+    def _digest(self, row: int) -> bytes:
+        try:
+            content = self.read(row)
+        except DataError:
+            if self.reader.has_stamps:
+                raise
+            return bytes(DIGEST_BYTES)  # one picture of a dataset, which may be skipped later on
+        return content.digest if isinstance(content, Picture) else digest_of(content)
+
+    def _stamp(self, row: int) -> bytes:
+        return np.array(self.reader.stamp(int(self.numbers[row]), self.where(row)), "<i8").tobytes()
+
+    def _size(self, row: int) -> int:
+        content = self.read(row)
+        return 3 * content.image.width * content.image.height if isinstance(content, Picture) else len(content)
 
     def take(self, rows: NDArray[np.int64]) -> Self:
         """The same data, restricted to ``rows`` in the order given."""
@@ -174,29 +226,54 @@ class Source(ABC):
         codes = [index.get(str(label), UNLABELLED) for label in self.classes]
         return replace(self, y=np.array([*codes, UNLABELLED], dtype=np.int64)[self.y], classes=tuple(classes))
 
-    @abstractmethod
-    def where(self, row: int) -> str:
-        """What errors call the picture."""
 
-    @abstractmethod
-    def read(self, row: int) -> tuple[bytes | Picture, Stamp]:
-        """The file's bytes, or the picture where there is no file, and its stamp; `DataError` where that fails."""
+def arrange(source: Source, sample_ids: Sequence[str], classes: Classes) -> Source:
+    """Bring a source into the order of what was read from it before; `DataError` where rows are no longer in it.
 
-    @abstractmethod
-    def stamp(self, row: int) -> Stamp:
-        """Size and time of change of a picture as it is now."""
+    Earlier rows come first, in their order (those that share an identifier, in the order of the source), then the
+    others in the order of the source; ``classes`` begin with the earlier ones.
+    """
+    earlier = _rows_of(as_names(sample_ids).tolist(), source.sample_ids.tolist())
+    is_new = np.ones(len(source), dtype=bool)
+    is_new[earlier] = False
+    known = set(map(str, classes))
+    new_classes = tuple(label for label in source.classes if str(label) not in known)
+    rows = np.concatenate([earlier, np.flatnonzero(is_new)])
+    return source.take(rows).relabelled((*classes, *new_classes))
 
 
-def read_file(path: str, offset: int = 0, size: int = -1) -> tuple[bytes, Stamp]:
-    """A part of a file, by default all, and the stamp of the file after that was read."""
+def _rows_of(wanted: list[str], present: list[str]) -> NDArray[np.int64]:
+    if present[: len(wanted)] == wanted:
+        return np.arange(len(wanted))
+    first: dict[str, int] = {}
+    following = np.full(len(present), -1)
+    for row in range(len(present) - 1, -1, -1):
+        following[row] = first.get(present[row], -1)
+        first[present[row]] = row
+    rows = np.full(len(wanted), -1)
+    for i, name in enumerate(wanted):
+        rows[i] = first.get(name, -1)
+        first[name] = int(following[rows[i]]) if rows[i] >= 0 else -1
+    missing = [wanted[i] for i in np.flatnonzero(rows < 0)]
+    if missing:
+        raise DataError(f"data: {counted(missing, f'of {len(wanted)} images are no longer there')}")
+    return rows
+
+
+def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
+    """A part of a file, by default all."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            return file.read(size), stamp_of(os.fstat(file.fileno()))
+            return file.read(size)
     except OSError as error:
         raise DataError(f"{shown(path)}: {error.strerror}") from error
 
 
-def stamp_of(status: os.stat_result) -> Stamp:
-    """The stamp of a file."""
+def stamp_file(path: str) -> Stamp:
+    """Size and time of change of a file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror}") from error
     return status.st_size, status.st_mtime_ns
