@@ -1,53 +1,45 @@
-"""Which modules are attention: those that compute a softmax or a fused attention over tensors they project themselves.
+"""Which modules are attention: those that compute a softmax or a fused attention, found by the operations they run."""
 
-The operations a network runs tell it, whatever its classes are called.
-"""
-
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from h2t_store.network.watching import in_this_thread, is_linear_map
+from h2t_store.network.watching import is_linear_map, own_hooks
 
 __all__ = ["attention_modules"]
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no annotation here
-    """Calls ``note`` with the name of every operation that torch runs."""
+def attention_modules(model: nn.Module, image: Tensor) -> set[str]:
+    """Names of the innermost modules that hold linear layers and run an attention."""
+    names = [name for name, _ in model.named_modules()]
+    operations = _Operations(
+        {name for name, module in model.named_modules() if any(is_linear_map(part) for part in module.modules())}
+    )
+    enter = {name: partial(operations.enter, name) for name in names}
+    with torch.no_grad(), own_hooks(model, before=enter, after=dict.fromkeys(names, operations.leave)), operations:
+        model(image.clone())
+    return operations.attentions - {""}
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no annotation here
+    """Sees every operation, and which modules are running."""
+
+    def __init__(self, holders: set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.note = note
+        self.holders = holders
+        self.running: list[str] = []
+        self.attentions: set[str] = set()
+
+    def enter(self, name: str, *_: Any) -> None:
+        self.running.append(name)
+
+    def leave(self, *_: Any) -> None:
+        self.running.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.note(str(func))
+        if "softmax" in str(func) or "attention" in str(func):
+            self.attentions.update([name for name in self.running if name in self.holders][-1:])
         return func(*args, **(kwargs or {}))
-
-
-def attention_modules(model: nn.Module, image: Tensor) -> set[str]:
-    """Names of the innermost modules that run an attention and hold linear maps; found by running the network."""
-    running: list[str] = []
-    holders = {name for name, module in model.named_modules() if any(is_linear_map(part) for part in module.modules())}
-    found: set[str] = set()
-
-    def note(operation: str) -> None:
-        if "softmax" in operation or "attention" in operation:
-            found.update([name for name in running if name in holders][-1:])
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(in_this_thread(lambda *_, name=name: running.append(name))))
-        handles.append(module.register_forward_hook(in_this_thread(leave)))
-    try:
-        with torch.no_grad(), _Operations(note):
-            model(image.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found - {""}
