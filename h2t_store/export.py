@@ -35,11 +35,6 @@ def export(
         Called with (rows written, total rows).
     block_bytes : int
         Size of the blocks that are read and written at a time.
-
-    Raises
-    ------
-    H2TError
-        If the file exists, cannot be written, or has another ending.
     """
     path = Path(path)
     if path.suffix not in EXPORTS:

@@ -43,17 +43,9 @@ def open_features(
     -------
     FeatureMatrix
         All columns, and all rows except skipped samples (see `FeatureMatrix.failures`).
-
-    Raises
-    ------
-    StoreError
-        If there is no such store or extraction.
-    IncompleteError
-        If the extraction is unfinished.
     """
     opened = FeatureStore(store, cache=cache)
-    extraction = opened.open(name)
-    _require_complete(extraction)
+    extraction = _finished(opened.open(name))
     rows, columns = np.arange(extraction.header.n_samples), np.arange(extraction.header.n_features)
     if extraction.n_failed:
         rows = np.setdiff1d(rows, list(extraction.failures()))
@@ -61,12 +53,13 @@ def open_features(
     return FeatureMatrix(address, rows, columns, None if cache is None else os.path.abspath(cache), extraction)
 
 
-def _require_complete(extraction: Extraction) -> None:
+def _finished(extraction: Extraction) -> Extraction:
     if not extraction.complete:
         done, total = int(extraction.committed().sum()), n_blocks(extraction.header)
         raise IncompleteError(
             f"{extraction.where} is unfinished ({done} of {total} row blocks): run the same extraction again to finish"
         )
+    return extraction
 
 
 def _replaced(extraction: Extraction) -> StoreError:
@@ -108,8 +101,7 @@ class FeatureMatrix:
             extraction = FeatureStore(store, cache=self._cache).open(name)
             if extraction.header.digest != digest:
                 raise _replaced(extraction)
-            _require_complete(extraction)
-            self._opened = extraction
+            self._opened = _finished(extraction)
         return self._opened
 
     @contextmanager
@@ -210,10 +202,7 @@ class FeatureMatrix:
         return recipe_of(self._header, [self._header.layers[index] for index in used])
 
     def recipe_differences(self, recipe: dict[str, Any]) -> list[str]:
-        """Differences between the recipe of other features ("there") and that of these ("here").
-
-        A model fitted on those can be used on these if the list is empty.
-        """
+        """Differences between the recipe of other features ("there") and these; none if a model may use both."""
         return recipe_differences(recipe, self.recipe)
 
     @property
@@ -245,13 +234,7 @@ class FeatureMatrix:
         return np.array(names, dtype=object)[self._columns]
 
     def select_layers(self, patterns: str | Sequence[str]) -> "FeatureMatrix":
-        """Select the columns of the layers whose name matches any of the globs, in store order.
-
-        Raises
-        ------
-        StoreError
-            If a pattern matches no layer of this selection.
-        """
+        """Select the columns of the layers whose name matches any of the globs, in their order."""
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         if not patterns:
             raise StoreError("select_layers: no pattern given; accepted are globs over the names of the layers")
@@ -266,13 +249,7 @@ class FeatureMatrix:
         return self._of_layers([layer for layer in self.layers if layer.name in matching])
 
     def select_target_size(self, target_size: int) -> "FeatureMatrix":
-        """Select the columns that pooling to ``target_size`` gives, if several sizes were extracted at once.
-
-        Raises
-        ------
-        StoreError
-            If the extraction was not made for this size.
-        """
+        """Select the columns that pooling to ``target_size`` gives, if several sizes were extracted at once."""
         sizes = sorted({size for layer in self.layers for size in layer.target_sizes})
         if target_size not in sizes:
             raise StoreError(
@@ -291,20 +268,10 @@ class FeatureMatrix:
         return norms[np.ix_(self._rows, columns)]
 
     def column_blocks(self, max_bytes: int) -> Iterator[tuple[slice | Indices, NDArray[np.float32]]]:
-        """Read all columns in store order, block by block.
+        """Read all columns in store order, as blocks of at most ``max_bytes`` or one column.
 
-        Blocks end at chunk borders if possible, so that a chunk is read once.
-
-        Parameters
-        ----------
-        max_bytes : int
-            Size limit of a block; a block holds at least one column.
-
-        Yields
-        ------
-        columns : slice or ndarray of int
-            Columns of this matrix that the block holds.
-        block : ndarray of shape (n_rows, width), float32
+        Each comes with the columns of this matrix that it holds. Blocks end at chunk borders if possible, so that a
+        chunk is read once.
         """
         n_rows = len(self)
         widest = max(1, max_bytes // max(1, n_rows * self.dtype.itemsize))
@@ -316,20 +283,10 @@ class FeatureMatrix:
             yield as_slice(order[start:stop]), self._read(self._rows, stored[start:stop])
 
     def row_blocks(self, max_bytes: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Read all rows in order, block by block.
+        """Read all rows in order, as blocks of at most ``max_bytes`` or the rows of one chunk.
 
-        Blocks end at chunk borders, so that a chunk is read once if the rows are in store order.
-
-        Parameters
-        ----------
-        max_bytes : int
-            Size limit of a block; a block holds at least the rows of one chunk.
-
-        Yields
-        ------
-        rows : slice
-            Rows of this matrix that the block holds.
-        block : ndarray of shape (height, n_columns), float32
+        Each comes with the rows of this matrix that it holds. Blocks end at chunk borders, so that a chunk is read once
+        if the rows are in store order.
         """
         n_columns = self.shape[1]
         highest = max(1, max_bytes // max(1, n_columns * self.dtype.itemsize))
@@ -368,10 +325,7 @@ class FeatureMatrix:
         return np.empty(0).__dlpack_device__()
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Read everything into a data frame with ``sample_ids`` as its index and ``feature_names`` as its columns.
-
-        It needs pandas: ``pip install 'head2toe[table]'``.
-        """
+        """Read everything into a data frame with ``sample_ids`` as index and ``feature_names`` as columns."""
         try:
             import pandas as pd
         except ImportError as error:

@@ -1,7 +1,4 @@
-"""Which network, which of its activations, and how they are pooled.
-
-Importing it registers ``h2t_resnet20`` with timm.
-"""
+"""Which network, which of its activations, and how they are pooled. Importing it registers ``h2t_resnet20`` in timm."""
 
 from h2t_store.network.finding import PRESETS, find_taps
 from h2t_store.network.loading import Backbone, code_digest, load_backbone

@@ -11,17 +11,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from h2t_store.network.watching import Seen, Trace
 
-__all__ = ["channel_axes"]
-
 
 def channel_axes(trace: Trace) -> Callable[[Seen], int]:
-    """Learn where the network keeps its channels.
+    """Learn where the network keeps its channels; return a function from a seen tensor to its channel axis.
 
-    Returns
-    -------
-    callable
-        Channel axis of a seen tensor: what the layers say that this tensor passes through, or else one of its shape;
-        else the odd one of the three axes of a square map; else what is usual in this network for its rank.
+    The layers decide that the tensor passes through, or else one of its shape. Else it is the odd one of the three axes
+    of a square map, or what is usual in this network for its rank.
     """
     votes: dict[Any, Counter[int]] = defaultdict(Counter)
     for event in trace.seen:

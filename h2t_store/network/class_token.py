@@ -14,27 +14,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from h2t_store.network.attention import attention_modules
+from h2t_store.network.operations import find_operations
 from h2t_store.network.taps import Tap
 from h2t_store.network.watching import Place, hooks, own_hooks
-
-__all__ = ["class_positions"]
 
 _PARAMETER = re.compile(r"(^|[._])(cls|class)_?(token|emb)[a-z]*(_?\d+|\.\d+)?$")  # cls_token, class_embedding, …
 
 
 def class_positions(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> dict[int, int]:
-    """Find the position of the class token for each number of tokens; empty where there is none.
-
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode. Its class token is a parameter named ``cls_token``, ``class_embedding``, …
-    image : Tensor
-        ``(1, channels, height, width)``.
-    taps : sequence of Tap
-        Where to look.
-    """
+    """Find the position of the class token for each number of tokens among the taps; empty if there is none."""
     parameters = [value for name, value in model.named_parameters() if _PARAMETER.search(name)]
     tokens = {tap.place: tap for tap in taps if tap.kind == "tokens" and tap.shape[1] > 1}
     if not parameters or not tokens:
@@ -54,7 +42,7 @@ def class_positions(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> dic
             if len(moved) == 1:
                 votes[after.shape[1]][int(moved)] += 1
 
-    silent = {name: lambda *call: _zeros(call[-1]) for name in attention_modules(model, image)}
+    silent = {name: lambda *call: _zeros(call[-1]) for name in find_operations(model, image).attentions}
     modules = sorted({place.module for place in tokens})
     with torch.no_grad(), own_hooks(model, after=silent), hooks(model, modules) as listening:
         with listening(remember):

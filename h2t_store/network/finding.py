@@ -13,12 +13,10 @@ from h2t_store.errors import TapError, did_you_mean
 from h2t_store.network.channels import channel_axes
 from h2t_store.network.class_token import class_positions
 from h2t_store.network.paper import published_taps
-from h2t_store.network.presets import canonical_name, linear_layers, preset
+from h2t_store.network.presets import canonical_name, preset
 from h2t_store.network.taps import ClassTokenPolicy, Tap
-from h2t_store.network.watching import Content, Place, Seen, Trace, hooks, is_linear_map, watch
+from h2t_store.network.watching import Content, Place, Seen, Trace, hooks
 from h2t_store.switches import exact_arithmetic
-
-__all__ = ["PRESETS", "find_taps"]
 
 PRESETS = ("paper", "activations", "blocks")
 
@@ -52,12 +50,6 @@ def find_taps(
         In the order the network computes them; each tensor once.
     left_out : dict of str to str
         Tensors of a preset that are no activations of single images, with the reason.
-
-    Raises
-    ------
-    TapError
-        If a glob matches nothing or a tensor that is no activation of single images, if ``paper`` does not know the
-        network, or if ``cls_token`` is none of the three.
     """
     if cls_token not in get_args(ClassTokenPolicy):
         raise TapError(f"cls_token {cls_token!r}: accepted are pool, only and keep")
@@ -66,7 +58,7 @@ def find_taps(
     if not parts:
         raise TapError(f"taps: nothing given; accepted are {', '.join(PRESETS)} and globs over module names")
     with torch.inference_mode(False), exact_arithmetic:
-        trace = watch(model, example[:1].clone())
+        trace = Trace(model, example[:1].clone())
         names, asked = _names(trace, parts)
         axis_of = channel_axes(trace)
         everything = [Tap(seen.place.name, seen.place, tuple(seen.tensor.shape), axis_of(seen)) for seen in trace.seen]
@@ -93,28 +85,21 @@ def _names(trace: Trace, parts: Sequence[str]) -> tuple[dict[Content, str], set[
             for seen in _matches(part, trace):
                 names.setdefault(seen.content, seen.place.name)
     asked = set(names.values())
-    entrances = linear_layers(trace)
     for part in parts:
-        if part == "paper":
-            for seen in published_taps(trace):
-                # Tokens may be a view of a map that another module made, and are pooled in another way.
-                tokens = seen.tensor.ndim == 3 and seen.place.side == "out"
-                name = seen.place.name if tokens else canonical_name(seen.content, trace, entrances)
+        if part in PRESETS:
+            for seen in published_taps(trace) if part == "paper" else preset(part, trace):
+                # The paper's tokens may be a view of a map that another module made, and are pooled in another way.
+                tokens = part == "paper" and seen.tensor.ndim == 3 and seen.place.side == "out"
+                name = seen.place.name if tokens else canonical_name(seen.content, trace)
                 names.setdefault(seen.content, name)
-        elif part in PRESETS:
-            for seen in preset(part, trace):
-                names.setdefault(seen.content, canonical_name(seen.content, trace, entrances))
     return names, asked
 
 
 def _matches(glob: str, trace: Trace) -> list[Seen]:
     """What a glob names: the part before the colon is matched against modules, the part after it taken as it is."""
     pattern, _, suffix = glob.partition(":")
-    found = []
-    for seen in trace.seen:
-        module, _, which = seen.place.name.partition(":")
-        if which == suffix and fnmatchcase(module, pattern):
-            found.append(seen)
+    parts = [(seen, *seen.place.name.partition(":")) for seen in trace.seen]
+    found = [seen for seen, module, _, which in parts if which == suffix and fnmatchcase(module, pattern)]
     if not found:
         known = [seen.place.name for seen in trace.seen]
         raise TapError(
@@ -126,12 +111,8 @@ def _matches(glob: str, trace: Trace) -> list[Seen]:
 
 def _never_called(trace: Trace) -> dict[str, str]:
     """Linear layers that do not run: the network does without, or a function uses their weights."""
-    called = {seen.place.module for seen in trace.seen}
-    return {
-        f"{name}:in": "the network does not call this module"
-        for name, module in trace.modules.items()
-        if is_linear_map(module) and name not in called
-    }
+    reason = "the network does not call this module"
+    return {f"{name}:in": reason for name in trace.modules if name in trace.linear_layers - trace.ran}
 
 
 def _of_single_images(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> tuple[list[Tap], dict[str, str]]:

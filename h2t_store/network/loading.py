@@ -28,8 +28,6 @@ from h2t_store.connection import why_unreachable
 from h2t_store.errors import ModelError, did_you_mean, one_line
 from h2t_store.network.model_file import build_from_file
 
-__all__ = ["Backbone", "code_digest", "load_backbone"]
-
 _log = logging.getLogger("h2t_store")
 
 _building = RLock()
@@ -38,25 +36,11 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen network.
+    """A frozen network, in evaluation mode, with digests of its weights and its code."""
 
-    Attributes
-    ----------
-    name : str
-        timm's name, ``file.py:factory``, or the class of a module.
-    model : nn.Module
-        In evaluation mode.
-    data_config : dict
-        timm's preprocessing: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
-    weights_sha256 : str
-        Digest of names and values of all parameters and buffers.
-    code_sha256 : str
-        Digest of the modules the network consists of and the file that built it.
-    """
-
-    name: str
+    name: str  # timm's name, file.py:factory, or the class of a module
     model: nn.Module
-    data_config: dict[str, Any]
+    data_config: dict[str, Any]  # timm's: input_size, mean, std, interpolation, crop_pct, crop_mode
     weights_sha256: str
     code_sha256: str
 

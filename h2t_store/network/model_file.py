@@ -9,23 +9,12 @@ from torch import nn
 
 from h2t_store.errors import ModelError, did_you_mean, one_line
 
-__all__ = ["build_from_file"]
-
 
 def build_from_file(spec: str) -> tuple[str, nn.Module, bytes]:
-    """Run the file and call its factory.
+    """Run the file and call its factory; return its name, the network, and the source of the file and its neighbours.
 
     The file may import its neighbours, as a script may. They are forgotten afterwards, because another file's
     neighbours may have the same names.
-
-    Returns
-    -------
-    name : str
-        ``file.py:factory``.
-    network : nn.Module
-        What the factory returned.
-    source : bytes
-        Source of the file and its neighbours.
     """
     path_text, _, factory_name = spec.rpartition(":")
     path = Path(path_text)

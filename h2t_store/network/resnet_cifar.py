@@ -12,8 +12,6 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-__all__ = ["ResNetCifar", "h2t_resnet20"]
-
 
 class Shortcut(nn.Module):
     """Shortcut without parameters: every ``stride``-th pixel, and zeros for the channels that are new."""
@@ -28,21 +26,7 @@ class Shortcut(nn.Module):
 
 
 class ResNetCifar(nn.Module):
-    """ResNet-(6n+2) for 32x32 images with timm's model interface: stages of 16, 32 and 64 channels.
-
-    Parameters
-    ----------
-    depths : tuple of int
-        Number of basic blocks in each stage.
-    num_classes : int
-        Width of the linear layer; 0 returns the pooled features.
-    in_chans : int
-        Image channels.
-    global_pool : str
-        One of timm's pooling names; ``""`` keeps the feature map.
-    drop_rate : float
-        Dropout before the linear layer.
-    """
+    """ResNet-(6n+2) for 32x32 images, with timm's model interface: stages of 16, 32 and 64 channels."""
 
     def __init__(
         self,
@@ -59,12 +43,12 @@ class ResNetCifar(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = []
         for stage, depth in enumerate(depths):
-            first = BasicBlock(16, 16)
+            blocks = []
             if stage:
-                first = BasicBlock(width, 2 * width, stride=2, downsample=Shortcut(2, new_channels=width))
+                blocks.append(BasicBlock(width, 2 * width, stride=2, downsample=Shortcut(2, new_channels=width)))
                 width *= 2
-            others = [BasicBlock(width, width) for _ in range(depth - 1)]
-            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *others))
+            blocks += [BasicBlock(width, width) for _ in range(depth - len(blocks))]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             self.feature_info.append(dict(num_chs=width, reduction=2**stage, module=f"layer{stage + 1}"))
         self.num_features = self.head_hidden_size = width
         self.drop_rate = drop_rate

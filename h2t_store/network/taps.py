@@ -18,37 +18,19 @@ from h2t_store.errors import TapError
 from h2t_store.network.pooling import Kind, pool, pooled_width, window
 from h2t_store.network.watching import Place, hooks
 
-__all__ = ["ClassTokenPolicy", "Pooled", "Tap", "pooled_layers", "tapped"]
-
 ClassTokenPolicy = Literal["pool", "only", "keep"]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One activation that becomes features.
-
-    Attributes
-    ----------
-    name : str
-        Module name, ``:in`` for its input, ``#2`` for its second call.
-    place : Place
-        Where it is seen.
-    raw_shape : tuple of int
-        Shape of the tensor for one image.
-    channel_axis, batch_axis : int
-        Axes of the channels and of the images.
-    class_token : int, optional
-        Position of a class token that is not pooled with the other tokens.
-    cls_token : {"pool", "only", "keep"}
-        Whether that token stands alone, or beside the pooled others.
-    """
+    """One activation that becomes features."""
 
     name: str
     place: Place
-    raw_shape: tuple[int, ...]
+    raw_shape: tuple[int, ...]  # of the tensor for one image
     channel_axis: int
     batch_axis: int = 0
-    class_token: int | None = None
+    class_token: int | None = None  # position of a class token that is not pooled with the other tokens
     cls_token: ClassTokenPolicy = "pool"
 
     @property
@@ -113,24 +95,12 @@ class Tap:
 
 
 class Pooled(NamedTuple):
-    """One layer as stored: a tap pooled to a target size.
-
-    Attributes
-    ----------
-    tap : Tap
-        The activation.
-    target_size : int
-        Length that pooling aims at.
-    name : str
-        The tap's name, with ``@SIZE`` if it is stored at several sizes.
-    target_sizes : tuple of int
-        All requested sizes that give these features.
-    """
+    """One layer as stored: a tap pooled to a target size."""
 
     tap: Tap
     target_size: int
-    name: str
-    target_sizes: tuple[int, ...]
+    name: str  # the tap's, with @SIZE if it is stored at several sizes
+    target_sizes: tuple[int, ...]  # all requested sizes that give these features
 
     @property
     def width(self) -> int:

@@ -4,10 +4,10 @@ Tensors are compared by content, not by module: the output of one block and the 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from dataclasses import fields, is_dataclass
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from h2t_store.switches import module_by_module
-
-__all__ = ["Content", "Place", "Seen", "Trace", "activations_in", "hooks", "is_linear_map", "own_hooks", "watch"]
 
 Content = tuple[int, int, int, int]  # address, number of values, memory they span, version: views share all four
 
@@ -50,27 +48,42 @@ class Seen(NamedTuple):
         return self.content[:2] == (tensor.data_ptr(), tensor.numel())
 
 
-@dataclass(frozen=True)
 class Trace:
-    """One forward pass: the network, its modules by name, the image, and all tensors in the order they were seen."""
+    """One forward pass of a network on one image, with all tensors in the order they were seen.
 
-    model: nn.Module
-    modules: dict[str, nn.Module]
-    image: Tensor
-    seen: list[Seen]
+    The tensors are kept, so no address is used twice.
+    """
 
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        self.model, self.image = model, image
+        self.modules = dict(model.named_modules())
+        self.linear_layers = {name for name, module in self.modules.items() if is_linear_map(module)}
+        self.seen: list[Seen] = []
+        with torch.no_grad(), hooks(model, self.modules) as listening, listening(self._note):
+            model(image)
+        self.ran = {seen.place.module for seen in self.seen}
 
-def watch(model: nn.Module, image: Tensor) -> Trace:
-    """Run the network on one image. The tensors are kept, so no address is used twice."""
-    trace = Trace(model, dict(model.named_modules()), image, [])
-
-    def note(place: Place, tensor: Tensor) -> None:
+    def _note(self, place: Place, tensor: Tensor) -> None:
         span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        trace.seen.append(Seen(place, tensor, (tensor.data_ptr(), tensor.numel(), span, tensor._version)))
+        self.seen.append(Seen(place, tensor, (tensor.data_ptr(), tensor.numel(), span, tensor._version)))
 
-    with torch.no_grad(), hooks(model, list(trace.modules)) as listening, listening(note):
-        model(image)
-    return trace
+    @cached_property
+    def entrances(self) -> set[str]:
+        """Linear layers that ran, and modules that ran and use the weights of one that did not."""
+        return {name if name in self.ran else name.rpartition(".")[0] for name in self.linear_layers} & self.ran
+
+    def entering(self, modules: Collection[str]) -> list[Seen]:
+        """What enters the modules."""
+        return [seen for seen in self.seen if seen.place.side == "in" and seen.place.module in modules]
+
+    def leaving(self, modules: Collection[str]) -> list[Seen]:
+        """What leaves the modules."""
+        return [seen for seen in self.seen if seen.place.side == "out" and seen.place.module in modules]
+
+    @property
+    def outputs(self) -> list[Seen]:
+        """What the network returns."""
+        return self.leaving({""})
 
 
 def activations_in(value: Any) -> Iterator[Tensor]:
@@ -92,6 +105,7 @@ def is_linear_map(module: nn.Module) -> bool:
 
 
 Receive = Callable[[Place, Tensor], None]
+Hooks = Mapping[str, Callable[..., Any]]
 
 
 class _Listener(threading.local):
@@ -102,14 +116,11 @@ class _Listener(threading.local):
 
 
 @contextmanager
-def hooks(model: nn.Module, modules: Sequence[str]) -> Iterator[Callable[[Receive], AbstractContextManager[None]]]:
-    """Report the tensors that enter and leave each of the modules.
+def hooks(model: nn.Module, modules: Collection[str]) -> Iterator[Callable[[Receive], AbstractContextManager[None]]]:
+    """Report the tensors that enter and leave the modules.
 
-    Yields
-    ------
-    callable
-        ``with listening(receive): model(x)`` calls ``receive`` for what this thread computes in one forward pass.
-        Other threads may run the same network, with listeners of their own or with none.
+    ``with hooks(model, modules) as listening, listening(receive): model(x)`` calls ``receive`` for what this thread
+    computes in one forward pass. Other threads may run the same network, with listeners of their own or with none.
     """
     listener = _Listener()
 
@@ -143,9 +154,6 @@ def hooks(model: nn.Module, modules: Sequence[str]) -> Iterator[Callable[[Receiv
             stack.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             stack.enter_context(module.register_forward_hook(partial(after, name)))
         yield listening
-
-
-Hooks = Mapping[str, Callable[..., Any]]
 
 
 @contextmanager
