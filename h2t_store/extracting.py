@@ -280,6 +280,9 @@ def extract_job(
     run: Engine = local.run,
 ) -> FeatureMatrix:
     """Do a job, or what is left of it, under the lock of its name; `extract` describes the parameters."""
+    if append and processes.leads:
+        _give_up_extension(job, store, name)
+    processes.meet()
     earlier = _unfinished_part(job, store, name) if append else None
     if earlier is not None:
         extract_job(
@@ -302,20 +305,16 @@ def extract_job(
     else:
         processes.meet()
         extraction, source = _begin(job, store, name, append)
-    staged = extraction.folder != store.folder(name)
-    before = store.open(name) if staged else None
     if not extraction.complete:
         require_same_environment(extraction, job)
-        missing = _missing(extraction, before, processes)
+        missing = _missing(extraction, processes)
         processes.meet()  # all have the same list before anything is committed
-        _compute(job, extraction, source, missing, before, workers, on_error, stopped, progress, processes, run)
+        _compute(job, extraction, source, missing, workers, on_error, stopped, progress, processes, run)
     processes.meet()
     if processes.leads:
         if not extraction.complete:
             store.require_lock(name)
             extraction.finish()
-        if staged:
-            store.replace(name)
         _warn_about_siblings(store, name, extraction.header)
     processes.meet()
     return open_features(store.address, name)
@@ -325,7 +324,7 @@ def _batch_size_begun(store: str | os.PathLike[str], name: str) -> int | None:
     """Batch size of an extraction that was begun: it can be finished or extended with no other."""
     with contextlib.suppress(StoreError, KeyError, TypeError):
         begun = FeatureStore(store).find(name)
-        if begun is not None and begun.committed().any():
+        if begun is not None and begun.holds_rows():
             return int(begun.header.provenance["environment"]["arguments"]["batch_size"])
     return None
 
@@ -387,7 +386,7 @@ def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extr
         if append:
             raise
     if append and len(source) > begun.header.n_samples:
-        return _stage(job, store, name, begun, source)
+        return _extend(job, store, name, begun, source)
     header = job.header(source)
     try:
         return store.begin(name, header, source.y, source.sample_ids), source
@@ -396,6 +395,19 @@ def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Extr
         if not append and more > 0 and _inputs_of_earlier_rows(job, begun, source) == begun.header.provenance["inputs"]:
             raise StoreError(f"{begun.where}: the data has {more} more images now: add them with --append") from error
         raise
+
+
+def _give_up_extension(job: Job, store: FeatureStore, name: str) -> None:
+    """Roll an interrupted extension back if the images that it was to add are others now."""
+    begun = store.find(name)
+    if begun is None or begun.complete or not begun.header.segments:
+        return
+    with contextlib.suppress(DataError):
+        source = arrange(job.source, begun.sample_ids().tolist(), begun.header.classes)
+        if _inputs_of_earlier_rows(job, begun, source) == begun.header.provenance["inputs"]:
+            return
+    store.require_lock(name)
+    begun.roll_back()
 
 
 def _unfinished_part(job: Job, store: FeatureStore, name: str) -> Job | None:
@@ -407,14 +419,14 @@ def _unfinished_part(job: Job, store: FeatureStore, name: str) -> Job | None:
     return replace(job, source=source.take(np.arange(begun.header.n_samples)))
 
 
-def _stage(job: Job, store: FeatureStore, name: str, begun: Extraction, source: Source) -> tuple[Extraction, Source]:
+def _extend(job: Job, store: FeatureStore, name: str, begun: Extraction, source: Source) -> tuple[Extraction, Source]:
     old = begun.header
     different = differences(old.provenance["inputs"], _inputs_of_earlier_rows(job, begun, source))
     if different:
         raise StoreError(f"{begun.where} was made from something else ({'; '.join(different)}): it cannot be extended")
     require_same_environment(begun, job)
     header = job.header(source, (*old.segments, old.n_samples), old.rows_per_block)
-    return store.stage(name, header, source.y, source.sample_ids), source
+    return store.extend(name, header, source.y, source.sample_ids), source
 
 
 def _inputs_of_earlier_rows(job: Job, begun: Extraction, source: Source) -> dict[str, Any]:
@@ -423,15 +435,16 @@ def _inputs_of_earlier_rows(job: Job, begun: Extraction, source: Source) -> dict
     return inputs
 
 
-def _missing(extraction: Extraction, before: Extraction | None, processes: Ranks) -> Plan:
-    """Row blocks for this process to compute, without the rows that an extraction before this one has."""
+def _missing(extraction: Extraction, processes: Ranks) -> Plan:
+    """Row blocks for this process to compute, without rows that are stored already."""
     header, committed = extraction.header, extraction.committed()
     if committed.any():
         _log.info(
             "%s: %d of %d row blocks are there, computing the rest", extraction.where, committed.sum(), len(committed)
         )
     numbers = processes.share(np.flatnonzero(~committed))
-    return Plan(header.n_samples, header.rows_per_block, numbers, before.header.n_samples if before else 0)
+    known = {number: extraction.known_rows(number) for number in numbers.tolist()}
+    return Plan(header.n_samples, header.rows_per_block, numbers, known)
 
 
 def _compute(
@@ -439,7 +452,6 @@ def _compute(
     extraction: Extraction,
     source: Source,
     missing: Plan,
-    before: Extraction | None,
     workers: int | None,
     on_error: Literal["raise", "skip"],
     stopped: Callable[[], bool],
@@ -469,7 +481,6 @@ def _compute(
             batch_size=job.batch_size,
             workers=workers,
             on_error=on_error,
-            before=before,
             stopped=stopped,
             progress=advance,
             remark=remarks.add,

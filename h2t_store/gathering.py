@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from h2t_store.selection import Indices, as_slice, groups
+from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.layout import ExtractionHeader, Layer
-from h2t_store.storage.store import Extraction
 from h2t_store.storage.threads import in_threads
 
 _GRAIN = 32767  # from more values on, torch copies in threads of its own

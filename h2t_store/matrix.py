@@ -16,8 +16,9 @@ from h2t_store.errors import DamagedError, IncompleteError, StoreError, did_you_
 from h2t_store.gathering import column_chunks, gather, owners
 from h2t_store.recipe import recipe_differences, recipe_of
 from h2t_store.selection import Indices, as_slice, edges, is_integer, pack, select, spans, unpack
+from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.layout import ExtractionHeader, Layer, n_blocks
-from h2t_store.storage.store import Extraction, FeatureStore
+from h2t_store.storage.store import FeatureStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,7 @@ def _finished(extraction: Extraction) -> Extraction:
 
 
 def _replaced(extraction: Extraction) -> StoreError:
-    return StoreError(f"{extraction.where} was replaced by another extraction since this matrix was opened")
+    return StoreError(f"{extraction.where} was extended or replaced since this matrix was opened: open it again")
 
 
 class FeatureMatrix:

@@ -70,6 +70,7 @@ def repair(
         on_error: Literal["raise", "skip"] = "skip" if _skips(extraction, damages) else "raise"
         opened.require_lock(name)
         if lost_labels:
+            extraction.require_labels(source.y, source.sample_ids)
             extraction.write_labels(source.y, source.sample_ids)
         if blocks:
             extraction.reopen(blocks)

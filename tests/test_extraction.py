@@ -132,13 +132,14 @@ def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, 
     whole = np.asarray(extract((images, labels), name="whole", **common))
     write, calls = Extraction.write_block, []
 
-    def crashing(self, block, features, norms, failures, *, before):
+    def crashing(self, block, *rest, **others):
         calls.append(block)
         if len(calls) < crash_at:
-            return write(self, block, features, norms, failures, before=before)
+            return write(self, block, *rest, **others)
         if when == "before the commit":
-            path = self.chunk_file(f"features/{self.header.layers[0].name}", block, 0)
-            chunks.write_chunk(path, np.full((16, self.header.layers[0].width), 7, np.float16))
+            path = f"features/{self.header.layers[0].name}"
+            sevens = np.full((16, self.header.layers[0].width), 7, np.float16)
+            chunks.write_chunk(self.chunk_file(path, block), sevens, self.specs[path])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Extraction, "write_block", crashing)

@@ -15,8 +15,8 @@ from estimators.paths import PathOptions
 from estimators.training import check_training
 from h2t_store import open_features
 from h2t_store.export import EXPORTS, export
+from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.layout import Layer
-from h2t_store.storage.store import Extraction
 
 N = 60
 LAYERS = (Layer("a", 0, 30, (30,)), Layer("b", 30, 1330, (1300,)), Layer("c", 1330, 1340, (10,)))

@@ -41,7 +41,12 @@ def stored(tmp_path_factory):
     norms = np.stack([np.linalg.norm(X[:, layer.start : layer.stop], axis=1) for layer in LAYERS], axis=1)
     for block in range(3):
         rows = slice(20 * block, 20 * block + 20)
-        extraction.write_block(block, np.split(X[rows], [layer.start for layer in LAYERS[1:]], axis=1), norms[rows])
+        extraction.write_block(
+            block,
+            np.split(X[rows], [layer.start for layer in LAYERS[1:]], axis=1),
+            norms[rows],
+            np.zeros((len(X[rows]), 16), np.uint8),
+        )
     extraction.finish()
     return open_features(path, "x"), X, y
 

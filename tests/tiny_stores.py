@@ -27,6 +27,6 @@ def write_store(
     for block, start in enumerate(range(0, n, rows)):
         parts = [values[start : start + rows, layer.start : layer.stop] for layer in layers]
         norms = [np.linalg.norm(part.astype(np.float32), axis=1) for part in parts]
-        extraction.write_block(block, parts, np.stack(norms, axis=1))
+        extraction.write_block(block, parts, np.stack(norms, axis=1), np.zeros((len(parts[0]), 16), np.uint8))
     extraction.finish()
     return path

@@ -68,7 +68,6 @@ class Engine(Protocol):
         batch_size: int,
         workers: int | None,
         on_error: Literal["raise", "skip"],
-        before: Extraction | None,
         stopped: Callable[[], bool],
         progress: Callable[[int], None],
         remark: Callable[[Remarks], None],
@@ -84,15 +83,13 @@ class Engine(Protocol):
         extraction : Extraction
             Where blocks are written.
         blocks : iterable of RowBlock
-            Which ones. A block that starts late has its first rows in ``before``.
+            Which ones. A block that starts late has its first rows stored already.
         batch_size : int
             Images per forward pass; halved for as long as CUDA runs out of memory.
         workers : int, optional
             Processes that decode, or that each hold the network; by default as many as suit.
         on_error : {"raise", "skip"}
             What to do about images that cannot be read.
-        before : Extraction, optional
-            The extraction that this one extends.
         stopped : callable
             Asked after every block whether to stop.
         progress : callable

@@ -15,6 +15,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -110,7 +111,6 @@ def run(
     batch_size: int,
     workers: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
-    before: Extraction | None = None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda images: None,
     remark: Callable[[Remarks], None] = lambda remarks: None,
@@ -137,7 +137,7 @@ def run(
     checked = _checked(loader, on_error, remark)
     computed = _compute(forward, network, checked, rows_of_batches, source.sample_ids)
     try:
-        with contextlib.closing(computed), _Writer(extraction, before) as writer:
+        with contextlib.closing(computed), _Writer(extraction) as writer:
             for block in remaining:
                 part = _Part(forward, block)
                 while part.done < len(part.norms):
@@ -341,8 +341,8 @@ class _Part:
 class _Writer:
     """Writes blocks in the background, two at a time at most; what was handed to it is on disk once it is left."""
 
-    def __init__(self, extraction: Extraction, before: Extraction | None) -> None:
-        self.extraction, self.before = extraction, before
+    def __init__(self, extraction: Extraction) -> None:
+        self.extraction = extraction
         self._thread = ThreadPoolExecutor(1)
         self._under_way: deque[Future[None]] = deque()
 
@@ -357,8 +357,9 @@ class _Writer:
                 number,
                 [layer.numpy() for layer in part.layers],
                 part.norms.numpy(),
+                np.zeros((len(part.norms), 16), np.uint8),
                 part.failed,
-                before=self.before if part.block.start > number * height else None,
+                known=part.block.start - number * height,
             )
         )
 

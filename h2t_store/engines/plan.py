@@ -1,7 +1,7 @@
 """Which rows are computed and committed together."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -47,19 +47,19 @@ class Plan:
         Rows in all, and of each block; the last block may be shorter.
     numbers : sequence of int, optional
         Which blocks; by default all.
-    known : int
-        Blocks leave out this many first rows, which are there already.
+    known : dict of int to int
+        By number of the block: how many of its first rows are stored already and left out.
     """
 
     n_samples: int
     height: int
     numbers: Sequence[int] | NDArray[np.int64] | None = None
-    known: int = 0
+    known: Mapping[int, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RowBlock]:
         for number in range(-(-self.n_samples // self.height)) if self.numbers is None else map(int, self.numbers):
-            stop = min((number + 1) * self.height, self.n_samples)
-            yield RowBlock(number, max(number * self.height, min(self.known, stop)), stop)
+            start, stop = number * self.height, min((number + 1) * self.height, self.n_samples)
+            yield RowBlock(number, start + self.known.get(number, 0), stop)
 
     @property
     def n_rows(self) -> int:

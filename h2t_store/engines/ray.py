@@ -137,7 +137,6 @@ class _Work:
     forward: Forward
     source: Source
     place: tuple[Place, str]
-    before: tuple[Place, str] | None
     batch_size: int
     on_error: Literal["raise", "skip"]
     num_cpus: int
@@ -162,7 +161,6 @@ class _Worker:
             batch_size=work.batch_size,
             workers=decoding,
             on_error=work.on_error,
-            before=None if work.before is None else Extraction(*work.before),
             progress=self._desk.add_images,
             remark=self._desk.add_remarks,
         )
@@ -215,7 +213,6 @@ class Cluster:
         batch_size: int,
         workers: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
-        before: Extraction | None = None,
         stopped: Callable[[], bool] = lambda: False,
         progress: Callable[[int], None] = lambda images: None,
         remark: Callable[[Remarks], None] = lambda remarks: None,
@@ -225,10 +222,9 @@ class Cluster:
         options = {"num_gpus": self.num_gpus, "num_cpus": num_cpus, "max_concurrency": 2}
         forward = replace(forward, model=forward.model.cpu())
         place = (extraction.folder, extraction.where)
-        old = None if before is None else (before.folder, before.where)
         send_code_of(forward.model)
         with _told():
-            work = ray.put(_Work(forward, source, place, old, batch_size, on_error, num_cpus))
+            work = ray.put(_Work(forward, source, place, batch_size, on_error, num_cpus))
             team = _Team(lambda: ray.remote(_Worker).options(**options).remote(), work, extraction, progress)
             try:
                 team.compute(blocks, workers, stopped)

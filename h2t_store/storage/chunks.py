@@ -12,12 +12,22 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from h2t_store.errors import DamagedError, StoreError
+from h2t_store.storage.layout import ArraySpec
 from h2t_store.storage.places import Place
 
-__all__ = ["CRC_BYTES", "checksum", "decode_strings", "encode_strings", "read_bytes", "read_chunk", "write_chunk"]
+__all__ = [
+    "CRC_BYTES",
+    "checksum",
+    "checksum_of",
+    "decode_strings",
+    "encode_strings",
+    "read_bytes",
+    "read_chunk",
+    "write_chunk",
+]
 
 CRC_BYTES = 4
 
@@ -30,25 +40,37 @@ def checksum(data: NDArray[np.uint8]) -> int:
     return crc
 
 
-def write_chunk(place: Place, values: NDArray[Any]) -> int:
-    """Write an array as one chunk; it counts once its row block is committed (see `Place.write`).
+def framed(data: NDArray[np.uint8]) -> bytes:
+    """Bytes with their crc32c after them, as a chunk is stored."""
+    return data.tobytes() + checksum(data).to_bytes(CRC_BYTES, "little")
+
+
+def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
+    """Write a file of an array: one chunk, or all chunks of a shard. It counts once its row block is committed.
 
     Parameters
     ----------
     place : Place
         File of the chunk; folders are made.
     values : ndarray
-        Little-endian as every machine that torch runs on; copied only where it is not contiguous.
+        Whole: of the shape of the chunk or shard, or encoded strings. Copied only if it is not contiguous.
+    spec : ArraySpec
+        Of the array.
 
     Returns
     -------
-    int
-        The crc32c of the values.
+    list of int
+        The crc32c of each chunk as stored.
     """
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     crc = checksum(data)
     place.write([data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))])
-    return crc
+    return [crc]
+
+
+def checksum_of(values: NDArray[Any], spec: ArraySpec) -> int:
+    """The crc32c that a whole chunk with these values, or encoded strings, has as stored."""
+    return checksum(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
 def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.uint8]:
@@ -73,9 +95,7 @@ def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.u
     return _checked(data, where, crc)
 
 
-def read_chunk(
-    place: Place, where: str, dtype: DTypeLike, shape: Sequence[int], crc: int | None = None
-) -> NDArray[Any]:
+def read_chunk(place: Place, where: str, spec: ArraySpec, inner: int = 0, crc: int | None = None) -> NDArray[Any]:
     """The values of a chunk, checked; valid until this thread reads the next one.
 
     Parameters
@@ -84,10 +104,10 @@ def read_chunk(
         File of the chunk.
     where : str
         What the chunk is, for messages.
-    dtype : dtype
-        Of the values.
-    shape : sequence of int
-        Of the chunk.
+    spec : ArraySpec
+        Of the array.
+    inner : int
+        Which chunk of the file, if the array has shards.
     crc : int, optional
         The crc32c that the values must have; by default only the one in the file counts, and no copy of the file.
 
@@ -96,7 +116,8 @@ def read_chunk(
     DamagedError
         Where the file is missing, of another size, changed or another chunk's.
     """
-    size = math.prod(shape) * np.dtype(dtype).itemsize + CRC_BYTES
+    dtype, shape = np.dtype(spec.dtype), spec.chunks
+    size = math.prod(shape) * dtype.itemsize + CRC_BYTES
     kept = None if crc is None else place.kept()
     if kept is not None:
         with suppress(DamagedError):
