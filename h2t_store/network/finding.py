@@ -1,7 +1,4 @@
-"""Which activations of a network become features, found by running it and watching every module.
-
-One image names the tensors; two show which axis they grow along, and whether the rows of one image are its alone.
-"""
+"""Which activations of a network become features, found by running it on two images."""
 
 import logging
 from collections.abc import Sequence
@@ -13,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from h2t_store.errors import TapError, did_you_mean
-from h2t_store.network.axes import channel_axes
+from h2t_store.network.channels import channel_axes
 from h2t_store.network.class_token import class_positions
 from h2t_store.network.paper import published_taps
-from h2t_store.network.presets import canonical_name, classifier, linear_entrances, preset
+from h2t_store.network.presets import canonical_name, preset
 from h2t_store.network.taps import ClassTokenPolicy, Tap
-from h2t_store.network.watching import Content, Place, Seen, hooks, is_linear_map, watch
+from h2t_store.network.watching import Content, Place, Seen, Trace, hooks
 from h2t_store.switches import exact_arithmetic
-
-__all__ = ["PRESETS", "find_taps"]
 
 PRESETS = ("paper", "activations", "blocks")
 
@@ -40,29 +35,21 @@ def find_taps(
     model : nn.Module
         In evaluation mode.
     example : Tensor
-        ``(2, channels, height, width)``: two different inputs, to run the network on.
+        ``(2, channels, height, width)``: two different inputs to run the network on.
     taps : str or sequence of str
-        Presets and globs, or one string of them joined by commas. ``paper``: the published taps of ResNets and ViTs
-        (see `h2t_store.network.paper`). ``activations``: what enters every convolution and
-        linear layer, except the images themselves, the output of every block, and the output of the network.
-        ``blocks``: the output of every block, what enters the classifier, and the output of the network. A glob over
-        module names means their outputs, one that ends in ``:in`` their inputs; ``:2``, ``:in:2`` the second tensors.
+        Presets and globs, as a sequence or joined by commas. ``paper``: the published taps of ResNets and ViTs.
+        ``activations``: the inputs of convolutions and linear layers except the images, block outputs and the network's
+        output. ``blocks``: block outputs, the classifier's input and the network's output. A glob over module names
+        takes their outputs, with ``:in`` their inputs; ``:2`` and ``:in:2`` take the second tensors.
     cls_token : {"pool", "only", "keep"}
-        Class token of a token tap: pooled with the other tokens, alone, or beside the pooled others (paper, appendix).
-        A tap without one is pooled as usual.
+        Class token of a tap: pooled with the other tokens, alone, or beside the pooled others.
 
     Returns
     -------
     taps : list of Tap
         In the order the network computes them; each tensor once.
     left_out : dict of str to str
-        Tensors that a preset named but that are no activations of single images, with the reason.
-
-    Raises
-    ------
-    TapError
-        Where a glob matches nothing, or matches a tensor that is no activation of single images; where ``paper`` is
-        asked of another network; where ``cls_token`` is none of the three.
+        Tensors of a preset that are no activations of single images, with the reason.
     """
     if cls_token not in get_args(ClassTokenPolicy):
         raise TapError(f"cls_token {cls_token!r}: accepted are pool, only and keep")
@@ -71,68 +58,50 @@ def find_taps(
     if not parts:
         raise TapError(f"taps: nothing given; accepted are {', '.join(PRESETS)} and globs over module names")
     with torch.inference_mode(False), exact_arithmetic:
-        found, asked, everything = _resolve(model, example[:1].clone(), parts)
-        kept, wrong = _by_image(model, example, found)
+        trace = Trace(model, example[:1].clone())
+        names, asked = _names(trace, parts)
+        axis_of = channel_axes(trace)
+        everything = [Tap(seen.place.name, seen.place, tuple(seen.tensor.shape), axis_of(seen)) for seen in trace.seen]
+        found: dict[str, Tap] = {}
+        for seen, tap in zip(trace.seen, everything, strict=True):
+            if names.get(seen.content) == tap.name:
+                found.setdefault(tap.name, tap)
+        kept, left_out = _of_single_images(model, example, list(found.values()))
         if "activations" in parts:
-            wrong |= _never_called(model, everything)
+            left_out |= _never_called(trace)
         if cls_token != "pool":
             kept = _with_class_tokens(kept, cls_token, class_positions(model, example[:1], everything))
-    for name, reason in wrong.items():
+    for name, reason in left_out.items():
         if name in asked:
             raise TapError(f"taps: {name!r} cannot become features: {reason}")
-    return kept, wrong
+    return kept, left_out
 
 
-def _resolve(model: nn.Module, image: Tensor, parts: Sequence[str]) -> tuple[list[Tap], set[str], list[Tap]]:
-    """Taps that presets and globs name, in the order of the forward pass, which of them a glob named, and all taps."""
-    seen = watch(model, image)
+def _names(trace: Trace, parts: Sequence[str]) -> tuple[dict[Content, str], set[str]]:
+    """Names of the tensors that globs and presets ask for, and those of them that a glob asks for."""
     names: dict[Content, str] = {}
     for part in parts:
         if part not in PRESETS:
-            for event in _matches(part, seen):
-                names.setdefault(event.content, event.place.name)
+            for seen in _matches(part, trace):
+                names.setdefault(seen.content, seen.place.name)
     asked = set(names.values())
-    entrances = linear_entrances(model, seen)
     for part in parts:
-        if part == "paper":
-            for event in published_taps(model, image, seen):
-                plain = event.tensor.ndim == 3 and event.place.side == "out"
-                names.setdefault(
-                    event.content, event.place.name if plain else canonical_name(event.content, entrances, seen)
-                )
-        elif part in PRESETS:
-            entered = entrances if part == "activations" else classifier(model, seen)
-            for content in preset(model, seen, entered, image):
-                names.setdefault(content, canonical_name(content, entrances, seen))
-    axes = channel_axes(model, seen)
-    everything = [Tap(event.place.name, event.place, tuple(event.tensor.shape), axes(event)) for event in seen]
-    taps: dict[str, Tap] = {}
-    for event, tap in zip(seen, everything, strict=True):
-        if names.get(event.content) == tap.name:
-            taps.setdefault(tap.name, tap)
-    return list(taps.values()), asked, everything
+        if part in PRESETS:
+            for seen in published_taps(trace) if part == "paper" else preset(part, trace):
+                # The paper's tokens may be a view of a map that another module made, and are pooled in another way.
+                tokens = part == "paper" and seen.tensor.ndim == 3 and seen.place.side == "out"
+                name = seen.place.name if tokens else canonical_name(seen.content, trace)
+                names.setdefault(seen.content, name)
+    return names, asked
 
 
-def _never_called(model: nn.Module, everything: Sequence[Tap]) -> dict[str, str]:
-    """Convolutions and linear layers whose entrances nothing shows: the network does without, or uses their weights."""
-    called = {tap.place.module for tap in everything}
-    return {
-        f"{name}:in": "the network does not call this module"
-        for name, module in model.named_modules()
-        if is_linear_map(module) and name not in called
-    }
-
-
-def _matches(glob: str, seen: Sequence[Seen]) -> list[Seen]:
-    """What the glob names: the part before the colon is matched against modules, the part after it taken as it is."""
+def _matches(glob: str, trace: Trace) -> list[Seen]:
+    """What a glob names: the part before the colon is matched against modules, the part after it taken as it is."""
     pattern, _, suffix = glob.partition(":")
-    found = []
-    for event in seen:
-        module, _, which = event.place.name.partition(":")
-        if which == suffix and fnmatchcase(module, pattern):
-            found.append(event)
+    parts = [(seen, *seen.place.name.partition(":")) for seen in trace.seen]
+    found = [seen for seen, module, _, which in parts if which == suffix and fnmatchcase(module, pattern)]
     if not found:
-        known = [event.place.name for event in seen]
+        known = [seen.place.name for seen in trace.seen]
         raise TapError(
             f"taps: {glob!r} matches no module of the network{did_you_mean(glob, known)}; accepted are "
             f"{', '.join(PRESETS)} and globs over module names such as {known[len(known) // 2]!r}"
@@ -140,20 +109,25 @@ def _matches(glob: str, seen: Sequence[Seen]) -> list[Seen]:
     return found
 
 
-def _by_image(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> tuple[list[Tap], dict[str, str]]:
-    """The taps with their batch axis, but for those whose rows are not those of single images, and the reasons."""
+def _never_called(trace: Trace) -> dict[str, str]:
+    """Linear layers that do not run: the network does without, or a function uses their weights."""
+    reason = "the network does not call this module"
+    return {f"{name}:in": reason for name in trace.modules if name in trace.linear_layers - trace.ran}
+
+
+def _of_single_images(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> tuple[list[Tap], dict[str, str]]:
+    """Taps with their batch axis; those whose rows are not of single images are left out, with the reason."""
     by_place = {tap.place: tap for tap in taps}
     wrong = {tap.name: "the network does not always run it" for tap in taps}
     second: dict[Place, Tensor] = {}
 
     def receive_both(place: Place, tensor: Tensor) -> None:
         if place in by_place:
-            tap = by_place[place]
             try:
-                tap = by_place[place] = _with_batch_axis(tap, tuple(tensor.shape))
+                by_place[place] = tap = _with_batch_axis(by_place[place], tuple(tensor.shape))
                 second[place] = tap.pool(tensor, 2, _FINE)[1:]
             except TapError as error:
-                wrong[tap.name] = str(error)
+                wrong[by_place[place].name] = str(error)
 
     def receive_alone(place: Place, tensor: Tensor) -> None:
         if place not in second:
@@ -170,11 +144,10 @@ def _by_image(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> tuple[l
         else:
             wrong[tap.name] = "its rows depend on more than one image"
 
-    modules = sorted({tap.place.module for tap in taps})
-    with torch.no_grad():
-        with hooks(model, modules) as listening, listening(receive_both):
+    with torch.no_grad(), hooks(model, sorted({tap.place.module for tap in taps})) as listening:
+        with listening(receive_both):
             model(example.clone())
-        with hooks(model, modules) as listening, listening(receive_alone):
+        with listening(receive_alone):
             model(example[1:].clone())
     return [tap for tap in by_place.values() if tap.name not in wrong], wrong
 
@@ -186,22 +159,22 @@ def _with_batch_axis(tap: Tap, shape_of_two: tuple[int, ...]) -> Tap:
     grown = [axis for axis, size in enumerate(tap.raw_shape) if shape_of_two[axis] != size]
     if not grown:
         raise TapError("it does not grow with the number of images")
-    if len(grown) > 1 or shape_of_two[grown[0]] != 2 * tap.raw_shape[grown[0]]:
+    batch_axis, last = grown[0], len(shape_of_two) - 1
+    if len(grown) > 1 or shape_of_two[batch_axis] != 2 * tap.raw_shape[batch_axis]:
         raise TapError(f"two images make it {shape_of_two}, one {tap.raw_shape}: no axis holds the images")
-    channel_axis = tap.channel_axis
-    if channel_axis == grown[0]:
-        channel_axis = len(shape_of_two) - 1 if grown[0] < len(shape_of_two) - 1 else 0
-    return replace(tap, batch_axis=grown[0], channel_axis=channel_axis)
+    if tap.channel_axis != batch_axis:
+        return replace(tap, batch_axis=batch_axis)
+    return replace(tap, batch_axis=batch_axis, channel_axis=last if batch_axis < last else 0)
 
 
 def _with_class_tokens(taps: Sequence[Tap], cls_token: ClassTokenPolicy, positions: dict[int, int]) -> list[Tap]:
-    """The taps, told where their class token is; a warning where none has one."""
-    told = [
+    """Taps that know their class token; warn if none has one."""
+    found = [
         replace(tap, class_token=positions[tap.shape[1]], cls_token=cls_token)
         if tap.kind == "tokens" and tap.shape[1] in positions
         else tap
         for tap in taps
     ]
-    if all(tap.class_token is None for tap in told):
+    if all(tap.class_token is None for tap in found):
         _log.warning("cls_token %r changes nothing: no tap holds a class token", cls_token)
-    return told
+    return found
