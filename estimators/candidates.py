@@ -16,14 +16,12 @@ from estimators.classifier import ScoresClassifier
 from estimators.device import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.heads import RidgeSolution
+from estimators.head import KeptFeatures, LinearModel, RidgeHead, RidgeSolution, held_bytes, in_memory
 from estimators.held import hold
-from estimators.kept import KeptFeatures, held_bytes, in_memory
 from estimators.mixture import drawn
 from estimators.paths import PathOptions, solve_path
-from estimators.refit import ridge_head
 from estimators.scaling import kept_scaling
-from estimators.selection import kept_features
+from estimators.selection import select_features
 from estimators.sklearn_private import check_method_params
 from estimators.training import Training, class_weighted
 
@@ -33,18 +31,11 @@ class Candidate:
     """What is tried; ``index`` is its place in ``cv_results_``."""
 
     index: int
-    target_size: int | None
+    layers: tuple[str, ...] | None
     normalization: str | None
     alpha: float
     keep_fraction: float | None
-    last_layers: int | None
-    layer: int | None
     C: float
-
-    @property
-    def kept(self) -> tuple[float | None, int | None, int | None]:
-        """What decides which features are kept, besides alpha."""
-        return self.keep_fraction, self.last_layers, self.layer
 
     @property
     def params(self) -> dict[str, Any]:
@@ -53,21 +44,19 @@ class Candidate:
             "C": self.C,
             "alpha": self.alpha,
             "keep_fraction": self.keep_fraction,
-            "last_layers": self.last_layers,
-            "layer": self.layer,
+            "layers": self.layers,
             "normalization": self.normalization,
-            "target_size": self.target_size,
         }
 
     @property
-    def decides(self) -> tuple[Any, ...]:
-        """What the candidate's predictions depend on: those that keep whole layers are the same at every alpha."""
-        whole = self.layer is not None or self.last_layers is not None or self.keep_fraction == 1.0
-        return self.target_size, self.normalization, self.kept, self.C, None if whole else self.alpha
+    def whole(self) -> bool:
+        """Whether all features of the layers are kept, whatever alpha is."""
+        return self.keep_fraction == 1.0
 
-    def select(self, path: GroupLassoPath, layers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Features kept at the end of the path, sorted."""
-        return kept_features(path, layers, self.keep_fraction, self.last_layers, self.layer)
+    @property
+    def decides(self) -> tuple[Any, ...]:
+        """What the candidate's predictions depend on."""
+        return self.layers, self.normalization, self.keep_fraction, self.C, None if self.whole else self.alpha
 
 
 @dataclass(frozen=True)
@@ -75,31 +64,30 @@ class Fit:
     """One candidate on one training set."""
 
     candidate: Candidate
-    path: GroupLassoPath
+    path: GroupLassoPath | None
+    columns: NDArray[np.int64]
     selected: NDArray[np.int64]
     scaling: str
-    coef: NDArray[np.float64]
-    intercept: NDArray[np.float64]
+    linear: LinearModel
 
 
 def fit_candidates(
     training: Training, candidates: Sequence[Candidate], options: PathOptions, rough: bool
 ) -> Iterator[Fit]:
-    """Fit candidates: one path per target size and normalization, one gathering of features per selection.
+    """Fit candidates: one path per choice of layers and normalization, one gathering of features per selection.
 
     C goes from small to large; ``rough`` as in `RidgeHead.fit`.
     """
     progress = SearchProgress(len(candidates), options.label) if options.verbose else None
-    for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
-        part, of_part = hold(training.of_size(target_size), options)
-        limit = held_bytes(of_part.max_memory)
-        of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
-        for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
-            group = [candidate for candidate in of_size if candidate.normalization == normalization]
-            for fit in _fit_group(part, group, replace(of_part, normalization=normalization), limit, rough):
-                if target_size is not None:
-                    fit = replace(fit, selected=training.sizes[target_size][fit.selected])
-                yield fit
+    for layers in dict.fromkeys(candidate.layers for candidate in candidates):
+        columns = training.columns_of(layers)
+        part, left = hold(training.take(columns), options.max_memory, options.device)
+        of_layers = [candidate for candidate in candidates if candidate.layers == layers]
+        for normalization in dict.fromkeys(candidate.normalization for candidate in of_layers):
+            group = [candidate for candidate in of_layers if candidate.normalization == normalization]
+            of_group = replace(options, normalization=normalization, max_memory=left)
+            for fit in _fit_group(part, group, of_group, held_bytes(left), rough):
+                yield replace(fit, columns=columns)
                 if progress is not None:
                     progress()
 
@@ -111,33 +99,36 @@ def _fit_group(
     limit: float,
     rough: bool,
 ) -> Iterator[Fit]:
-    """Fit candidates of one target size and normalization."""
+    """Fit candidates of the same layers and normalization."""
     normalization, device = options.normalization, resolve_device(options.device)
-    alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
-    paths = dict(zip(alphas, solve_path(training, alphas, options), strict=True))
-    scaling = kept_scaling(normalization)
+    alphas = list(dict.fromkeys(candidate.alpha for candidate in group if not candidate.whole))
+    paths = dict(zip(alphas, solve_path(training, alphas, options), strict=True)) if alphas else {}
+    every, scaling = np.arange(len(training.layers)), kept_scaling(normalization)
     selections: dict[bytes, list[Candidate]] = {}
     # A head starts from that with the same share of features at the alpha above.
-    ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
-    for _, alike in itertools.groupby(ordered, key=lambda candidate: (candidate.kept, candidate.alpha)):
+    ordered = sorted(group, key=lambda candidate: (str(candidate.keep_fraction), -candidate.alpha, candidate.C))
+    for _, alike in itertools.groupby(ordered, key=lambda candidate: (candidate.keep_fraction, candidate.alpha)):
         candidates_alike = list(alike)
-        selected = candidates_alike[0].select(paths[candidates_alike[0].alpha], training.layers)
+        first = candidates_alike[0]
+        selected = every if first.whole else select_features(paths[first.alpha], -1, first.keep_fraction)
         selections.setdefault(selected.tobytes(), []).extend(candidates_alike)
     solutions: dict[tuple[Any, float], RidgeSolution] = {}
     for key, same in selections.items():
         selected = np.frombuffer(key, dtype=np.int64)
-        head = None
-        if len(selected):
-            head = ridge_head(training, paths[same[0].alpha], selected, normalization, device, limit)
+        head = RidgeHead(training, selected, normalization, device, limit) if len(selected) else None
         for C, alike in itertools.groupby(
             sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
         ):
-            like = (same[0].kept, C)
-            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like), rough)
+            like = (same[0].keep_fraction, C)
+            if head is None:
+                linear = LinearModel(*null_model(training), np.zeros(0), 0)
+            else:
+                linear = head.fit(C, solutions.get(like), rough)
             if head is not None and head.solution is not None:
                 solutions[like] = head.solution
             for candidate in alike:
-                yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
+                path = None if candidate.whole else paths[candidate.alpha]
+                yield Fit(candidate, path, every, selected, scaling, linear)
 
 
 def null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -235,10 +226,10 @@ def score_fold(
     previous: NDArray[np.float64] | None = None
     for fit in fit_candidates(part, candidates, options, rough=True):
         index = fit.candidate.index
-        if previous is not fit.coef:
-            previous = fit.coef
-            kept = KeptFeatures(values, fit.selected, training.layers, fit.scaling, limit)
-            judged = judge(kept, fit.coef, fit.intercept)
+        if previous is not fit.linear.coef:
+            previous = fit.linear.coef
+            kept = KeptFeatures(values, fit.columns[fit.selected], training.layers, fit.scaling, limit)
+            judged = judge(kept, fit.linear.coef, fit.linear.intercept)
         scores[index], n_features[index] = judged[0], len(fit.selected)
         if index in places:
             log_probabilities[places[index]] = judged[1]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from estimators.search import Head2ToeClassifierCV
-from estimators.selection import SelectedFeatures, layer_totals
+from estimators.selector import SelectedFeatures, layer_totals
 
 # Okabe and Ito's colours without yellow, which white swallows; a marker each, so that greyscale tells them apart too.
 

@@ -18,7 +18,8 @@ from estimators.cache import Arrays, Codec, cache_place, cached, fingerprint, pr
 from estimators.group_lasso.path import group_lasso_path, warn_unconverged
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.scaling import LayerScaled, inverse_layer_norms, scales_layers, standardizes
+from estimators.head import KeptFeatures
+from estimators.scaling import scales_layers, standardizes
 from estimators.training import Training
 
 # Products, unlike powers, are the same to the last bit on every machine.
@@ -111,10 +112,9 @@ def _complete(
     onward, above = missing[missing < lowest], missing[missing > lowest]
     parts = [onward] if len(onward) else []
     parts += [np.array([ratio]) for ratio in above]
-    features = training.features
-    scaled: Any = features
+    scaled: Any = training.features
     if scales_layers(options.normalization):
-        scaled = LayerScaled(features, training.layers, inverse_layer_norms(features, training.layers))
+        scaled = KeptFeatures(scaled, np.arange(len(training.layers)), training.layers, "whole", max_bytes=0)
     for part in parts:
         path = group_lasso_path(
             scaled,

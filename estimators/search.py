@@ -25,13 +25,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from estimators.candidates import Candidate, Fit, fit_candidates, null_model, score_fold
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
-from estimators.held import hold_for_folds
-from estimators.kept import held_bytes, in_memory
 from estimators.labels import as_labels
+from estimators.head import held_bytes, in_memory
+from estimators.held import hold_for_folds
+from estimators.layers import layers_by_size
 from estimators.mixture import drawn, mixture_weights, share_to_predict
 from estimators.paths import PathOptions
 from estimators.scaling import scales_layers
-from estimators.selection import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
+from estimators.selector import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.sklearn_private import Interval, StrOptions, validate_parameter_constraints
 from estimators.training import Training, check_features, check_training, class_weighted
 
@@ -160,6 +161,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "refit": [StrOptions({"mixture", "best", "one_standard_error"})],
+        "n_jobs": [Interval(Integral, 1, None, closed="left"), Interval(Integral, None, -1, closed="right"), None],
         **PATH_CONSTRAINTS,
     }
 
@@ -238,9 +240,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         routed = self._route(None if sample_weight is None else training.sample_weight, params)
         splits = self._splits(training, routed.get("splitter", Bunch(split={})).split)
         scorer, self.n_splits_ = get_scorer(self.scoring or "accuracy"), len(splits)
-        training, options, of_fold = hold_for_folds(
-            training, PathOptions.of(self, normalization=None), self.n_jobs, len(splits)
-        )
+        training, left, for_fold = hold_for_folds(training, self.max_memory, self.device, self.n_jobs, len(splits))
+        options, of_fold = (PathOptions.of(self, normalization=None, max_memory=each) for each in (left, for_fold))
         mixed = []
         if self.refit == "mixture":
             mixed = list({candidate.decides: candidate.index for candidate in reversed(candidates)}.values())[::-1]
@@ -313,20 +314,19 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         normalizations = self._grid("normalization", "normalizations")
         alphas, Cs = self._grid("alpha", "alphas"), self._grid("C", "Cs")
         fractions = self._grid("keep_fraction", "keep_fractions")
-        # Sizes that pool to the same columns are one.
-        columns = {held.tobytes(): size for size, held in reversed(training.sizes.items())}
-        target_sizes = sorted(columns.values()) if len(columns) > 1 else [None]
-        n_layers = len(training.of_size(target_sizes[0]).layer_names)
-        probes = [number for number in self._grid("last_layers", "last_layers", least=0) if number < n_layers]
-        kept = [
-            *((fraction, None, None) for fraction in fractions),
-            *((None, number, None) for number in probes),
-            *((None, None, layer) for layer in self._spread(n_layers, probed=1 in probes)),
-        ]
-        grid = itertools.product(target_sizes, normalizations, alphas, kept, Cs)
+        # Sizes that pool to the same layers are one.
+        sizes = list({tuple(names): None for names in layers_by_size(training.features).values()})
+        kept: list[tuple[tuple[str, ...] | None, float | None]] = []
+        for layers in sizes if len(sizes) > 1 else [None]:
+            names = list(training.layer_names) if layers is None else list(layers)
+            probes = [number for number in self._grid("last_layers", "last_layers", least=0) if number < len(names)]
+            kept += [(layers, fraction) for fraction in fractions]
+            kept += [(tuple(names[-number:]), 1.0) for number in probes]
+            kept += [((names[layer],), 1.0) for layer in self._spread(len(names), probed=1 in probes)]
+        grid = itertools.product(normalizations, alphas, kept, Cs)
         return [
-            Candidate(index, target_size, normalization, alpha, *features, C)
-            for index, (target_size, normalization, alpha, features, C) in enumerate(grid)
+            Candidate(index, layers, normalization, alpha, fraction, C)
+            for index, (normalization, alpha, (layers, fraction), C) in enumerate(grid)
         ]
 
     def _spread(self, n_layers: int, *, probed: bool) -> list[int]:
@@ -342,6 +342,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         given = getattr(self, plural)
         if len(given) < least:
             raise ValueError(f"{plural} must hold at least one value, got none.")
+        if name == "last_layers":
+            return list(dict.fromkeys(given))
         for value in given:
             validate_parameter_constraints(
                 {plural: Head2ToeClassifier._parameter_constraints[name]}, {plural: value}, type(self).__name__
@@ -419,9 +421,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         for name in candidates[0].params:
             values = [candidate.params[name] for candidate in candidates]
             numeric = all(isinstance(value, Real) for value in values)
-            results[f"param_{name}"] = np.ma.MaskedArray(
-                np.array(values, dtype=float if numeric else object), mask=False
-            )
+            column = np.empty(len(values), dtype=float if numeric else object)
+            for number, value in enumerate(values):
+                column[number] = value
+            results[f"param_{name}"] = np.ma.MaskedArray(column, mask=False)
         results |= {f"split{number}_test_score": score for number, score in enumerate(scores)}
         results |= {"mean_test_score": mean, "std_test_score": spread}
         results["rank_test_score"] = rankdata(np.where(np.isnan(mean), np.inf, -mean), method="min").astype(np.int32)
@@ -439,15 +442,12 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     def _estimator(self, training: Training, fit: Fit) -> Head2ToeClassifier:
         """A candidate as the classifier it stands for."""
         names = Head2ToeClassifier._get_param_names()
-        shared = {name: getattr(self, name) for name in names if name in self._get_param_names()} | {"n_jobs": None}
+        shared = {name: getattr(self, name) for name in names if name in self._get_param_names()}
         estimator = Head2ToeClassifier(**{**shared, **fit.candidate.params})
         estimator.n_features_in_, estimator.recipe_ = self.n_features_in_, self.recipe_
         if hasattr(self, "feature_names_in_"):
             estimator.feature_names_in_ = self.feature_names_in_
-        target_size = fit.candidate.target_size
-        estimator._take_path(training.of_size(target_size), fit.path)
-        estimator._widen(training, target_size)
-        estimator._set_linear(fit.coef, fit.intercept)
+        estimator._set_fit(training, fit.columns, fit.path, fit.selected, fit.linear)
         return estimator
 
     def score(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:

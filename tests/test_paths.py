@@ -251,11 +251,9 @@ def test_what_does_not_decide_a_path_leaves_its_key(tmp_path, keys):
         dict(keep_fraction=0.3),
         dict(C=7.0),
         dict(head="path"),
-        dict(solver="adam", head="adam", keep_fraction=0.5, max_iter=1000, random_state=3, learning_rate=0.1),
         dict(device="cpu"),
         dict(device=torch.device("cpu")),
         dict(max_memory="20MB"),
-        dict(n_jobs=1),
         dict(verbose=1),
         dict(memory=str(tmp_path)),
         dict(tol=np.float64(1e-3), l1_ratio=1, max_iter=np.int64(1000)),
@@ -369,25 +367,6 @@ def test_threads_are_set_for_a_while_and_given_back_on_errors_too():
         everything = torch.get_num_threads()
     with cpu_threads(-everything - 50):
         assert torch.get_num_threads() == 1
-
-
-@pytest.mark.parametrize("estimator", [Head2ToeClassifier, Head2ToeSelector])
-def test_a_fit_computes_on_the_threads_asked_for_and_gives_them_back(monkeypatch, estimator):
-    X, y, _ = problem(13)
-    before, seen, solver = torch.get_num_threads(), [], paths.group_lasso_path
-
-    def noted(*args, **kwargs):
-        seen.append(torch.get_num_threads())
-        return solver(*args, **kwargs)
-
-    monkeypatch.setattr(paths, "group_lasso_path", noted)
-    estimator(alpha=0.85, n_jobs=before + 1).fit(X, y)
-    assert seen == [before + 1]
-    assert torch.get_num_threads() == before
-    X[3, 3] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinity in column 3"):
-        estimator(alpha=0.85, n_jobs=before + 1).fit(X, y)
-    assert torch.get_num_threads() == before
 
 
 LINE = re.compile(

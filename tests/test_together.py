@@ -8,7 +8,8 @@ from conftest import MODELS
 from sklearn.model_selection import GridSearchCV, cross_val_predict
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToePathDisplay
-from estimators.scaling import inverse_layer_norms, layer_index
+from estimators.layers import layer_index
+from estimators.scaling import inverse_layer_norms
 from h2t_store import extract
 
 
@@ -132,13 +133,13 @@ def test_a_fitted_model_holds_no_store(stored):
     [
         {},
         {"normalization": "layer", "keep_fraction": 0.2},
-        {"layer": 1},
+        {"keep_fraction": 1.0},
         {"head": "path", "alpha": 0.2},
-        {"solver": "adam", "head": "adam", "keep_fraction": 0.3, "max_iter": 20, "random_state": 0},
     ],
 )
 def test_a_target_size_among_several_is_that_size_alone(both, params):
-    model = Head2ToeClassifier(target_size=4, **params).fit(both, both.y)
+    names = [layer.name for layer in both.layers if 4 in layer.target_sizes]
+    model = Head2ToeClassifier(layers=names, **params).fit(both, both.y)
     pooled, columns = both.select_target_size(4), columns_of(both, 4)
     alone = Head2ToeClassifier(**params).fit(pooled, both.y)
     assert 0 < len(columns) < both.shape[1]
@@ -194,8 +195,6 @@ def test_sizes_that_pool_alike_are_one(extracted):
     assert alike.shape == extracted(64).shape
     search = Head2ToeClassifierCV(alphas=(0.5,), cv=3).fit(alike, alike.y)
     assert search.best_params_["target_size"] is None
-    one = Head2ToeClassifier(target_size=65).fit(alike, alike.y)
-    np.testing.assert_array_equal(one.selected_features_, Head2ToeClassifier().fit(alike, alike.y).selected_features_)
 
 
 def test_a_size_that_some_layers_lack_is_not_tried(both):
@@ -204,19 +203,6 @@ def test_a_size_that_some_layers_lack_is_not_tried(both):
     assert any(4 in layer.target_sizes for layer in one.layers)
     search = Head2ToeClassifierCV(alphas=(0.5,), cv=3).fit(one, both.y)
     assert search.best_params_["target_size"] is None
-
-
-def test_layers_are_counted_within_the_target_size(both):
-    n_layers = len(both.select_target_size(4).layers)
-    with pytest.raises(ValueError, match=f"layer={n_layers}: X has {n_layers} layers"):
-        Head2ToeClassifier(target_size=4, layer=n_layers).fit(both, both.y)
-
-
-def test_a_target_size_that_is_not_there_is_named(both):
-    with pytest.raises(ValueError, match="target_size=16: X has all layers at 4, 64"):
-        Head2ToeClassifier(target_size=16).fit(both, both.y)
-    with pytest.raises(ValueError, match="target_size=16: X has no size for all its layers"):
-        Head2ToeClassifier(target_size=16).fit(np.asarray(both), both.y)
 
 
 def test_columns_of_several_sizes_have_names_and_norms_of_their_own(both):
