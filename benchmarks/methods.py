@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from estimators import Head2ToeClassifierCV
 from estimators.adam import train as train_by_adam
 from estimators.group_lasso import group_lasso_path
-from estimators.scaling import layer_index
+from estimators.layers import layer_index
 from estimators.selection import count_kept
 from h2t_store import FeatureMatrix
 from h2t_store.engines.preparation import Job

@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 from _estimator_data import FakeFeatures, make_problem
 
-from estimators.scaling import (
-    LayerScaled,
-    inverse_layer_norms,
-    inverse_norms,
-    layer_index,
-    weighted_moments,
-)
+from estimators.layers import layer_index
+from estimators.scaling import LayerScaled, inverse_layer_norms, inverse_norms
 
 
 def scale_layers(X, widths):
@@ -66,17 +61,6 @@ def test_kept_parts_are_scaled_by_themselves():
     scaled = LayerScaled(X[:, kept], layers, inverse_norms(X[:, kept], layers))
     (_, block), *_ = scaled.column_blocks()
     np.testing.assert_allclose(block, scale_layers(X[:, kept], (2, 1, 2)), rtol=1e-12)
-
-
-def test_moments_are_weighted_and_constant_columns_get_zero():
-    X, _, weight = make_problem(5)
-    X[:, 2] = 0.1
-    mean, inverse = weighted_moments(X, weight, np.finfo(float).eps)
-    p = weight / weight.sum()
-    np.testing.assert_allclose(mean, p @ X, rtol=1e-12)
-    expected = np.sqrt(p @ (X - p @ X) ** 2)
-    np.testing.assert_allclose(np.delete(inverse, 2), 1 / np.delete(expected, 2), rtol=1e-12)
-    assert inverse[2] == 0
 
 
 def test_layers_with_gaps_are_refused():

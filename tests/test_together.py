@@ -8,7 +8,8 @@ from conftest import MODELS
 from sklearn.model_selection import GridSearchCV, cross_val_predict
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToePathDisplay
-from estimators.scaling import inverse_layer_norms, layer_index
+from estimators.layers import layer_index
+from estimators.scaling import inverse_layer_norms
 from h2t_store import extract
 
 

@@ -1,0 +1,149 @@
+"""Ridge heads on the kept features of a training set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from estimators.group_lasso.operators import column_moments, stored_precision
+from estimators.head.kept import KeptFeatures
+from estimators.head.solver import TOLERANCE, RidgeSolution, solve_ridge
+from estimators.head.space import Block, HeadSpace, StreamedSpace, held_space, held_space_bytes
+from estimators.scaling import kept_scaling, standardizes
+from estimators.switches import full_precision
+from estimators.training import Training
+
+_FINE_TOLERANCE = 1e-14
+
+
+class LinearModel(NamedTuple):
+    """A linear classifier on kept features.
+
+    Attributes
+    ----------
+    coef : ndarray of shape (n_kept, n_classes), float64
+        Of the features after scaling by layer, standardisation undone; zero for classes left out.
+    intercept : ndarray of shape (n_classes,), float64
+        -inf for classes left out.
+    row_norms : ndarray of shape (n_kept,), float64
+        ||W_d||_2 on the scale of the problem solved.
+    n_iter : int
+    """
+
+    coef: NDArray[np.float64]
+    intercept: NDArray[np.float64]
+    row_norms: NDArray[np.float64]
+    n_iter: int
+
+
+class RidgeHead:
+    """L2 logistic regression on kept features, which are gathered once for as many values of C as wanted.
+
+    Parameters
+    ----------
+    training : Training
+        Rows of weight 0, and classes that have no others, are left out.
+    selected : ndarray of shape (n_kept,), int64
+        Sorted, not empty.
+    normalization : {"standard", "layer", "layer+standard"} or None
+    device : torch.device
+    max_bytes : float, default=infinity
+        Of the columns held on the host. The head takes up to twice that; where it does not suffice, its features are
+        made again for every product.
+
+    Attributes
+    ----------
+    solution : RidgeSolution or None
+        For the last C.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        selected: NDArray[np.int64],
+        normalization: str | None,
+        device: torch.device,
+        max_bytes: float = np.inf,
+    ) -> None:
+        kept = KeptFeatures(training.features, selected, training.layers, kept_scaling(normalization), max_bytes)
+        self._kept, self._n_classes, self._device = kept, len(training.classes), device
+        self._rows = np.flatnonzero(training.sample_weight > 0)
+        self._whole = len(self._rows) == len(training.sample_weight)
+        self._present, codes = np.unique(training.codes[self._rows], return_inverse=True)
+        self._weight = torch.as_tensor(training.sample_weight[self._rows], device=device)
+        self._targets = torch.nn.functional.one_hot(torch.as_tensor(codes, device=device)).T.double()
+        self._precision = stored_precision(kept)
+        self._standardize = standardizes(normalization)
+        self._moments_known = not self._standardize
+        self._mean = torch.zeros(kept.shape[1], dtype=torch.float64, device=device)
+        self._sd = torch.ones_like(self._mean)
+        self._space = self._gather(2 * max_bytes)
+        self.solution: RidgeSolution | None = None
+
+    @full_precision()
+    def _gather(self, max_bytes: float) -> HeadSpace:
+        shape = len(self._rows), self._kept.shape[1]
+        if held_space_bytes(*shape) > max_bytes:
+            return StreamedSpace(self._standardized, shape)
+        return held_space(self._standardized(), *shape, self._device)
+
+    def _standardized(self) -> Iterator[Block]:
+        """The features as they are penalised, in float64: rounded ones have other solutions where C is large."""
+        for index, block in self._blocks():
+            if not self._moments_known:
+                weights = self._weight / self._weight.sum()
+                self._mean[index], self._sd[index] = column_moments(block.T.double(), weights, self._precision)
+            if self._standardize:
+                yield index, torch.sub(block, self._mean[index]).mul_(_inverse(self._sd[index]))
+            else:
+                yield index, block.double()
+        self._moments_known = True
+
+    def _blocks(self) -> Iterator[Block]:
+        for index, block in self._kept.column_blocks():
+            rows = block if self._whole else block[self._rows]
+            # Torch takes no negative strides, and warns where it may not write, as joblib maps arrays for its workers.
+            shared = rows.flags.writeable and min(rows.strides) >= 0
+            tensor = torch.from_numpy(rows if shared else rows.copy()).to(self._device)
+            yield (index if isinstance(index, slice) else torch.as_tensor(index, device=self._device)), tensor
+
+    @full_precision()
+    def fit(self, C: float, similar: RidgeSolution | None = None, rough: bool = False) -> LinearModel:
+        """Solve for one C, starting from the solution for the C before.
+
+        Parameters
+        ----------
+        C : float
+        similar : RidgeSolution, default=None
+            A ``solution`` for this C of a head with other features, to start from instead.
+        rough : bool, default=False
+            Stop at 1e-8 of the objective where features are narrower than float64: enough to compare heads.
+        """
+        double = self._precision <= np.finfo(np.float64).eps
+        self.solution = solve_ridge(
+            self._space,
+            self._targets,
+            self._weight,
+            C,
+            start=self.solution,
+            similar=similar,
+            work=torch.float64 if double else torch.float32,
+            tolerance=0.0 if double else TOLERANCE if rough else _FINE_TOLERANCE,
+        )
+        n_kept = self._kept.shape[1]
+        solved = self._space.coefficients(self.solution.coordinates, self._standardized(), n_kept)
+        raw = solved * _inverse(self._sd)[:, None]
+        coef, intercept = np.zeros((n_kept, self._n_classes)), np.full(self._n_classes, -np.inf)
+        coef[:, self._present] = raw.cpu().numpy()
+        intercept[self._present] = (self.solution.intercept - self._mean @ raw).cpu().numpy()
+        return LinearModel(coef, intercept, solved.norm(dim=1).cpu().numpy(), self.solution.n_iter)
+
+
+def _inverse(sd: Tensor) -> Tensor:
+    """1 / sd; 0 for a constant column."""
+    return torch.where(sd > 0.0, 1.0 / sd, 0.0)

@@ -1,0 +1,146 @@
+"""Head2Toe as published: features scored by a penalised linear head that Adam trains, then a fresh head on the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.utils import check_random_state
+
+from estimators.adam import AdamSolution, train
+from estimators.classifier import SparseLinearClassifier
+from estimators.features import ColumnSource
+from estimators.head import KeptFeatures, LinearModel, held_bytes
+from estimators.held import hold
+from estimators.scaling import kept_scaling, scale_layers, standardizes
+from estimators.selection import count_kept
+from estimators.selector import DATA_CONSTRAINTS, SELECTION_CONSTRAINTS
+from estimators.sklearn_private import Interval
+from estimators.training import Training, check_training
+
+_SEEDS = 2**31 - 1
+
+
+class PublishedHead2Toe(SparseLinearClassifier):
+    """Head2Toe as published: a linear head trained by Adam scores all features, another one is trained on the best.
+
+    :class:`Head2ToeClassifier` solves the same penalised problem with a certificate; this class is for comparison with
+    the paper. Its published settings are the defaults, or ``keep_fraction=0.01, max_iter=5000``.
+
+    Parameters
+    ----------
+    coef : float, default=1e-5
+        Strength of the penalty sum_d ||W_d||_2 in the scoring, beside the mean cross-entropy.
+    keep_fraction : float in (0, 1], default=0.2
+        Share of the features kept: those with the largest ||W_d||_2.
+    layers : str, sequence of str or None, default=None
+        As in :class:`Head2ToeClassifier`.
+    normalization : {"standard", "layer", "layer+standard"} or None, default="layer"
+        As in :class:`Head2ToeClassifier`.
+    learning_rate : float, default=0.01
+        Adam's at the first step; it decays to 0 along a cosine.
+    max_iter : int, default=500
+        Steps of each training, on batches of 128 samples.
+    class_weight : dict, "balanced" or None, default=None
+        As in :class:`Head2ToeClassifier`.
+    random_state : int, RandomState instance or None, default=None
+        Start and order of the samples of both trainings.
+    device : str or torch.device, default="auto"
+        As in :class:`Head2ToeClassifier`. It holds X whole, in float32.
+    max_memory : int or str, default=None
+        What stored features may take in memory ("4GB"); None for 80 % of what is free.
+
+    Attributes
+    ----------
+    feature_scores_ : ndarray of shape (n_features_in_,), float64
+        ||W_d||_2 of the scoring head.
+    n_iter_ : int
+        ``max_iter``.
+    classes_, coef_, intercept_, selected_features_, feature_layers_, layer_names_
+        As in :class:`Head2ToeClassifier`.
+    n_features_in_, feature_names_in_, recipe_
+        As in :class:`Head2ToeClassifier`.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from estimators import PublishedHead2Toe
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = PublishedHead2Toe(keep_fraction=0.5, normalization="standard", random_state=0)
+    >>> model.fit(X, y).score(X, y) > 0.9
+    True
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **DATA_CONSTRAINTS,
+        "coef": [Interval(Real, 0, None, closed="left")],
+        "keep_fraction": [Interval(Real, 0, 1, closed="right")],
+        "layers": SELECTION_CONSTRAINTS["layers"],
+        "normalization": SELECTION_CONSTRAINTS["normalization"],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        coef: float = 1e-5,
+        keep_fraction: float = 0.2,
+        layers: str | Sequence[str] | None = None,
+        normalization: str | None = "layer",
+        learning_rate: float = 0.01,
+        max_iter: int = 500,
+        class_weight: dict[Any, float] | str | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        device: str | torch.device = "auto",
+        max_memory: int | str | None = None,
+    ) -> None:
+        self.coef = coef
+        self.keep_fraction = keep_fraction
+        self.layers = layers
+        self.normalization = normalization
+        self.learning_rate = learning_rate
+        self.max_iter = max_iter
+        self.class_weight = class_weight
+        self.random_state = random_state
+        self.device = device
+        self.max_memory = max_memory
+
+    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Score the features, and train the head on the best; parameters as in :meth:`Head2ToeClassifier.fit`."""
+        self._validate_params()
+        training = check_training(self, X, y, sample_weight, self.class_weight)
+        columns = training.columns_of(self.layers)
+        part, left = hold(training.take(columns), self.max_memory, self.device)
+        random = check_random_state(self.random_state)
+        scoring = self._train(scale_layers(part.features, part.layers, self.normalization), part, random, self.coef)
+        scores = np.linalg.norm(scoring.weights, axis=1)
+        selected = np.sort(np.argsort(-scores, kind="stable")[: count_kept(self.keep_fraction, len(scores))])
+        scaling = kept_scaling(self.normalization)
+        kept = KeptFeatures(part.features, selected, part.layers, scaling, held_bytes(left))
+        head = self._train(kept, part, random, 0.0)
+        coef = head.weights * head.inverse_sd[:, None]
+        self.n_iter_ = int(self.max_iter)
+        self._set_selection(training, columns, selected, scores)
+        linear = LinearModel(coef, head.intercept - head.mean @ coef, scores[selected], self.n_iter_)
+        self._set_linear(training, linear, scaling)
+        return self
+
+    def _train(
+        self, X: ColumnSource | NDArray[Any], training: Training, random: np.random.RandomState, coef: float
+    ) -> AdamSolution:
+        return train(
+            X,
+            training.codes,
+            len(training.classes),
+            training.sample_weight,
+            standardize=standardizes(self.normalization),
+            coef=coef,
+            learning_rate=self.learning_rate,
+            n_steps=self.max_iter,
+            seed=int(random.randint(_SEEDS)),
+            device=self.device,
+        )
