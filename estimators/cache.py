@@ -1,7 +1,7 @@
 """Solutions kept in a folder or a bucket and shared between processes: one file per problem, replaced as a whole.
 
-In a folder, those who want the same solution wait for the one who computes it. A bucket has no locks: those who start at
-the same time each compute it, and the last one stored stays.
+In a folder, those who want the same solution wait for the one who computes it. A bucket has no locks: those who start
+at the same time each compute it, and the last one stored stays.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def cached(
 ) -> Solution:
     """The solution stored under ``key``, completed by ``solve`` and stored again where it is not enough.
 
-    A damaged file is computed again. Where nothing can be written the solution is returned all the same, with a warning.
+    A damaged file is computed again. What cannot be written is returned all the same, with a warning.
     """
     name = f"{key}.npz"
     stored = _load(place, name, codec)

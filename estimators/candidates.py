@@ -24,7 +24,8 @@ from estimators.selection import select_features
 from estimators.sklearn_private import check_method_params
 from estimators.training import Training, class_weighted
 
-_Item, _Key = TypeVar("_Item"), TypeVar("_Key")
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from estimators.search import Head2ToeClassifierCV
@@ -28,6 +29,7 @@ _DASHES = ("-", "--", ":", "-.")
 _LONGEST_NAME = 24
 
 
+@dataclass(kw_only=True, eq=False)
 class Head2ToeLayersDisplay:
     """Which layers the selected features, and their scores, come from.
 
@@ -46,30 +48,16 @@ class Head2ToeLayersDisplay:
     ----------
     ax_ : matplotlib.axes.Axes
     figure_ : matplotlib.figure.Figure
-
-    Examples
-    --------
-    >>> from sklearn.datasets import load_iris
-    >>> from estimators import Head2ToeClassifier
-    >>> from estimators.display import Head2ToeLayersDisplay
-    >>> X, y = load_iris(return_X_y=True)
-    >>> display = Head2ToeLayersDisplay.from_estimator(Head2ToeClassifier().fit(X, y))  # doctest: +SKIP
     """
 
-    def __init__(
-        self, *, layer_names: ArrayLike, n_features: ArrayLike, n_selected: ArrayLike, scores: ArrayLike
-    ) -> None:
-        self.layer_names = layer_names
-        self.n_features = n_features
-        self.n_selected = n_selected
-        self.scores = scores
+    layer_names: Any
+    n_features: Any
+    n_selected: Any
+    scores: Any
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
-        """Plot the layers of a fitted Head2ToeClassifier, Head2ToeClassifierCV or Head2ToeSelector.
-
-        ``ax`` is as in `plot`. Raises TypeError if ``estimator`` is something else, NotFittedError if it is not fitted.
-        """
+        """Plot the layers of a fitted Head2ToeClassifier, Head2ToeClassifierCV or Head2ToeSelector."""
         if isinstance(estimator, SelectedFeatures):
             check_is_fitted(estimator)
         elif not hasattr(estimator, "feature_layers_"):
@@ -82,25 +70,12 @@ class Head2ToeLayersDisplay:
         return cls(layer_names=names, n_features=n_features, n_selected=n_selected, scores=scores).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw the bars.
+        """Draw the bars into matplotlib axes, or into a figure of a size that suits the layers and their names.
 
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes, default=None
-            None makes a figure that grows with the number of layers and the length of their names. In axes too low for
-            all names, every second is written, or every third, and so on.
-
-        Returns
-        -------
-        display : Head2ToeLayersDisplay
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install 'head2toe[plot]'``.
+        In axes too low for all names, every second is written, or every third, and so on.
         """
         matplotlib = _matplotlib(type(self).__name__)
-        names, n_selected = [str(name) for name in np.asarray(self.layer_names)], np.asarray(self.n_selected)
+        names, n_selected = [str(name) for name in self.layer_names], np.asarray(self.n_selected)
         row = float(np.clip(8.6 / len(names), 0.155, 0.36))  # inches
         if ax is None:
             width = 4.4 + 0.55 * _row_fontsize(72 * row) / 72 * max(map(len, names))
@@ -138,13 +113,14 @@ class Head2ToeLayersDisplay:
             label.set_color("black" if n_selected[index] else "#767676")
 
 
+@dataclass(kw_only=True, eq=False)
 class Head2ToePathDisplay:
     """Cross-validated score and number of features along alpha, from strong to weak.
 
     One line per way of keeping features; each point is the best candidate over C, with the standard deviation over the
-    folds as error bar. What does not depend on alpha is a level line. Lines are set apart sideways by a hair where error
-    bars would hide each other. A star is the best candidate; with ``refit="one_standard_error"`` it may have another C
-    than the line through it.
+    folds as error bar. What does not depend on alpha is a level line. Lines are set apart sideways by a hair where
+    error bars would hide each other. A star is the best candidate; with ``refit="one_standard_error"`` it may have
+    another C than the line through it.
 
     Parameters
     ----------
@@ -155,7 +131,6 @@ class Head2ToePathDisplay:
     mean_scores, std_scores, n_features : ndarray of shape (n_lines, n_alphas), float
         Over the folds.
     best_line : int
-        That of the best candidate.
     best_params : dict
         As in `Head2ToeClassifierCV`.
     best_score, best_n_features : float
@@ -167,49 +142,23 @@ class Head2ToePathDisplay:
     ax_ : ndarray of shape (2,), matplotlib.axes.Axes
         Of the score and of the number of features.
     figure_ : matplotlib.figure.Figure
-
-    Examples
-    --------
-    >>> from sklearn.datasets import load_iris
-    >>> from estimators import Head2ToeClassifierCV
-    >>> from estimators.display import Head2ToePathDisplay
-    >>> X, y = load_iris(return_X_y=True)
-    >>> display = Head2ToePathDisplay.from_estimator(Head2ToeClassifierCV().fit(X, y))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        *,
-        alphas: NDArray[np.float64],
-        labels: Sequence[str],
-        mean_scores: NDArray[np.float64],
-        std_scores: NDArray[np.float64],
-        n_features: NDArray[np.float64],
-        best_line: int,
-        best_params: dict[str, Any],
-        best_score: float,
-        best_n_features: float,
-        score_name: str,
-        title: str,
-    ) -> None:
-        self.alphas = alphas
-        self.labels = labels
-        self.mean_scores = mean_scores
-        self.std_scores = std_scores
-        self.n_features = n_features
-        self.best_line = best_line
-        self.best_params = best_params
-        self.best_score = best_score
-        self.best_n_features = best_n_features
-        self.score_name = score_name
-        self.title = title
+    alphas: NDArray[np.float64]
+    labels: Sequence[str]
+    mean_scores: NDArray[np.float64]
+    std_scores: NDArray[np.float64]
+    n_features: NDArray[np.float64]
+    best_line: int
+    best_params: dict[str, Any]
+    best_score: float
+    best_n_features: float
+    score_name: str
+    title: str
 
     @classmethod
     def from_estimator(cls, estimator_cv: Any, *, ax: Any = None) -> Self:
-        """Plot the search of a fitted Head2ToeClassifierCV, within the normalization and target size it chose.
-
-        ``ax`` is as in `plot`. Raises TypeError if ``estimator_cv`` is something else, NotFittedError if it is not fitted.
-        """
+        """Plot the search of a fitted Head2ToeClassifierCV, within the normalization and target size it chose."""
         if not isinstance(estimator_cv, Head2ToeClassifierCV):
             raise TypeError(f"estimator_cv must be a Head2ToeClassifierCV, got {type(estimator_cv).__name__}.")
         check_is_fitted(estimator_cv)
@@ -236,25 +185,7 @@ class Head2ToePathDisplay:
         ).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw both panels.
-
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes or pair of them, default=None
-            None makes a figure. One Axes is divided among the two panels, as in scikit-learn's
-            PartialDependenceDisplay. A pair takes the score and the number of features.
-
-        Returns
-        -------
-        display : Head2ToePathDisplay
-
-        Raises
-        ------
-        ValueError
-            If ``ax`` is neither None, nor one Axes, nor two.
-        ImportError
-            If matplotlib is not installed: ``pip install 'head2toe[plot]'``.
-        """
+        """Draw both panels: into a new figure, into a pair of matplotlib axes, or into one that is divided."""
         matplotlib = _matplotlib(type(self).__name__)
         self.ax_ = _panels(matplotlib, ax)
         score, count = self.ax_

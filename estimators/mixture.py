@@ -96,8 +96,8 @@ def held_out_scores(
 ) -> NDArray[np.float64]:
     """Scores (n_samples, n_classes) of mixtures whose weights were fitted on other samples than they are applied to.
 
-    Those of a fold are fitted on the samples of other folds; where these have no others, on one half of the fold for the
-    other half. ``samples`` tells which predictions are of the same sample; all else is as in `mixture_weights`.
+    Those of a fold are fitted on samples of other folds; where there are none, on one half of the fold for the other.
+    ``samples`` tells which predictions are of the same sample; all else is as in `mixture_weights`.
     """
     scores = np.empty_like(log_frequencies)
     for fold in np.unique(folds):
@@ -146,8 +146,7 @@ def _different(models: NDArray[np.float64]) -> NDArray[np.int64]:
 class _Mixture:
     """The problem of `mixture_weights`, divided by the sum of the sample weights, with its sign changed.
 
-    ``held_out`` are log P - log f, ``base`` is log f, ``share`` each sample's share of the weights, and ``rate`` that of
-    the prior.
+    ``held_out`` are log P - log f, ``base`` is log f; ``share`` and ``rate`` are weights of the samples and the prior.
     """
 
     held_out: NDArray[np.float64]
@@ -181,7 +180,7 @@ class _Mixture:
 
 
 def _best(problem: _Mixture) -> NDArray[np.float64]:
-    """The best weights: those with weight by Newton's method, joined by the models that are missed most, until none is."""
+    """The best weights, by Newton's method on a growing set of models: those missed most join until none is missed."""
     weights = np.zeros(len(problem.held_out))
     support = np.zeros(len(weights), dtype=bool)
     while True:

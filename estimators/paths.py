@@ -1,7 +1,7 @@
 """The path as the estimators ask for it: at given fractions of alpha_max, the same whatever else was asked before.
 
-All share one chain of fractions, 0.85^k, each solved from the one before. A fraction between two of them branches off the
-one above. So a path may be solved in parts, by several processes, and kept on disk.
+All share one chain of fractions, 0.85^k, each solved from the one before. A fraction between two of them branches off
+the one above. So a path may be solved in parts, by several processes, and kept on disk.
 """
 
 from __future__ import annotations

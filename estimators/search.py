@@ -335,7 +335,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         params = [candidate.params for candidate in candidates]
         self.cv_results_: dict[str, Any] = {
             "params": params,
-            **{f"param_{name}": _column(params, name) for name in dict.fromkeys(name for one in params for name in one)},
+            **{
+                f"param_{name}": _column(params, name) for name in dict.fromkeys(name for one in params for name in one)
+            },
             **{f"split{number}_test_score": score for number, score in enumerate(scores)},
             "mean_test_score": mean,
             "std_test_score": scores.std(axis=0),
@@ -366,7 +368,9 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 class_weighted(training, self.class_weight).sample_weight[samples] / trial.share,
             )
             weights, scores = mixture_weights(*held_out), held_out_scores(*held_out, samples, fold)
-            parts = [trial.hold_out(part, f"fold {number}/{len(rows)}, mixture: ") for number, part in enumerate(rows, 1)]
+            parts = [
+                trial.hold_out(part, f"fold {number}/{len(rows)}, mixture: ") for number, part in enumerate(rows, 1)
+            ]
             self.fold_scores_ = np.array([part.judge(scores[fold == number])[0] for number, part in enumerate(parts)])
         else:
             weights = (np.arange(len(trial.candidates)) == self.best_index_).astype(np.float64)
