@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from itertools import product
@@ -231,50 +231,51 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
 
     def _candidates(self, training: Training) -> list[Candidate]:
         """What is tried, each once."""
-        alphas, Cs = self._values("alphas", "alpha", (0.02, 0.7)), self._values("Cs", "C", (1e-4, 1e4))
-        fractions = self._values("keep_fractions", "keep_fraction")
+        accepted = Head2ToeClassifier._parameter_constraints
+        alphas = self._values("alphas", accepted["alpha"], lambda number: np.geomspace(0.02, 0.7, number)[::-1])
+        Cs = self._values("Cs", accepted["C"], lambda number: np.logspace(-4, 4, number))
+        fractions = self._values("keep_fractions", accepted["keep_fraction"])
+        normalizations = self._values("normalizations", accepted["normalization"])
+        last_layers = self._values("last_layers", [_COUNT])
         self.alphas_, self.Cs_ = np.sort(alphas)[::-1], np.array(Cs)
         every = tuple(training.layer_names)
         # Target sizes that pool to the same layers are one.
         choices = list(dict.fromkeys(tuple(names) for names in layers_by_size(training.features).values()))
         found: list[Candidate] = []
         for layers in choices if len(choices) > 1 else [None]:
-            whole = [layers] * (1.0 in fractions) + self._whole_layers(layers or every)
+            whole = [layers] * (1.0 in fractions) + self._whole_layers(layers or every, last_layers)
             kept = [(layers, fraction, alpha) for alpha in alphas for fraction in fractions if fraction != 1.0]
             kept += [(names, 1.0, None) for names in whole]
-            for normalization, (names, fraction, alpha), C in product(
-                self._values("normalizations", "normalization"), kept, Cs
-            ):
+            for normalization, (names, fraction, alpha), C in product(normalizations, kept, Cs):
                 found.append(Candidate(names, normalization, fraction, alpha, C))
         return list(dict.fromkeys(found))
 
-    def _whole_layers(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    def _whole_layers(self, names: tuple[str, ...], last_layers: list[int]) -> list[tuple[str, ...]]:
         """Layers of which all features are tried: some last ones, and single ones."""
-        probes = [names[-number:] for number in dict.fromkeys(self.last_layers) if number < len(names)]
+        probes = [names[-number:] for number in last_layers if number < len(names)]
         last = len(names) - 1 - (names[-1:] in probes)  # a probe is not tried again
         if len(names) == 1 or last < 0:
             return probes
         spread = np.linspace(0, last, min(self.single_layers, last + 1)).round().astype(int)
         return probes + [(names[number],) for number in spread]
 
-    def _values(self, name: str, parameter: str, ends: tuple[float, float] | None = None) -> list[Any]:
-        """Values to try for one parameter of `Head2ToeClassifier`, each once."""
+    def _values(self, name: str, constraints: list[Any], spread: Callable[[int], Any] | None = None) -> list[Any]:
+        """Values to try, each once; ``spread`` makes as many as an int says."""
         given = getattr(self, name)
-        if isinstance(given, Integral) and ends is not None:
-            values = np.geomspace(*ends, int(given)).tolist()
-            return values if name == "Cs" else values[::-1]
-        if not len(given):
+        if spread is not None and isinstance(given, Integral):
+            given = spread(int(given))
+        if not len(given) and name != "last_layers":
             raise ValueError(f"{name} must hold at least one value, got none.")
         for value in given:
-            constraints = {name: Head2ToeClassifier._parameter_constraints[parameter]}
-            validate_parameter_constraints(constraints, {name: value}, type(self).__name__)
-        return list(dict.fromkeys(float(value) if isinstance(value, Real) else value for value in given))
+            validate_parameter_constraints({name: constraints}, {name: value}, type(self).__name__)
+        return list(dict.fromkeys(value.item() if isinstance(value, np.generic) else value for value in given))
 
     def _route(self, sample_weight: ArrayLike | None, params: dict[str, Any]) -> Bunch:
         """Who gets what of the arguments of fit: ``splitter.split`` and ``scorer.score``."""
         if get_config()["enable_metadata_routing"]:
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-            return process_routing(self, "fit", **params, **weights)
+            routed: Bunch = process_routing(self, "fit", **params, **weights)
+            return routed
         if unknown := sorted(params.keys() - {"groups"}):
             raise ValueError(
                 f"fit takes {', '.join(unknown)} only with metadata routing: "
@@ -335,9 +336,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         params = [candidate.params for candidate in candidates]
         self.cv_results_: dict[str, Any] = {
             "params": params,
-            **{
-                f"param_{name}": _column(params, name) for name in dict.fromkeys(name for one in params for name in one)
-            },
+            **_columns(params),
             **{f"split{number}_test_score": score for number, score in enumerate(scores)},
             "mean_test_score": mean,
             "std_test_score": scores.std(axis=0),
@@ -368,10 +367,12 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 class_weighted(training, self.class_weight).sample_weight[samples] / trial.share,
             )
             weights, scores = mixture_weights(*held_out), held_out_scores(*held_out, samples, fold)
-            parts = [
-                trial.hold_out(part, f"fold {number}/{len(rows)}, mixture: ") for number, part in enumerate(rows, 1)
-            ]
-            self.fold_scores_ = np.array([part.judge(scores[fold == number])[0] for number, part in enumerate(parts)])
+            self.fold_scores_ = np.array(
+                [
+                    trial.hold_out(part, f"fold {number + 1}/{len(rows)}, mixture: ").judge(scores[fold == number])[0]
+                    for number, part in enumerate(rows)
+                ]
+            )
         else:
             weights = (np.arange(len(trial.candidates)) == self.best_index_).astype(np.float64)
             self.fold_scores_ = np.array([result.scores[self.best_index_] for result in folds])
@@ -481,12 +482,15 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
             )
 
 
-def _column(params: Sequence[dict[str, Any]], name: str) -> np.ma.MaskedArray[Any, Any]:
-    """One parameter of all candidates, masked where they do not have it."""
-    missing = [name not in one for one in params]
-    values = [one.get(name) for one in params]
-    numeric = all(isinstance(value, Real) or masked for value, masked in zip(values, missing, strict=True))
-    column = np.empty(len(values), dtype=float if numeric else object)
-    for index, value in enumerate(values):
-        column[index] = value
-    return np.ma.MaskedArray(column, mask=missing)
+def _columns(params: Sequence[dict[str, Any]]) -> dict[str, np.ma.MaskedArray[Any, Any]]:
+    """The parameters of all candidates by name, masked where they do not matter."""
+    columns: dict[str, np.ma.MaskedArray[Any, Any]] = {}
+    for name in dict.fromkeys(name for one in params for name in one):
+        values = np.empty(len(params), dtype=object)
+        for index, one in enumerate(params):
+            values[index] = one.get(name)
+        missing = np.array([name not in one for one in params])
+        if all(isinstance(value, Real) for value in values[~missing]):
+            values = values.astype(float)
+        columns[f"param_{name}"] = np.ma.MaskedArray(values, mask=missing)
+    return columns
