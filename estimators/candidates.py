@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,20 +167,8 @@ class HeldOut:
         return score, answers.predict_log_proba(self.X)
 
 
-@dataclass(frozen=True)
-class FoldResult:
-    """What all candidates did in one fold.
-
-    Attributes
-    ----------
-    scores : ndarray of shape (n_candidates,), float64
-    n_features : ndarray of shape (n_candidates,), int64
-        That each kept.
-    log_probabilities : ndarray of shape (n_candidates, n_drawn, n_classes), float64
-        Of a share of the samples held out.
-    log_frequencies : ndarray of shape (n_drawn, n_classes), float64
-        Of the classes in what the candidates were fitted on.
-    """
+class FoldResult(NamedTuple):
+    """What all candidates did in one fold: scores, features kept, and what `mixture_weights` wants to know."""
 
     scores: NDArray[np.float64]
     n_features: NDArray[np.int64]

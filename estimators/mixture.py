@@ -47,13 +47,12 @@ def mixture_weights(
 
     Parameters
     ----------
-    log_probabilities : ndarray of shape (n_models, n_samples, n_classes), float64
+    log_probabilities : ndarray of shape (n_models, n_samples, n_classes)
         What is below -30 counts as that; samples whose class no model thinks more likely are left out.
-    log_frequencies : ndarray of shape (n_samples, n_classes), float64
+    log_frequencies : ndarray of shape (n_samples, n_classes)
         Of the classes in what each sample's models were fitted on.
-    codes : ndarray of shape (n_samples,), int64
-        The true classes.
-    sample_weight : ndarray of shape (n_samples,), float64
+    codes, sample_weight : ndarray of shape (n_samples,)
+        True classes, and weights.
 
     Returns
     -------
@@ -123,9 +122,9 @@ def _mixed(
     return np.where(np.isfinite(log_frequencies), scores, -np.inf)
 
 
-def share_to_predict(n_models: int, n_samples: int, n_classes: int) -> float:
-    """Share of the samples that weights are fitted to, so that predictions of them take about 256 MiB at most."""
-    return min(1.0, _MAX_BYTES / max(1, 8 * n_models * n_samples * n_classes))
+def share_to_predict(n_probabilities: int) -> float:
+    """Share of all predictions that weights are fitted to, so that they take about 256 MiB at most."""
+    return min(1.0, _MAX_BYTES / (8 * n_probabilities))
 
 
 def drawn(rows: NDArray[np.int64], share: float) -> NDArray[np.int64]:

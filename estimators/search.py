@@ -212,10 +212,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         splits = self._splits(training, routed.get("splitter", Bunch(split={})).split)
         training, left, of_fold = hold_for_folds(training, self.max_memory, self.device, self.n_jobs, len(splits))
         options = PathOptions.of(self, normalization=None, max_memory=left)
-        share = 0.0
-        if self.refit == "mixture":
-            n_held_out = sum(len(test) for _, test in splits)
-            share = share_to_predict(len(candidates), n_held_out, len(training.classes))
+        n_predicted = sum(len(test) for _, test in splits) * len(training.classes) * len(candidates)
+        share = share_to_predict(n_predicted) if self.refit == "mixture" else 0.0
         scorer = get_scorer(self.scoring or "accuracy")
         trial = Trial(training, candidates, self.class_weight, scorer, routed.scorer.score, share)
         folds = Parallel(n_jobs=self.n_jobs)(
@@ -397,13 +395,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         self.offset_[np.isfinite(self.offset_)] *= 1.0 - self.weights_.sum()
         if len(training.classes) == 2:
             self.offset_ = np.diff(self.offset_)
-        self.classes_ = training.classes
-        self.feature_layers_, self.layer_names_ = training.layers, training.layer_names
-        self.n_iter_ = max(estimator.n_iter_ for estimator in self.estimators_)
+        self.classes_, self.n_iter_ = training.classes, max(estimator.n_iter_ for estimator in self.estimators_)
         scores = [estimator.feature_scores_ for estimator in self.estimators_]
-        self.feature_scores_ = np.average(scores, axis=0, weights=self.weights_ if self.weights_.any() else None)
-        selected = [estimator.selected_features_ for estimator in self.estimators_]
-        self.selected_features_ = np.unique(np.concatenate(selected))
+        scores = np.average(scores, axis=0, weights=self.weights_ if self.weights_.any() else None)
+        selected = np.unique(np.concatenate([estimator.selected_features_ for estimator in self.estimators_]))
+        self._set_selection(training, np.arange(len(training.layers)), selected, scores)
         if not len(self.selected_features_):
             first = self.estimators_[0]
             warn_nothing_selected(first.alpha, first.alpha_max_, "predictions are the class frequencies")
