@@ -20,7 +20,7 @@ from estimators import Head2ToeClassifier, Head2ToeClassifierCV
 from estimators import search as module
 from estimators.mixture import drawn, mixture_weights
 
-SMALL = dict(alphas=(0.5, 0.2), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
+SMALL = dict(alphas=(0.6, 0.4), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
 N = 60
 
 
@@ -89,7 +89,7 @@ def scripted(alphas, *folds, **params):
 
 def test_scikit_learns_common_checks_pass():
     results = check_estimator(
-        Head2ToeClassifierCV(alphas=(0.1,), keep_fractions=(None,), cv=2), on_fail=None, on_skip=None
+        Head2ToeClassifierCV(alphas=(0.4,), keep_fractions=(None,), Cs=(1.0,), cv=2), on_fail=None, on_skip=None
     )
     assert [(r["check_name"], r["exception"]) for r in results if r["status"] not in ("passed", "skipped")] == []
     assert sum(r["status"] == "passed" for r in results) > 50
@@ -234,7 +234,7 @@ def test_weights_need_not_see_every_held_out_sample(monkeypatch):
     monkeypatch.setattr(module, "share_to_predict", third)
     monkeypatch.setattr(module, "mixture_weights", weights_of)
     model = Head2ToeClassifierCV(**SMALL).fit(X, y)
-    assert asked == [(8, 120, 3)]
+    assert asked == [(8 * 120 * 3,)]
     assert model.score(X, y) > 0.6
 
 
@@ -704,9 +704,9 @@ def test_a_search_with_memory_solves_nothing_twice(tmp_path, solved_ratios):
     for fitted in (model, again):
         np.testing.assert_array_equal(fitted.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"])
         np.testing.assert_allclose(fitted.decision_function(X), expected.decision_function(X), atol=1e-4)
-    more = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.5, 0.2, 0.15)}, memory=tmp_path).fit(X, y)
-    assert max(ratio for call in solved_ratios for ratio in call) < 0.2
-    fresh = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.5, 0.2, 0.15)}).fit(X, y)
+    more = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.6, 0.4, 0.3)}, memory=tmp_path).fit(X, y)
+    assert max(ratio for call in solved_ratios for ratio in call) < 0.4
+    fresh = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.6, 0.4, 0.3)}).fit(X, y)
     np.testing.assert_array_equal(more.cv_results_["mean_test_score"], fresh.cv_results_["mean_test_score"])
 
 
@@ -717,7 +717,7 @@ def test_verbose_prints_two_lines_per_fold_and_at_2_every_alpha(capsys):
     labels = [line.split(", ")[0] for line in lines]
     assert labels == [*(f"fold {fold}/3" for fold in (1, 2, 3) for _ in range(2)), "all samples", "all samples"]
     path, judged = (
-        re.compile(r".*, path to alpha=0\.2 solved: \d+ features, .* s"),
+        re.compile(r".*, path to alpha=0\.4 solved: \d+ features, .* s"),
         re.compile(r".*, 8 candidates judged, .* s"),
     )
     assert all(path.fullmatch(line) for line in lines[:6:2])
