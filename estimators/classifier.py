@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, log_expit, log_softmax, softmax
+from scipy.special import log_expit, log_softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
@@ -21,7 +21,7 @@ from estimators.group_lasso.result import GroupLassoPath
 from estimators.head import KeptFeatures, LinearModel, RidgeHead, held_bytes
 from estimators.held import hold
 from estimators.paths import PathOptions, solve_path
-from estimators.scaling import kept_scaling
+from estimators.scaling import kept_scaling, whole_scaling
 from estimators.selection import select_features
 from estimators.selector import PATH_CONSTRAINTS, SELECTION_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.sklearn_private import Interval, StrOptions
@@ -42,10 +42,7 @@ class ScoresClassifier(ClassifierMixin):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Class probabilities, (n_samples, n_classes) float64 in the order of ``classes_``."""
-        scores = self.decision_function(X)
-        if scores.ndim == 1:
-            return np.stack([expit(-scores), expit(scores)], axis=1)
-        return np.asarray(softmax(scores, axis=1))
+        return np.exp(self.predict_log_proba(X))
 
     def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
         """Logarithms of the class probabilities, (n_samples, n_classes) float64."""
@@ -156,8 +153,8 @@ class Head2ToeClassifier(SparseLinearClassifier):
     selected_features_ : ndarray of shape (n_selected,), int64
         Sorted columns that prediction reads.
     feature_scores_ : ndarray of shape (n_features_in_,), float64
-        ||W_d||_2 at ``alpha`` on the scale of the problem solved (standardised features with "standard"); 0 outside
-        ``layers``. Where no path was solved, W are the coefficients of the ridge head.
+        ||W_d||_2 at ``alpha``, or of the ridge head where no path was solved, on the scale of the problem solved
+        (standardised features with "standard"); 0 outside ``layers``.
     feature_layers_ : ndarray of shape (n_features_in_,), int64
         Position in ``layer_names_`` of each feature's layer.
     layer_names_ : ndarray of shape (n_layers,), object
@@ -167,10 +164,8 @@ class Head2ToeClassifier(SparseLinearClassifier):
         "layer" normalization, for features after scaling to unit length (``head="path"``: of the whole layer, else: of
         the kept part of each layer).
     intercept_ : ndarray of shape (n_classes,), or (1,) for two classes, float64
-    alpha_max_ : float
-        The strength that ``alpha`` is a fraction of; nan where no path was solved.
-    duality_gap_ : float
-        Relative duality gap at ``alpha``; nan where no path was solved.
+    alpha_max_, duality_gap_ : float
+        The strength that ``alpha`` is a fraction of, and the relative duality gap; nan where no path was solved.
     n_iter_ : int
         Most solver steps that any alpha of the path took, or the steps of the ridge head where no path was solved.
 
@@ -229,13 +224,9 @@ class Head2ToeClassifier(SparseLinearClassifier):
         ----------
         X : array-like or FeatureMatrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,)
-            Class labels; two classes or more.
+            Labels of two classes or more.
         sample_weight : array-like of shape (n_samples,), default=None
             Non-negative. The path sees only ratios; the ridge head weighs them against 1 / C.
-
-        Returns
-        -------
-        self : Head2ToeClassifier
 
         Warns
         -----
@@ -279,8 +270,8 @@ class Head2ToeClassifier(SparseLinearClassifier):
         else:
             self._set_path(path)
         self._set_selection(training, columns, selected, linear.row_norms if path is None else path.row_norms(-1))
-        scaling = kept_scaling(self.normalization)
-        self._set_linear(training, linear, "whole" if scaling and self.head == "path" else scaling)
+        scaling = whole_scaling if self.head == "path" else kept_scaling
+        self._set_linear(training, linear, scaling(self.normalization))
 
 
 def _path_head(path: GroupLassoPath, selected: NDArray[np.int64]) -> LinearModel:

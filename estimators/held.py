@@ -24,18 +24,15 @@ Index = NDArray[np.int64] | None
 
 
 class HeldFeatures:
-    """A FeatureMatrix whose values stay in memory once all of them were read.
-
-    Its rows and columns share the values; before, they are read from where they are stored. Names, layers and all else
-    are those of the stored matrix.
-    """
+    """A FeatureMatrix whose values stay in memory once all of them were read; its rows and columns share them."""
 
     ndim = 2
 
     def __init__(
         self, stored: FeatureMatrix, whole: HeldFeatures | None = None, rows: Index = None, columns: Index = None
     ) -> None:
-        self._stored, self._whole, self._rows, self._columns = stored, whole or self, rows, columns
+        self._stored, self._rows, self._columns = stored, rows, columns
+        self._whole = self if whole is None else whole
         self._values: NDArray[Any] | None = None
 
     def load(self) -> NDArray[Any]:
@@ -78,7 +75,6 @@ class HeldFeatures:
         return np.array(self._take(values, slice(None)), dtype, copy=copy)
 
     def column_blocks(self, max_bytes: int) -> Iterator[tuple[Any, NDArray[Any]]]:
-        """Blocks of whole columns, as the stored matrix gives them."""
         values = self._held()
         if values is None:
             yield from self._stored.column_blocks(max_bytes)

@@ -13,14 +13,9 @@ from estimators.features import FeatureMatrix, Layer, is_feature_matrix
 
 
 def layer_index(X: FeatureMatrix | NDArray[Any]) -> NDArray[np.int64]:
-    """Number of each column's layer, (n_features,) int64, in the order of `layer_names`.
+    """Number of each column's layer, (n_features,), in the order of `layer_names`.
 
-    Several runs of columns with one layer's name are one layer, whatever order the columns were taken in.
-
-    Raises
-    ------
-    ValueError
-        If the layers of a FeatureMatrix do not cover its columns in order.
+    Runs of columns with the same layer name are one layer, whatever order the columns were taken in.
     """
     if not is_feature_matrix(X):
         return np.zeros(X.shape[1], dtype=np.int64)
@@ -39,13 +34,7 @@ def layer_names(X: FeatureMatrix | NDArray[Any]) -> NDArray[Any]:
 
 
 def matching_layers(names: NDArray[Any], patterns: str | Sequence[str]) -> NDArray[np.int64]:
-    """Numbers of the layers whose name matches any of the globs, sorted.
-
-    Raises
-    ------
-    ValueError
-        If there is no pattern, or one that matches no layer.
-    """
+    """Numbers of the layers whose name matches any of the globs, sorted; every glob must match one."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     shown = ", ".join(map(repr, names)) if len(names) <= 6 else f"{names[0]!r} to {names[-1]!r}"
     if not patterns:
@@ -60,10 +49,7 @@ def matching_layers(names: NDArray[Any], patterns: str | Sequence[str]) -> NDArr
 
 
 def layers_by_size(X: FeatureMatrix | NDArray[Any]) -> dict[int, list[str]]:
-    """Names of the layers of each target size, for the sizes that every activation was pooled to.
-
-    Sorted by size; empty where X does not say what it was pooled to.
-    """
+    """Names of the layers of each target size, sorted, for the sizes that every activation was pooled to."""
     pooled: dict[int, dict[str, Layer]] = {}
     for layer in X.layers if is_feature_matrix(X) else ():
         for size in getattr(layer, "target_sizes", ()):

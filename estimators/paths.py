@@ -18,7 +18,8 @@ from estimators.cache import Arrays, Codec, cache_place, cached, fingerprint, pr
 from estimators.group_lasso.path import group_lasso_path, warn_unconverged
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.scaling import scale_layers, scales_layers, standardizes
+from estimators.head.kept import KeptFeatures
+from estimators.scaling import scales_layers, standardizes
 from estimators.training import Training
 
 # Products, unlike powers, are the same to the last bit on every machine.
@@ -100,7 +101,8 @@ def _complete(
     lowest = np.inf if solved is None else solved.ratios[np.isin(solved.ratios, _CHAIN)][-1]
     onward, above = missing[missing < lowest], missing[missing > lowest]
     features: Any = training.features
-    features: Any = scale_layers(training.features, training.layers, options.normalization)
+    if scales_layers(options.normalization):
+        features = KeptFeatures(features, np.arange(len(training.layers)), training.layers, "whole", max_bytes=0)
     for part in ([onward] if len(onward) else []) + [np.array([ratio]) for ratio in above]:
         path = group_lasso_path(
             features,

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state
 
-from estimators.adam import AdamSolution, train
+from estimators.adam import train
 from estimators.classifier import SparseLinearClassifier
-from estimators.features import ColumnSource
 from estimators.head import KeptFeatures, LinearModel, held_bytes
 from estimators.held import hold
-from estimators.scaling import kept_scaling, scale_layers, standardizes
+from estimators.scaling import kept_scaling, standardizes, whole_scaling
 from estimators.selection import count_kept
 from estimators.selector import DATA_CONSTRAINTS, SELECTION_CONSTRAINTS
 from estimators.sklearn_private import Interval
@@ -115,25 +114,27 @@ class PublishedHead2Toe(SparseLinearClassifier):
         training = check_training(self, X, y, sample_weight, self.class_weight)
         columns = training.columns_of(self.layers)
         part, left = hold(training.take(columns), self.max_memory, self.device)
-        random = check_random_state(self.random_state)
-        scoring = self._train(scale_layers(part.features, part.layers, self.normalization), part, random, self.coef)
-        scores = np.linalg.norm(scoring.weights, axis=1)
-        selected = np.sort(np.argsort(-scores, kind="stable")[: count_kept(self.keep_fraction, len(scores))])
-        scaling = kept_scaling(self.normalization)
-        kept = KeptFeatures(part.features, selected, part.layers, scaling, held_bytes(left))
-        head = self._train(kept, part, random, 0.0)
-        coef = head.weights * head.inverse_sd[:, None]
-        self.n_iter_ = int(self.max_iter)
-        self._set_selection(training, columns, selected, scores)
-        linear = LinearModel(coef, head.intercept - head.mean @ coef, scores[selected], self.n_iter_)
-        self._set_linear(training, linear, scaling)
+        random, every = check_random_state(self.random_state), np.arange(len(columns))
+        scoring = self._train(part, every, whole_scaling(self.normalization), left, random, self.coef)
+        best = np.argsort(-scoring.row_norms, kind="stable")
+        selected = np.sort(best[: count_kept(self.keep_fraction, len(best))])
+        head = self._train(part, selected, kept_scaling(self.normalization), left, random, 0.0)
+        self.n_iter_ = head.n_iter
+        self._set_selection(training, columns, selected, scoring.row_norms)
+        self._set_linear(training, head, kept_scaling(self.normalization))
         return self
 
     def _train(
-        self, X: ColumnSource | NDArray[Any], training: Training, random: np.random.RandomState, coef: float
-    ) -> AdamSolution:
+        self,
+        training: Training,
+        selected: NDArray[np.int64],
+        scaling: str,
+        max_memory: int | str | None,
+        random: np.random.RandomState,
+        coef: float,
+    ) -> LinearModel:
         return train(
-            X,
+            KeptFeatures(training.features, selected, training.layers, scaling, held_bytes(max_memory)),
             training.codes,
             len(training.classes),
             training.sample_weight,

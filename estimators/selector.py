@@ -84,23 +84,17 @@ class SelectedFeatures:
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Names of the selected features, (n_selected,) object.
 
-        Parameters
-        ----------
-        input_features : array-like of str, default=None
-            Names of all features where X had none in `fit`; by default ``x0``, ``x1``, ...
+        ``input_features`` names all features where X had no names in `fit`; by default ``x0``, ``x1``, ...
         """
         check_is_fitted(self)
         names: NDArray[Any] = check_feature_names_in(self, input_features)[self.selected_features_]
         return names
 
     def layer_summary(self) -> pd.DataFrame:
-        """How much each layer contributes, one row per layer in network order.
+        """How much each layer contributes, a DataFrame with one row per layer in network order.
 
-        Returns
-        -------
-        pandas.DataFrame
-            Indexed by ``layer``: ``n_features``, ``n_selected``, ``selected_share`` (of all selected features),
-            ``score`` (sum of ``feature_scores_`` over the layer's selected features) and ``score_share``.
+        Its columns are ``n_features``, ``n_selected``, ``selected_share`` (of all selected features), ``score`` (sum of
+        ``feature_scores_`` over the layer's selected features) and ``score_share``.
         """
         check_is_fitted(self)
         try:
@@ -124,11 +118,8 @@ def layer_totals(estimator: SelectedFeatures) -> tuple[NDArray[np.int64], NDArra
     """Per layer of a fitted estimator: features, selected ones, and the sum of the scores of the selected ones."""
     n_layers, selected = len(estimator.layer_names_), estimator.selected_features_
     owners = estimator.feature_layers_[selected]
-    return (
-        np.bincount(estimator.feature_layers_, minlength=n_layers),
-        np.bincount(owners, minlength=n_layers),
-        np.bincount(owners, estimator.feature_scores_[selected], minlength=n_layers).astype(np.float64, copy=False),
-    )
+    scores = np.bincount(owners, estimator.feature_scores_[selected], n_layers).astype(np.float64)
+    return np.bincount(estimator.feature_layers_, minlength=n_layers), np.bincount(owners, minlength=n_layers), scores
 
 
 def warn_nothing_selected(alpha: float, alpha_max: float, consequence: str) -> None:
@@ -143,17 +134,8 @@ def warn_nothing_selected(alpha: float, alpha_max: float, consequence: str) -> N
 class Head2ToeSelector(SelectedFeatures, SelectorMixin, BaseEstimator):  # type: ignore[misc]
     """Transformer that keeps the features a group lasso selects, as they are given.
 
-    Parameters
-    ----------
-    alpha, l1_ratio, keep_fraction, layers, normalization, class_weight, tol, max_iter, device, max_memory, memory, verbose
-        As in :class:`Head2ToeClassifier`.
-
-    Attributes
-    ----------
-    selected_features_, feature_scores_, feature_layers_, layer_names_, alpha_max_, duality_gap_, n_iter_
-        As in :class:`Head2ToeClassifier`.
-    n_features_in_, feature_names_in_, recipe_
-        As in :class:`Head2ToeClassifier`.
+    Parameters and fitted attributes are those of :class:`Head2ToeClassifier`, but for the head's. A path is always
+    solved.
 
     Examples
     --------
@@ -165,7 +147,7 @@ class Head2ToeSelector(SelectedFeatures, SelectorMixin, BaseEstimator):  # type:
     >>> model = make_pipeline(Head2ToeSelector(alpha=0.2), LogisticRegression(max_iter=1000))
     >>> model.fit(X / 16, y).score(X / 16, y) > 0.9
     True
-    """  # noqa: E501
+    """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {**SELECTION_CONSTRAINTS, **PATH_CONSTRAINTS}
 

@@ -169,14 +169,14 @@ class FakeFeatures:
         rows, columns = key if isinstance(key, tuple) else (key, slice(None))
         n, d = self.shape
         rows, columns = np.arange(n)[rows], np.arange(d)[columns]
-        owners = np.array([i for i, layer in enumerate(self.layers) for _ in range(layer.stop - layer.start)])[columns]
+        owners = np.repeat(np.arange(len(self.layers)), [layer.stop - layer.start for layer in self.layers])[columns]
         taken = copy(self)
         taken.values, taken._columns = self.values[rows][:, columns], self._columns[columns]
         taken.feature_names = [self.feature_names[column] for column in columns]
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        starts = np.flatnonzero(np.diff(owners, prepend=-1)) if len(owners) else owners
         taken.layers = [
             FakeLayer(self.layers[owners[start]].name, int(start), int(stop), (int(stop - start), 1, 1))
-            for start, stop in zip(starts, [*starts[1:], len(columns)], strict=True)
+            for start, stop in zip(starts, [*starts[1:], len(columns)], strict=False)
         ]
         taken._norms = self._norms[rows][:, owners[starts]]
         return taken

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from estimators.features import READ_BYTES, Columns, ColumnSource, FeatureMatrix, is_feature_matrix
+from estimators.features import READ_BYTES, Columns, FeatureMatrix, is_feature_matrix
 from estimators.group_lasso.operators import memory_limit
-from estimators.scaling import LayerScaled, inverse_layer_norms, inverse_norms
+from estimators.scaling import inverse_layer_norms, inverse_norms
 
 _HELD_SHARE = 4
 _BLOCK_BYTES = 2 * 2**20
@@ -30,7 +30,7 @@ def in_memory(X: FeatureMatrix | NDArray[Any], max_bytes: float) -> FeatureMatri
 
 
 class KeptFeatures:
-    """Selected columns of X, scaled by layer. No other column is read.
+    """Selected columns of X, with each layer's part of a row scaled as the blocks are read. No other column is read.
 
     Parameters
     ----------
@@ -54,47 +54,45 @@ class KeptFeatures:
         max_bytes: float = np.inf,
     ) -> None:
         self.shape = (X.shape[0], len(selected))
-        columns: ColumnSource | NDArray[Any]
+        self._columns = X
         if is_feature_matrix(X):
-            columns = in_memory(X[:, selected], max_bytes)
-        else:
-            columns = X if self.shape == X.shape else np.take(X, selected, axis=1)
-        if scaling == "kept":
-            columns = LayerScaled(columns, layers[selected], inverse_norms(columns, layers[selected]))
-        elif scaling == "whole":
-            columns = LayerScaled(columns, layers[selected], inverse_layer_norms(X, layers))
-        self._columns = columns
-        self.dtype: np.dtype[Any] = np.dtype(columns.dtype)
-        self.stored_dtype: np.dtype[Any] = np.dtype(getattr(X, "stored_dtype", X.dtype))
+            self._columns = in_memory(X if self.shape == X.shape else X[:, selected], max_bytes)
+        elif self.shape != X.shape:
+            self._columns = np.take(X, selected, axis=1)
+        self._layers, self._inverse = layers[selected], None
+        if scaling:
+            whole = scaling == "whole"
+            self._inverse = inverse_layer_norms(X, layers) if whole else inverse_norms(self._columns, self._layers)
+        self.dtype = np.result_type(X.dtype, np.float32) if scaling else np.dtype(X.dtype)
+        self.stored_dtype = np.dtype(getattr(X, "stored_dtype", X.dtype))
 
     def column_blocks(self, max_bytes: int = READ_BYTES) -> Iterator[tuple[Columns, NDArray[Any]]]:
-        """Blocks of the kept columns, (which of them, values of shape (n_samples, width)).
+        """Blocks of the kept columns, (which of them, values of shape (n_samples, width))."""
+        if isinstance(self._columns, np.ndarray):
+            width = max(1, min(max_bytes, _BLOCK_BYTES) // max(1, self.shape[0] * self._columns.itemsize))
+            parts = (slice(start, min(start + width, self.shape[1])) for start in range(0, self.shape[1], width))
+            blocks: Iterator[tuple[Columns, NDArray[Any]]] = ((part, self._columns[:, part]) for part in parts)
+        else:
+            blocks = self._columns.column_blocks(max_bytes)
+        for columns, block in blocks:
+            if self._inverse is not None:
+                block = np.multiply(block, self._inverse[:, self._layers[columns]]).astype(self.dtype, copy=False)
+            yield columns, block
 
-        Raises
-        ------
-        ValueError
-            If a value is not finite.
-        """
-        for index, block in self._blocks(max_bytes):
+    def finite_blocks(self) -> Iterator[tuple[Columns, NDArray[Any]]]:
+        """The same, with an error where a value is not finite."""
+        for columns, block in self.column_blocks():
             # The sum is finite only if all terms are, but finite terms may overflow it.
             with np.errstate(over="ignore", invalid="ignore"):
                 suspicious = not np.isfinite(block.sum())
             if suspicious and not np.isfinite(block).all():
                 raise ValueError("X holds NaN or infinity in the selected features; they must be finite.")
-            yield index, block
-
-    def _blocks(self, max_bytes: int) -> Iterator[tuple[Columns, NDArray[Any]]]:
-        if not isinstance(self._columns, np.ndarray):
-            yield from self._columns.column_blocks(max_bytes)
-            return
-        width = max(1, min(max_bytes, _BLOCK_BYTES) // max(1, self.shape[0] * self.dtype.itemsize))
-        for start in range(0, self.shape[1], width):
-            yield slice(start, start + width), self._columns[:, start : start + width]
+            yield columns, block
 
     def scores(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
         """Linear scores for coefficients (n_kept, n_outputs), (n_samples, n_outputs) float64."""
         total = torch.zeros((self.shape[0], len(intercept)), dtype=torch.float64)
         # By torch like all else: the threads of numpy's BLAS would go on waiting for work beside torch's.
-        for index, block in self.column_blocks():
+        for index, block in self.finite_blocks():
             total += torch.from_numpy(block.astype(np.float64)) @ torch.from_numpy(np.array(coef[index]))
         return total.numpy() + intercept

@@ -13,7 +13,7 @@ from torch import Tensor
 from estimators.group_lasso.operators import column_moments, stored_precision
 from estimators.head.kept import KeptFeatures
 from estimators.head.solver import TOLERANCE, RidgeSolution, solve_ridge
-from estimators.head.space import Block, HeadSpace, StreamedSpace, held_space, held_space_bytes
+from estimators.head.space import Block, HeadSpace, held_space, held_space_bytes
 from estimators.scaling import kept_scaling, standardizes
 from estimators.switches import full_precision
 from estimators.training import Training
@@ -22,17 +22,10 @@ _FINE_TOLERANCE = 1e-14
 
 
 class LinearModel(NamedTuple):
-    """A linear classifier on kept features.
+    """A linear classifier on kept features, as it is solved for them after scaling by layer.
 
-    Attributes
-    ----------
-    coef : ndarray of shape (n_kept, n_classes), float64
-        Of the features after scaling by layer, standardisation undone; zero for classes left out.
-    intercept : ndarray of shape (n_classes,), float64
-        -inf for classes left out.
-    row_norms : ndarray of shape (n_kept,), float64
-        ||W_d||_2 on the scale of the problem solved.
-    n_iter : int
+    ``coef`` (n_kept, n_classes) has standardisation undone; classes left out have coefficients 0 and the ``intercept``
+    -inf. ``row_norms`` (n_kept,) are ||W_d||_2 on the scale of the problem solved, in ``n_iter`` steps.
     """
 
     coef: NDArray[np.float64]
@@ -73,15 +66,13 @@ class RidgeHead:
         kept = KeptFeatures(training.features, selected, training.layers, kept_scaling(normalization), max_bytes)
         self._kept, self._n_classes, self._device = kept, len(training.classes), device
         self._rows = np.flatnonzero(training.sample_weight > 0)
-        self._whole = len(self._rows) == len(training.sample_weight)
         self._present, codes = np.unique(training.codes[self._rows], return_inverse=True)
         self._weight = torch.as_tensor(training.sample_weight[self._rows], device=device)
         self._targets = torch.nn.functional.one_hot(torch.as_tensor(codes, device=device)).T.double()
         self._precision = stored_precision(kept)
-        self._standardize = standardizes(normalization)
-        self._moments_known = not self._standardize
         self._mean = torch.zeros(kept.shape[1], dtype=torch.float64, device=device)
         self._sd = torch.ones_like(self._mean)
+        self._moments_known = not standardizes(normalization)
         self._space = self._gather(2 * max_bytes)
         self.solution: RidgeSolution | None = None
 
@@ -89,42 +80,32 @@ class RidgeHead:
     def _gather(self, max_bytes: float) -> HeadSpace:
         shape = len(self._rows), self._kept.shape[1]
         if held_space_bytes(*shape) > max_bytes:
-            return StreamedSpace(self._standardized, shape)
+            return HeadSpace(self._standardized, shape)
         return held_space(self._standardized(), *shape, self._device)
 
     def _standardized(self) -> Iterator[Block]:
         """The features as they are penalised, in float64: rounded ones have other solutions where C is large."""
-        for index, block in self._blocks():
-            if not self._moments_known:
-                weights = self._weight / self._weight.sum()
-                self._mean[index], self._sd[index] = column_moments(block.T.double(), weights, self._precision)
-            if self._standardize:
-                yield index, torch.sub(block, self._mean[index]).mul_(_inverse(self._sd[index]))
-            else:
-                yield index, block.double()
-        self._moments_known = True
-
-    def _blocks(self) -> Iterator[Block]:
-        for index, block in self._kept.column_blocks():
-            rows = block if self._whole else block[self._rows]
+        weights = self._weight / self._weight.sum()
+        for columns, block in self._kept.finite_blocks():
+            index = columns if isinstance(columns, slice) else torch.as_tensor(columns, device=self._device)
+            rows = block if len(self._rows) == len(block) else block[self._rows]
             # Torch takes no negative strides, and warns where it may not write, as joblib maps arrays for its workers.
             shared = rows.flags.writeable and min(rows.strides) >= 0
-            tensor = torch.from_numpy(rows if shared else rows.copy()).to(self._device)
-            yield (index if isinstance(index, slice) else torch.as_tensor(index, device=self._device)), tensor
+            values = torch.from_numpy(rows if shared else rows.copy()).to(self._device)
+            if not self._moments_known:
+                self._mean[index], self._sd[index] = column_moments(values.T.double(), weights, self._precision)
+            yield index, torch.sub(values, self._mean[index]).mul_(_inverse(self._sd[index]))
+        self._moments_known = True
 
     @full_precision()
     def fit(self, C: float, similar: RidgeSolution | None = None, rough: bool = False) -> LinearModel:
-        """Solve for one C, starting from the solution for the C before.
+        """Solve for one C, from the solution for the C before, or a ``similar`` one of other features for this C.
 
-        Parameters
-        ----------
-        C : float
-        similar : RidgeSolution, default=None
-            A ``solution`` for this C of a head with other features, to start from instead.
-        rough : bool, default=False
-            Stop at 1e-8 of the objective where features are narrower than float64: enough to compare heads.
+        ``rough`` stops at 1e-8 of the objective where features are narrower than float64: enough to compare heads.
         """
-        double = self._precision <= np.finfo(np.float64).eps
+        work, tolerance = torch.float32, TOLERANCE if rough else _FINE_TOLERANCE
+        if self._precision <= np.finfo(np.float64).eps:
+            work, tolerance = torch.float64, 0.0
         self.solution = solve_ridge(
             self._space,
             self._targets,
@@ -132,8 +113,8 @@ class RidgeHead:
             C,
             start=self.solution,
             similar=similar,
-            work=torch.float64 if double else torch.float32,
-            tolerance=0.0 if double else TOLERANCE if rough else _FINE_TOLERANCE,
+            work=work,
+            tolerance=tolerance,
         )
         n_kept = self._kept.shape[1]
         solved = self._space.coefficients(self.solution.coordinates, self._standardized(), n_kept)

@@ -24,7 +24,7 @@ from estimators.group_lasso.problem import (
     null_objective,
     null_probabilities,
 )
-from estimators.head.space import LARGEST_INVERSE, HeadSpace, StreamedSpace
+from estimators.head.space import LARGEST_INVERSE, HeadSpace, add_products
 
 TOLERANCE = 1e-8
 _CG_STEPS = 30
@@ -43,14 +43,8 @@ _LEAST_CURVATURE = 1e-6
 class RidgeSolution:
     """A ridge head in the space it was solved in.
 
-    Attributes
-    ----------
-    coordinates : Tensor of shape (n_classes, size), float64
-    intercept : Tensor of shape (n_classes,), float64
-    residual : Tensor of shape (n_classes, n_samples), float64
-        s_i (P_i - Y_i) / sum_i s_i.
-    n_iter : int
-        Newton steps.
+    ``coordinates`` (n_classes, size), ``intercept`` (n_classes,), ``residual`` s_i (P_i - Y_i) / sum_i s_i of shape
+    (n_classes, n_samples), all float64, and the number of Newton steps.
     """
 
     coordinates: Tensor
@@ -78,23 +72,19 @@ def solve_ridge(
 
     Parameters
     ----------
-    space : HeldSpace or StreamedSpace
+    space : HeadSpace
     targets : Tensor of shape (n_classes, n_samples), float64
         Y', one-hot; two classes or more, all present.
     sample_weight : Tensor of shape (n_samples,), float64
         Positive.
     C : float
-        Inverse strength of the penalty.
-    start : RidgeSolution, default=None
-        A solution in this space for another C.
-    similar : RidgeSolution, default=None
-        A solution for this C and these samples with other features.
+    start, similar : RidgeSolution, default=None
+        Solutions to start from: in this space for another C, or for this C and these samples with other features.
     work : torch.dtype, default=torch.float64
         Of the conjugate gradients: float32 is twice as fast. Where it makes no more progress, float64 takes over.
     tolerance : float, default=0.0
-        How far the objective may be from the optimum, relative to that of V = 0, at most 1e-8. 0 goes on as far as
-        float64 allows, which takes a few times as long: results then do not depend on the start. At 1e-8 probabilities
-        may be off by 1e-3 where C is large.
+        How far the objective may be from the optimum, relative to that of V = 0, at most 1e-8. At 1e-8 probabilities
+        may be off by 1e-3 where C is large; 0 goes on as far as float64 allows, which takes a few times as long.
     max_iter : int, default=100
         Newton steps.
     largest_inverse : int, default=4096
@@ -109,7 +99,7 @@ def solve_ridge(
     problem = Problem(targets, sample_weight / total, 0.0, True)
     strength = (2.0 if len(targets) == 2 else 1.0) / min(max(C * total, 1.0 / _STRONGEST), _STRONGEST)
     newton = _Newton(space, problem, strength, work, tolerance, largest_inverse)
-    newton.begin(*_first_guess(space, problem, strength, start, similar))
+    newton.begin(start, similar)
     n_iter = newton.run(max_iter)
     if not newton.solved:
         warnings.warn(
@@ -119,24 +109,6 @@ def solve_ridge(
             stacklevel=2,
         )
     return RidgeSolution(newton.coordinates, newton.point.intercept, newton.point.residual, n_iter)
-
-
-def _first_guess(
-    space: HeadSpace, problem: Problem, strength: float, start: RidgeSolution | None, similar: RidgeSolution | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coordinates, their scores and an intercept: those that another solution suggests, if better than zero."""
-    zero = problem.targets.new_zeros((len(problem.targets), space.size))
-    nothing = zero, torch.zeros_like(problem.targets), null_probabilities(problem).log()
-    if similar is not None:
-        # At the optimum the gradient vanishes: pull(R) = -strength * V.
-        guess, intercept = space.pull(similar.residual) / -strength, similar.intercept
-    elif start is not None:
-        guess, intercept = start.coordinates, start.intercept
-    else:
-        return nothing
-    scores = space.scores(guess)
-    value = loss(problem, scores + intercept[:, None]) + _ridge(guess, strength)
-    return (guess, scores, intercept) if value < null_objective(problem) else nothing
 
 
 def _ridge(coordinates: Tensor, strength: float) -> float:
@@ -161,13 +133,22 @@ class _Newton:
         self.tolerance, self.largest_inverse = tolerance, largest_inverse
         self.finest = 0.0 if tolerance < TOLERANCE else INTERCEPT_TOLERANCE
         self.gap = self.best_gap = self.lowest = math.inf
-        self.stalled, self.most_products = 0, _CG_STEPS
-        self.stale = True
+        self.stalled, self.stale, self.most_products = 0, True, _CG_STEPS
         self.preconditioner: Tensor | None = None
 
-    def begin(self, coordinates: Tensor, products: Tensor, intercept: Tensor) -> None:
-        self.coordinates, self.products = coordinates, products
-        self.point = evaluate(self.problem, products, intercept, self.finest)
+    def begin(self, start: RidgeSolution | None, similar: RidgeSolution | None) -> None:
+        """Start from what another solution suggests, if it is better than zero."""
+        self.coordinates = self.problem.targets.new_zeros((len(self.problem.targets), self.space.shape[1]))
+        self.products, intercept = torch.zeros_like(self.problem.targets), null_probabilities(self.problem).log()
+        other = similar or start
+        if other is not None:
+            # At the optimum the gradient vanishes: pull(R) = -strength * V.
+            guess = other.coordinates if similar is None else self.space.pull(other.residual) / -self.strength
+            products = self.space.scores(guess)
+            value = loss(self.problem, products + other.intercept[:, None]) + _ridge(guess, self.strength)
+            if value < self.null:
+                self.coordinates, self.products, intercept = guess, products, other.intercept
+        self.point = evaluate(self.problem, self.products, intercept, self.finest)
 
     @property
     def solved(self) -> bool:
@@ -222,9 +203,11 @@ class _Newton:
         probabilities = self.point.probabilities
         mean = (probabilities * (1.0 - probabilities)).sum(0) / (len(probabilities) - 1)
         curvature = (self.problem.weights * mean.clamp_min(_LEAST_CURVATURE)).to(self.rough.dtype)
-        if isinstance(self.rough, StreamedSpace) or self.rough.size > self.largest_inverse:
+        held, size = self.rough.held, self.rough.shape[1]
+        if held is None or size > self.largest_inverse:
             return 1.0 / (self.rough.diagonal(curvature) + self.strength)
-        bent = self.rough.products(curvature)
+        bent = held.new_zeros((size, size))
+        add_products(bent, held * curvature.sqrt())
         bent.diagonal().add_(self.strength)
         factor = _positive_factor(bent)
         return None if factor is None else torch.cholesky_inverse(factor)
