@@ -44,10 +44,7 @@ class Files:
 
     def read(self, name: str) -> bytes:
         """A solution; `FileNotFoundError` where there is none."""
-        try:
-            return (self.folder / name).read_bytes()
-        except NotADirectoryError as error:
-            raise FileNotFoundError(name) from error
+        return (self.folder / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a solution as a whole."""
@@ -67,7 +64,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Objects:
-    """Solutions below a URL, read and written with the credentials of the process."""
+    """The same below a URL, with the credentials of the process."""
 
     url: str
 
@@ -75,11 +72,9 @@ class Objects:
         return self.url
 
     def read(self, name: str) -> bytes:
-        """A solution; `FileNotFoundError` where there is none."""
         return bytes(self._ask(lambda obstore, client: obstore.get(client, name).bytes()))
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a solution as a whole."""
         try:
             self._ask(lambda obstore, client: obstore.put(client, name, content))
         except FileNotFoundError:
@@ -187,18 +182,13 @@ def cached(
         stored = _load(place, name, codec, warn=False)
         if stored is not None and enough(stored):
             return stored
-        solution = solve(stored)
+        solution, content = solve(stored), io.BytesIO()
         try:
-            place.write(name, _encode(codec.pack(solution)))
+            np.savez(content, **dict[str, Any](codec.pack(solution)))
+            place.write(name, content.getvalue())
         except OSError as error:
             _warn_unwritable(place, error)
         return solution
-
-
-def _encode(arrays: Arrays) -> bytes:
-    stream, named = io.BytesIO(), dict[str, Any](arrays)
-    np.savez(stream, **named)
-    return stream.getvalue()
 
 
 def _load(place: Files | Objects, name: str, codec: Codec[Solution], warn: bool = True) -> Solution | None:

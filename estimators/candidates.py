@@ -145,28 +145,6 @@ class _Answers(ScoresClassifier, BaseEstimator):  # type: ignore[misc]
         return True
 
 
-class HeldOut:
-    """Samples held out of a fit; ``params`` are the scorer's, of all samples, and ``label`` begins warnings."""
-
-    def __init__(
-        self, training: Training, rows: NDArray[np.int64], scorer: Any, params: dict[str, Any], label: str
-    ) -> None:
-        self.X, self._classes, self._scorer, self._label = training.features[rows], training.classes, scorer, label
-        self._labels = training.classes[training.codes[rows]]
-        self._params = check_method_params(training.features, params=params, indices=rows)
-
-    def judge(self, scores: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """The score of a model that gives these ``scores`` (n_samples, n_classes), and its log-probabilities."""
-        answers = _Answers(self._classes, scores, self.X)
-        try:
-            score = float(self._scorer(answers, self.X, self._labels, **self._params))
-        except Exception as error:
-            said = f"{self._label}scoring failed and counts as nan: {type(error).__name__}: {error}"
-            warnings.warn(said, UserWarning, stacklevel=2)
-            score = np.nan
-        return score, answers.predict_log_proba(self.X)
-
-
 class FoldResult(NamedTuple):
     """What all candidates did in one fold: scores, features kept, and what `mixture_weights` wants to know."""
 
@@ -187,15 +165,27 @@ class Trial:
     score_params: dict[str, Any]
     share: float
 
-    def hold_out(self, rows: NDArray[np.int64], label: str) -> HeldOut:
-        return HeldOut(self.training, rows, self.scorer, self.score_params, label)
+    def judge(
+        self, X: Any, rows: NDArray[np.int64], scores: NDArray[np.float64], label: str
+    ) -> tuple[float, NDArray[np.float64]]:
+        """The score of a model that gives the rows X these ``scores``, and its log-probabilities, both by class."""
+        answers = _Answers(self.training.classes, scores, X)
+        labels = self.training.classes[self.training.codes[rows]]
+        params = check_method_params(self.training.features, params=self.score_params, indices=rows)
+        try:
+            score = float(self.scorer(answers, X, labels, **params))
+        except Exception as error:
+            said = f"{label}scoring failed and counts as nan: {type(error).__name__}: {error}"
+            warnings.warn(said, UserWarning, stacklevel=2)
+            score = np.nan
+        return score, answers.predict_log_proba(X)
 
     def on_fold(self, train: NDArray[np.int64], test: NDArray[np.int64], options: PathOptions) -> FoldResult:
         """Fit all candidates on the rows ``train`` and judge them by the rows ``test``."""
         progress = SearchProgress(options.label, options.verbose)
-        part, held_out = self._learned_from(train), self.hold_out(test, options.label)
-        limit, nothing, every = held_bytes(options.max_memory), null_model(part), self.training.layers
-        values, shown = in_memory(held_out.X, limit), drawn(np.arange(len(test)), self.share)
+        part, X, every = self._learned_from(train), self.training.features[test], self.training.layers
+        limit, nothing = held_bytes(options.max_memory), null_model(part)
+        values, shown = in_memory(X, limit), drawn(np.arange(len(test)), self.share)
         places = {candidate: place for place, candidate in enumerate(self.candidates)}
         scores, n_features = np.empty(len(places)), np.empty(len(places), dtype=np.int64)
         log_probabilities = np.empty((len(places), len(shown), len(part.classes)))
@@ -204,7 +194,7 @@ class Trial:
             if fit.linear is not last:  # candidates that keep the same features share a model
                 last, selected = fit.linear, fit.columns[fit.selected]
                 kept = KeptFeatures(values, selected, every, kept_scaling(fit.candidate.normalization), limit)
-                score, predicted = held_out.judge(kept.scores(last.coef, last.intercept))
+                score, predicted = self.judge(X, test, kept.scores(last.coef, last.intercept), options.label)
             place = places[fit.candidate]
             scores[place], n_features[place], log_probabilities[place] = score, len(fit.selected), predicted[shown]
         progress(f"{len(places)} candidates judged")

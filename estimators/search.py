@@ -365,12 +365,11 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
                 class_weighted(training, self.class_weight).sample_weight[samples] / trial.share,
             )
             weights, scores = mixture_weights(*held_out), held_out_scores(*held_out, samples, fold)
-            self.fold_scores_ = np.array(
-                [
-                    trial.hold_out(part, f"fold {number + 1}/{len(rows)}, mixture: ").judge(scores[fold == number])[0]
-                    for number, part in enumerate(rows)
-                ]
-            )
+            judged = [
+                trial.judge(training.features[part], part, scores[fold == number], f"fold {number + 1}, mixture: ")[0]
+                for number, part in enumerate(rows)
+            ]
+            self.fold_scores_ = np.array(judged)
         else:
             weights = (np.arange(len(trial.candidates)) == self.best_index_).astype(np.float64)
             self.fold_scores_ = np.array([result.scores[self.best_index_] for result in folds])
