@@ -141,8 +141,10 @@ def test_nothing_selected_is_an_empty_plot():
 
 
 def at(search, name, alpha, keep_fraction):
-    """Values of cv_results_ over C, by a plain loop."""
-    wanted = {"alpha": alpha, "keep_fraction": keep_fraction, "normalization": search.best_params_["normalization"]}
+    """Values of cv_results_ over C, by a plain loop; what keeps all features has no alpha."""
+    wanted = {"keep_fraction": keep_fraction, "normalization": search.best_params_["normalization"]}
+    if keep_fraction != 1.0:
+        wanted["alpha"] = alpha
     results = search.cv_results_
     return [results[name][i] for i, params in enumerate(results["params"]) if wanted.items() <= params.items()]
 
@@ -183,10 +185,11 @@ def test_the_best_C_is_not_always_the_first(search):
 
 def check_chosen(search, score, count):
     best, alpha = search.best_params_, search.best_params_["alpha"]
-    assert stars(score) == [[[alpha, search.best_score_]]]
+    mean = search.cv_results_["mean_test_score"][search.best_index_]
+    assert stars(score) == [[[alpha, mean]]]
     assert stars(count) == [[[alpha, search.cv_results_["mean_n_features"][search.best_index_]]]]
     (text,) = score.texts
-    assert f"{search.best_score_:.3g}" in text.get_text()
+    assert f"best single: {mean:.3g} with" in text.get_text()
     assert f"alpha={alpha:g}, " in text.get_text()
     assert f"C={best['C']:g}" in text.get_text()
 
@@ -335,14 +338,31 @@ def test_a_missing_matplotlib_is_named_with_its_extra(search, monkeypatch):
             draw()
 
 
-def test_last_layers_are_lines_of_their_own():
+def test_layers_are_level_lines_under_their_names():
     X, y, _ = make_problem(4, n=60, d=12)
     search = Head2ToeClassifierCV(alphas=(0.5, 0.2), keep_fractions=(None,), Cs=(1.0,), cv=2, device="cpu")
     display = Head2ToePathDisplay.from_estimator(search.fit(FakeFeatures(X, (5, 4, 3)), y))
     score, count = display.ax_
     labels = [text.get_text() for text in score.get_legend().get_texts()]
-    assert labels[:3] == ["nonzero weights", "last layer", "last 2 layers"]
+    assert labels[:3] == ["nonzero weights", "layer net.2", "layers net.1 and net.2"]
     means, params = search.cv_results_["mean_test_score"], search.cv_results_["params"]
-    best = {layer: max(m for m, p in zip(means, params, strict=True) if p["layer"] == layer) for layer in (0, 1)}
-    assert labels[3:] == [f"layer {max(best, key=best.get)} alone"]
+    best = {}
+    for layer in ("net.0", "net.1"):
+        best[layer] = max(m for m, p in zip(means, params, strict=True) if p.get("layers") == [layer])
+    assert labels[3:] == [f"layer {max(best, key=best.get)}"]
     assert [list(line.get_ydata()) for line in lines(count)[1:3]] == [[3, 3], [7, 7]]
+
+
+def test_a_layer_that_is_best_has_its_star_where_its_line_begins():
+    X, y, _ = make_problem(3, n=60, d=16)
+    X[:, 9:13] += 2 * np.random.default_rng(0).normal(size=(3, 4))[y]
+    names = "backbone." * 4 + "blocks"
+    search = Head2ToeClassifierCV(alphas=(0.9, 0.8), keep_fractions=(None,), Cs=(0.1,), cv=2, device="cpu")
+    search.fit(FakeFeatures(X, (4, 5, 4, 3), name=names), y)
+    assert search.best_params_["layers"] == [f"{names}.2"]
+    score, count = Head2ToePathDisplay.from_estimator(search).ax_
+    mean = search.cv_results_["mean_test_score"][search.best_index_]
+    assert stars(score) == [[[0.9, mean]]]
+    assert stars(count) == [[[0.9, 4.0]]]
+    # Long names are shortened.
+    assert score.texts[0].get_text().splitlines()[1] == f"layer …{names[-21:]}.2, C=0.1"
