@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from estimators.features import ColumnSource, iterate_blocks
 from estimators.device import resolve_device
+from estimators.features import ColumnSource, iterate_blocks
 from estimators.group_lasso.moments import column_moments
 from estimators.group_lasso.operators import storage_dtype, stored_precision
 from estimators.head import LinearModel

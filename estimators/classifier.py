@@ -15,11 +15,11 @@ from scipy.special import log_expit, log_softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
-from estimators.labels import as_labels
 from estimators.device import resolve_device
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.head import KeptFeatures, LinearModel, RidgeHead, held_bytes
 from estimators.held import hold
+from estimators.labels import as_labels
 from estimators.paths import PathOptions, solve_path
 from estimators.scaling import kept_scaling, whole_scaling
 from estimators.selection import select_features

@@ -12,8 +12,8 @@ from joblib import effective_n_jobs
 from joblib.parallel import BACKENDS, get_active_backend
 from numpy.typing import NDArray
 
-from estimators.features import FeatureMatrix, is_feature_matrix
 from estimators.device import memory_limit, resolve_device
+from estimators.features import FeatureMatrix, is_feature_matrix
 from estimators.group_lasso.operators import dense_bytes, storage_dtype
 from estimators.training import Training
 

@@ -25,10 +25,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from estimators.candidates import Candidate, Fit, FoldResult, Trial, fit_candidates, null_model
 from estimators.classifier import Head2ToeClassifier, ScoresClassifier
-from estimators.labels import as_labels
 from estimators.group_lasso.progress import SearchProgress
 from estimators.head import held_bytes, in_memory
 from estimators.held import hold_for_folds
+from estimators.labels import as_labels
 from estimators.layers import layers_by_size
 from estimators.mixture import drawn, held_out_scores, mixture_weights, share_to_predict
 from estimators.paths import PathOptions

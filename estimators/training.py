@@ -14,8 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, validate_data
 
 from estimators.features import FeatureMatrix, as_host_array, is_feature_matrix
-from estimators.labels import as_labels
-from estimators.labels import check_sample_weight
+from estimators.labels import as_labels, check_sample_weight
 from estimators.layers import layer_index, layer_names, matching_layers
 
 _DTYPES = [np.float64, np.float32, np.float16]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from estimators.features import READ_BYTES, Columns, FeatureMatrix, is_feature_matrix
 from estimators.device import memory_limit
+from estimators.features import READ_BYTES, Columns, FeatureMatrix, is_feature_matrix
 from estimators.scaling import inverse_layer_norms, inverse_norms
 
 _HELD_SHARE = 4
