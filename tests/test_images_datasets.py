@@ -42,6 +42,7 @@ def assert_pictures_are(source, images):
     ("labels", "attributes", "y", "classes"),
     [
         ([2, 0, -1, 2], {}, [2, 0, -1, 2], (0, 1, 2)),
+        ([1, 0, 1, 0], {"classes": np.array(["b", "a"]), "samples": np.zeros((4, 2))}, [1, 0, 1, 0], ("b", "a")),
         ([1, 0, None, 1], {"classes": ["cat", "dog", "eel"]}, [1, 0, -1, 1], ("cat", "dog", "eel")),
         (["dog", "cat", None, "dog"], {}, [1, 0, -1, 1], ("cat", "dog")),
         ([None] * 4, {"classes": ["cat"]}, [-1] * 4, ()),
@@ -82,6 +83,7 @@ def test_labels_of_own_datasets_are_integers_names_or_none(images, labels, attri
         (Own([np.zeros((3, 8, 8), np.uint8)], [0]), "uint8 (3, 8, 8); accepted are an image of PIL and a uint8 array"),
         (Own([np.zeros((8, 8), np.uint8)], [0.5]), "labels of type float; accepted are integers and strings"),
         (Own([np.zeros((8, 8), np.uint8)], [[0, 1]]), "labels of shape (1, 2) for 1 images"),
+        (Own([np.zeros((8, 8), np.uint8)], np.eye(1, 2), targets=np.eye(1, 2)), "labels of shape (1, 2) for 1 images"),
         (Own([np.zeros((8, 8), np.uint8)], [3], classes=["a"]), "label 3 of 1 classes"),
         (Own(["x.png"], [0]), "Own[0] is of type str; accepted are"),
         (Own([np.zeros((8, 8), np.uint8)], []), "data: Own[0]: IndexError: list index out of range"),
