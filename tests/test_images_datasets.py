@@ -78,7 +78,7 @@ def test_labels_of_own_datasets_are_integers_names_or_none(images, labels, attri
             FakeData(4, (3, 8, 8), transform=transforms.ToTensor()),
             "is of type Tensor, torch.float32 (3, 8, 8)",
         ),
-        (Own([torch.zeros(3, 8, 8, dtype=torch.uint8)], [0]), "pass the dataset without transform"),
+        (Own([torch.zeros(3, 8, 8, dtype=torch.uint8)], [0]), "a dataset is passed without transform to tensors"),
         (Own([np.zeros((8, 8, 3))], [0]), "Own[0] is of type ndarray, float64 (8, 8, 3); accepted are an image of PIL"),
         (Own([np.zeros((3, 8, 8), np.uint8)], [0]), "uint8 (3, 8, 8); accepted are an image of PIL and a uint8 array"),
         (Own([np.zeros((8, 8), np.uint8)], [0.5]), "labels of type float; accepted are integers and strings"),

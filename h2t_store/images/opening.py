@@ -128,12 +128,8 @@ def _missing(name: str) -> DataError:
 
 def _refuse(what: str, given: dict[str, Any], *accepted: str) -> None:
     """Raise where an argument would change nothing."""
-    reasons = {
-        "split": f"{what} has no splits",
-        "data_dir": f"{what} takes none",
-        "download": f"{what} takes no such option; accepted is it with torch/NAME",
-    }
+    reasons = {"split": "has no splits", "data_dir": "takes none", "download": "takes no such option; torch/NAME does"}
     for argument, value in given.items():
         if value is not None and argument not in accepted:
             shown = "" if argument == "download" else f" {value!r}"
-            raise DataError(f"{argument}{shown}: {reasons[argument]}")
+            raise DataError(f"{argument}{shown}: {what} {reasons[argument]}")

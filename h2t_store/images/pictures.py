@@ -71,7 +71,11 @@ def from_pixels(image: Any, name: str) -> Picture:
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)):
         return Picture(Image.fromarray(image).convert("RGB"), [], digest_of_pixels(image))
     if not isinstance(image, Image.Image):
-        raise DataError(f"{shown(name)} is {_kind(image)}; accepted are an image of PIL and a uint8 array (h, w, 3)")
+        kind = type(image).__name__ + (f", {image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else "")
+        advice = "" if isinstance(image, np.ndarray) else " (a dataset is passed without transform to tensors)"
+        raise DataError(
+            f"{shown(name)} is of type {kind}; accepted are an image of PIL and a uint8 array (h, w, 3){advice}"
+        )
     try:
         pixels, remarks = _rendered(image, None if image.mode.startswith("I") else 8)
     except Exception as error:  # files that are opened, but not read yet, may be damaged
@@ -88,15 +92,6 @@ def digest_of_pixels(pixels: NDArray[np.uint8]) -> bytes:
     """What a picture of no file is known by; a grey one is the same as its three equal channels."""
     rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
     return digest_of(repr(rgb.shape).encode() + rgb.tobytes())
-
-
-def _kind(image: Any) -> str:
-    """A value that is no picture, in words; a tensor tells of a transform."""
-    name = type(image).__name__
-    if not hasattr(image, "shape"):
-        return f"of type {name}"
-    advice = "" if isinstance(image, np.ndarray) else ", as a transform makes it: pass the dataset without transform"
-    return f"of type {name}, {image.dtype} {tuple(image.shape)}{advice}"
 
 
 def _rendered(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[str]]:
