@@ -12,7 +12,7 @@ from typing import Any, Literal
 from h2t_store.arguments import argument, check_choices, integer
 from h2t_store.errors import H2TError, did_you_mean
 
-__all__ = ["Running", "Settings", "split"]
+__all__ = ["Running", "Settings", "read_arguments"]
 
 _MAX_IMG_SIZE = 8192
 
@@ -179,7 +179,7 @@ class Running:
         integer("workers", self.workers, 0, besides=None)
 
 
-def split(arguments: Mapping[str, Any]) -> tuple[Settings, Running]:
+def read_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, Running]:
     """Build both from keyword arguments; raises `TypeError` with a suggestion for an unknown one."""
     settings, running = ([each.name for each in fields(kind)] for kind in (Settings, Running))
     for name in arguments:
