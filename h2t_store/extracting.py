@@ -46,7 +46,7 @@ def extract(
         Images and network, and any other field of `h2t_store.settings.Settings` (what is computed: ``taps``,
         ``target_size``, ...) and of `h2t_store.settings.Running` (how: ``workers``, ``append``, ``engine``, ...).
     store : path-like or str
-        Folder or URL, created if missing (see `h2t_store.storage.places.address.open_place`).
+        Folder or URL, created if missing (see `h2t_store.storage.places.open_place`).
     name : str
         Name of the extraction, such as ``pets/train``.
 

@@ -124,7 +124,7 @@ def test_a_lost_chunk_never_reads_as_data(tmp_path, what):
 def test_a_lost_layer_is_named(tmp_path):
     fill(tmp_path / "s")
     (tmp_path / "s/pets/train/features/stem/zarr.json").unlink()
-    with raises_with("zarr.json of 'features/stem' is missing"):
+    with raises_with("zarr.json of 'features/stem' is missing, changed or damaged"):
         np.asarray(open_features(tmp_path / "s", "pets/train"))
 
 
@@ -154,7 +154,7 @@ def test_changed_metadata_of_an_array_is_noticed(tmp_path, old, new):
     path = tmp_path / "s/pets/train/features/layer1.0.conv2:in/zarr.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    with raises_with("layer1.0.conv2:in.* was changed or damaged"):
+    with raises_with("layer1.0.conv2:in.* is missing, changed or damaged"):
         np.asarray(open_features(tmp_path / "s", "pets/train"))
 
 
@@ -195,7 +195,7 @@ def test_removing_a_damaged_group_never_takes_extractions_below_it(tmp_path):
 def test_a_damaged_array_of_an_unfinished_extraction_is_put_right_when_it_is_begun_again(tmp_path):
     values = fill(tmp_path / "s", blocks=(1,))
     (tmp_path / "s/pets/train/features/stem/zarr.json").write_text("{ no json")
-    with raises_with("zarr.json of 'features/stem' was changed or damaged"):
+    with raises_with("zarr.json of 'features/stem' is missing, changed or damaged"):
         FeatureStore(tmp_path / "s").open("pets/train").features(LAYERS[0], 1, 0)
     again = FeatureStore(tmp_path / "s").begin("pets/train", header(), np.zeros(N, np.int64), ["x"] * N)
     np.testing.assert_array_equal(again.features(LAYERS[0], 1, 0), values[ROWS : 2 * ROWS, :5])
@@ -207,6 +207,13 @@ def test_a_store_of_another_format_is_one_error(tmp_path):
         (tmp_path / "s/zarr.json").write_bytes(layout.group_document({"h2t_format": found}))
         with raises_with(f"store format {found}; this version reads format 2: extract again"):
             FeatureStore(tmp_path / "s")
+
+
+def test_a_header_says_the_same_after_a_round_trip():
+    written, state = header().begun("x", np.zeros(N, np.int64), ["x"] * N), layout.State(True, 3, 8)
+    attributes = json.loads(json.dumps(written.to_attrs(state)))
+    assert ExtractionHeader.from_attrs(attributes, "") == (written, state)
+    assert replace(written, n_samples=41).digest != written.digest
 
 
 def test_an_extraction_of_another_name_is_not_read_as_this_one(tmp_path):

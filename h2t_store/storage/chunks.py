@@ -23,19 +23,6 @@ from h2t_store.storage.layout import ArraySpec, codec_documents
 from h2t_store.storage.places import Place
 from h2t_store.storage.places.disk import Disk
 
-__all__ = [
-    "CRC_BYTES",
-    "check_shard",
-    "checksum",
-    "checksum_of",
-    "decode_strings",
-    "encode_strings",
-    "read_bytes",
-    "read_chunk",
-    "require_codec",
-    "write_chunk",
-]
-
 CRC_BYTES = 4
 _INDEX_ENTRY = 16  # offset and length of a chunk in a shard
 
@@ -69,22 +56,15 @@ def _compressor(codec: str, dtype: str) -> Any:
         raise StoreError("codec 'pcodec' needs pcodec: pip install 'head2toe[pcodec]'") from None
 
 
+def framed(data: NDArray[np.uint8]) -> bytes:
+    """Bytes with their crc32c after them, as a chunk is stored."""
+    return data.tobytes() + checksum(data).to_bytes(CRC_BYTES, "little")
+
+
 def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
-    """Write a file of an array: one chunk, or all chunks of a shard.
+    """Write a file of an array, one chunk or all chunks of a shard, and return the crc32c of each as encoded.
 
-    Parameters
-    ----------
-    place : Place
-        The file; folders are made.
-    values : ndarray
-        Of the shape of the chunk or shard, or encoded strings. Copied only if they are not contiguous.
-    spec : ArraySpec
-        Of the array.
-
-    Returns
-    -------
-    list of int
-        The crc32c of each chunk as encoded.
+    ``values`` have the shape of the chunk or shard, or are encoded strings.
     """
     chunks = [values] if spec.shard is None else np.split(values, _chunks_per_shard(spec), axis=1)
     parts: list[memoryview] = []
@@ -136,7 +116,7 @@ def read_chunk(place: Place, where: str, spec: ArraySpec, inner: int = 0, crc: i
     spec : ArraySpec
         Of the array.
     inner : int
-        Number of the chunk in its shard, if the array has shards.
+        Number of the chunk in its shard.
     crc : int, optional
         The crc32c that the chunk must have as encoded. Without it the cache is not used.
 

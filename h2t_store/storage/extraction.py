@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.errors import DamagedError, DataError, StoreError
+from h2t_store.errors import DamagedError, DataError, StoreError, UnreachableError
 from h2t_store.storage import chunks, layout
 from h2t_store.storage.layout import ArraySpec, ExtractionHeader, Layer, State
 from h2t_store.storage.places import Place
 from h2t_store.storage.threads import in_threads
 
-__all__ = ["COMMITTED", "Extraction", "Names", "chunk_path", "read_group", "write_group"]
-
 Names = Sequence[str] | NDArray[Any]
 
-COMMITTED = b"\x01" + chunks.checksum(np.ones(1, np.uint8)).to_bytes(chunks.CRC_BYTES, "little")
+COMMITTED = chunks.framed(np.ones(1, np.uint8))
 _AT_ONCE = "committed/images_at_once"
 _CACHED_BLOCKS = 4096
 _NORMS, _DIGESTS, _FAILURES = -3, -2, -1  # positions in a record
@@ -38,16 +36,7 @@ class Record(NamedTuple):
 
 
 class Extraction:
-    """One extraction in a store.
-
-    Parameters
-    ----------
-    folder : Place
-        Where it lies.
-    where : str
-        ``STORE: NAME``, for messages.
-    header : ExtractionHeader, optional
-        Of one that is about to be written; by default read.
+    """One extraction in a store; ``where`` names it in messages, ``header`` is given if it is not written yet.
 
     Attributes
     ----------
@@ -79,6 +68,12 @@ class Extraction:
         layers = [(layout.feature_path(layer), i) for layer in self.header.layers for i in range(layer.n_chunks)]
         return [*layers, ("layer_norms", 0), ("digests", 0), ("failures", 0)]
 
+    @cached_property
+    def _first_position(self) -> dict[str, int]:
+        """Position of each layer's first chunk in a record."""
+        starts = np.cumsum([0, *(layer.n_chunks for layer in self.header.layers)]).tolist()
+        return dict(zip((layer.name for layer in self.header.layers), starts, strict=False))
+
     @property
     def provenance(self) -> dict[str, Any]:
         """As in the header, with ``batch_size_used``: the smallest batch, if memory did not suffice for more."""
@@ -106,14 +101,8 @@ class Extraction:
         """Raise `DamagedError` unless the zarr.json of an array is as it was created."""
         if path in self._sound:
             return
-        try:
-            content = (self.folder / f"{path}/zarr.json").read()
-        except FileNotFoundError:
-            raise DamagedError(f"{self.where}: the zarr.json of {path!r} is missing") from None
-        except OSError as error:
-            raise DamagedError(f"{self.where}: the zarr.json of {path!r} cannot be read: {error}") from error
-        if content != layout.array_document(self.specs[path]):
-            raise DamagedError(f"{self.where}: the zarr.json of {path!r} was changed or damaged")
+        if content_of(self.folder / f"{path}/zarr.json") != layout.array_document(self.specs[path]):
+            raise DamagedError(f"{self.where}: the zarr.json of {path!r} is missing, changed or damaged")
         self._sound.add(path)
 
     def write_documents(self) -> None:
@@ -123,14 +112,10 @@ class Extraction:
 
         def write(path: str) -> None:
             file = self.folder / f"{path}/zarr.json"
-            with suppress(OSError):
-                if file.read() == documents[path]:
-                    return
-            file.write_whole(documents[path], durable=False)
+            if content_of(file) != documents[path]:
+                file.write_whole(documents[path], durable=False)
 
         in_threads(write, list(documents), self.folder.concurrency)
-
-    # Chunks of row blocks
 
     def chunk_file(self, path: str, block: int, column: int = 0) -> Place:
         """File of a chunk."""
@@ -170,11 +155,6 @@ class Extraction:
                 raise
             return found
 
-    @cached_property
-    def _first_position(self) -> dict[str, int]:
-        starts = np.cumsum([0, *(layer.n_chunks for layer in self.header.layers)]).tolist()
-        return dict(zip((layer.name for layer in self.header.layers), starts, strict=False))
-
     def features(self, layer: Layer, block: int, column: int) -> NDArray[Any]:
         """One chunk (rows_per_block, chunk_width) of a layer, rows and columns beyond the last filled with NaN.
 
@@ -197,12 +177,9 @@ class Extraction:
         """Digests (n_samples, 16) of the picture of each row; zeros for samples that were skipped."""
         return self._all_rows(_DIGESTS)
 
-    # Skipped samples
-
     @cached_property
     def _crc_without_failures(self) -> int:
-        spec = self.specs["failures"]
-        return chunks.checksum_of(_padded([], spec.chunks, spec), spec)
+        return chunks.checksum(_padded([], (self.header.rows_per_block,), self.specs["failures"]))
 
     def has_failures(self, block: int) -> bool:
         """Whether a sample of a row block was skipped: then a chunk says why."""
@@ -210,9 +187,8 @@ class Extraction:
 
     def reasons(self, block: int) -> list[str]:
         """Why the samples of a row block were skipped, empty for others."""
-        if not self.has_failures(block):
-            return [""] * self.header.rows_per_block
-        reasons: list[str] = self.read_recorded(block, _FAILURES)
+        empty = [""] * self.header.rows_per_block
+        reasons: list[str] = self.read_recorded(block, _FAILURES) if self.has_failures(block) else empty
         return reasons
 
     def failures(self) -> dict[int, str]:
@@ -243,13 +219,16 @@ class Extraction:
         ids = self.sample_ids()
         return [(str(ids[row]), reason) for row, reason in self.failures().items()]
 
-    # Labels
+    @property
+    def label_chunks(self) -> range:
+        """Numbers of the chunks of ``y`` and ``sample_ids``."""
+        return range(-(-self.header.n_samples // self.header.label_rows))
 
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,), -1 where unlabelled."""
         parts = in_threads(lambda i: self.read("y", i).copy(), self.label_chunks, self.folder.concurrency)
         y: NDArray[np.int64] = np.concatenate(parts)[: self.header.n_samples]
-        if layout.labels_digest(y) != self.header.labels_sha256:
+        if self.header.with_labels(y, []).labels_sha256 != self.header.labels_sha256:
             raise DamagedError(f"{self.where}: y is damaged: it holds other labels")
         return y
 
@@ -257,7 +236,7 @@ class Extraction:
         """Identifiers (n_samples,) of strings."""
         parts = in_threads(lambda i: self.read("sample_ids", i), self.label_chunks, self.folder.concurrency)
         ids = [sample_id for part in parts for sample_id in part][: self.header.n_samples]
-        if layout.ids_digest(ids) != self.header.ids_sha256:
+        if self.header.with_labels(np.empty(0, np.int64), ids).ids_sha256 != self.header.ids_sha256:
             raise DamagedError(f"{self.where}: sample_ids is damaged: it holds other identifiers")
         return np.array(ids, dtype=np.dtypes.StringDType())
 
@@ -265,11 +244,6 @@ class Extraction:
         """Raise `StoreError` unless these are the labels and identifiers of the header."""
         if self.header.with_labels(y, sample_ids) != self.header:
             raise StoreError(f"{self.where}: its labels or sample_ids were others than the data has now")
-
-    @property
-    def label_chunks(self) -> range:
-        """Numbers of the chunks of ``y`` and ``sample_ids``."""
-        return range(-(-self.header.n_samples // self.header.label_rows))
 
     def write_labels(self, y: NDArray[np.int64], sample_ids: Names) -> None:
         """Write labels and identifiers, which must be those of the header."""
@@ -281,8 +255,6 @@ class Extraction:
                 chunks.write_chunk(self.chunk_file(path, i), _padded(values, spec.chunks, spec), spec)
 
         in_threads(write, self.label_chunks, self.folder.concurrency)
-
-    # Committing
 
     def rows_of(self, block: int) -> int:
         """How many rows a row block has."""
@@ -372,18 +344,17 @@ class Extraction:
             shape = spec.shard or spec.chunks
             if known:
                 positions = range(first, first + shape[1] // spec.chunks[1])
-                before = [self.read_recorded(block, i)[:known].copy() for i in positions]
-                values = np.concatenate([np.hstack(before)[:, : values.shape[1]], values])
+                before = np.hstack([self.read_recorded(block, i)[:known].copy() for i in positions])
+                values = np.concatenate([before[:, : values.shape[1]], values])
             return chunks.write_chunk(self.chunk_file(path, block, column), _padded(values, shape, spec), spec)
 
         reasons = self.reasons(block)[:known] if known else []
         reasons += [(failures or {}).get(i, "") for i in range(len(norms))]
         crcs = [crc for written in in_threads(write, jobs, self.folder.concurrency) for crc in written]
-        if any(reasons):
-            spec = self.specs["failures"]
-            crcs += chunks.write_chunk(self.chunk_file("failures", block), _padded(reasons, spec.chunks, spec), spec)
-        else:
-            crcs.append(self._crc_without_failures)
+        strings = _padded(reasons, (self.header.rows_per_block,), self.specs["failures"])
+        if any(reasons):  # whole at once: verify reads it, committed or not
+            self.chunk_file("failures", block).write_whole(chunks.framed(strings), durable=False)
+        crcs.append(chunks.checksum(strings))
         record = layout.seal(self.header, block, known + len(norms), np.array(crcs, dtype=np.uint32))
         chunks.write_chunk(self.chunk_file("checksums", block), record, self.specs["checksums"])
         self.record.cache_clear()
@@ -410,8 +381,7 @@ class Extraction:
 
     def extend(self, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> "Extraction":
         """This extraction, unfinished again, with more rows; what is stored stays (see `FeatureStore.extend`)."""
-        n = self.header.n_samples
-        header = header.extending(self.header).with_labels(y, sample_ids)
+        n, header = self.header.n_samples, header.extending(self.header, y, sample_ids)
         if header.recipe_digest != self.header.recipe_digest or n >= header.n_samples:
             raise StoreError(f"{self.where}: it can only be extended by rows that are made in the same way")
         self.require_labels(y[:n], sample_ids[:n])
@@ -426,10 +396,9 @@ class Extraction:
 
     def roll_back(self) -> None:
         """Give up an unfinished extension: the extraction is unfinished with the rows that it had before."""
-        y, sample_ids, header = self.labels(), self.sample_ids(), self.header.before_extension()
+        header = self.header.before_extension(self.labels(), self.sample_ids())
         if self.is_committed(self._growing):  # with rows of the extension
             self.chunk_file("committed", self._growing).remove()
-        header = header.with_labels(y[: header.n_samples], sample_ids[: header.n_samples])
         Extraction(self.folder, self.where, header).write_attributes(complete=False)
 
     def lacking(self) -> list[int]:
@@ -463,11 +432,18 @@ def _padded(values: Any, shape: tuple[int, ...], spec: ArraySpec) -> NDArray[Any
     if spec.dtype == "string":
         return chunks.encode_strings([*values, *[""] * (shape[0] - len(values))])
     if values.shape == shape:
-        whole: NDArray[Any] = values
-        return whole
+        return np.asarray(values)
     whole = np.full(shape, spec.fill_value, dtype=values.dtype)
     whole[tuple(map(slice, values.shape))] = values
     return whole
+
+
+def content_of(file: Place) -> bytes | None:
+    """The content of a small file; None if it cannot be read."""
+    try:
+        return file.read()
+    except OSError:
+        return None
 
 
 def write_group(folder: Place, attributes: Mapping[str, Any]) -> None:
@@ -484,6 +460,8 @@ def read_group(folder: Place, where: str) -> dict[str, Any]:
             return dict(attributes)
     except OSError as error:
         raise DamagedError(f"{where}: its zarr.json cannot be read: {error.strerror or error}") from error
+    except UnreachableError:  # a ValueError, too
+        raise
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise DamagedError(f"{where}: its zarr.json was changed or damaged")

@@ -2,59 +2,36 @@
 
 ::
 
-    STORE.zarr/              group; attributes {"h2t_format": 2}
-      NAME/                  group; attributes: the header with its digest, then the state with its seal
-        features/            group
-        features/TAP         (n, width) float16 or float32, chunks (rows_per_block, <= 1024); may be compressed, and all
-                             chunks of a row block in one shard; fill_value NaN
-        layer_norms          (n, n_layers) float32, chunks (rows_per_block, n_layers)
-        digests              (n, 16) uint8, chunks (rows_per_block, 16): of each row's picture; zeros if it was skipped
-        failures             (n,) string, chunks (rows_per_block,): why a sample was skipped; no chunk if none was
-        checksums            (n_blocks, 5 + chunks of a block) uint32, one chunk per row block: its record, see `seal`
-        committed            (n_blocks,) uint8, chunks (1,); written last
-        y                    (n,) int64, chunks (label_rows,); -1 if unlabelled
-        sample_ids           (n,) string, chunks (label_rows,)
+    STORE.zarr/          group; attributes {"h2t_format": 2}
+      NAME/              group; attributes: the header with its digest, then the state with its seal
+        features/        group
+        features/TAP     (n, width) float16 or float32, chunks (rows_per_block, <= 1024), NaN where nothing is stored;
+                         may be compressed, and the chunks of a row block may share a file (a shard)
+        layer_norms      (n, n_layers) float32, chunks (rows_per_block, n_layers)
+        digests          (n, 16) uint8, chunks (rows_per_block, 16): of each row's picture; zeros if it was skipped
+        failures         (n,) string, chunks (rows_per_block,): why a sample was skipped; no chunk if none was
+        checksums        (n_blocks, 5 + chunks of a block) uint32, a chunk per row block: its record, see `seal`
+        committed        (n_blocks,) uint8, chunks (1,); written last
+        y                (n,) int64, chunks (label_rows,); -1 if unlabelled
+        sample_ids       (n,) string, chunks (label_rows,)
 
 Every chunk ends in its crc32c. A record repeats the crcs of its row block and binds them to that block of that
 extraction. The binding does not change when rows are appended, so full row blocks stay as they are. The header holds
-digests of ``y`` and ``sample_ids``; every zarr.json follows from the header byte by byte.
+digests of ``y`` and ``sample_ids``; every other zarr.json follows from the header byte by byte.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from h2t_store.errors import DamagedError, StoreError
-
-__all__ = [
-    "DIGEST_BYTES",
-    "FORMAT",
-    "STORAGE_DTYPES",
-    "ArraySpec",
-    "ExtractionHeader",
-    "Layer",
-    "State",
-    "array_document",
-    "array_specs",
-    "check_name",
-    "codec_documents",
-    "escaped",
-    "feature_path",
-    "group_document",
-    "ids_digest",
-    "labels_digest",
-    "n_blocks",
-    "names_above",
-    "require_format",
-    "seal",
-]
 
 FORMAT = 2
 MAX_CHUNK_COLUMNS = 1024
@@ -66,14 +43,12 @@ _NAN = float("nan")  # one object, so that equal specs compare equal
 
 
 class Layer(NamedTuple):
-    """The columns of one tap.
+    """The columns ``start:stop`` of one tap.
 
     Attributes
     ----------
     name : str
-        The tap: a module name, with ``:in`` if it is the module's input.
-    start, stop : int
-        Its columns are ``start:stop``.
+        A module name, with ``:in`` if the tap is the module's input.
     shape : tuple of int
         Shape of the activation of one image before pooling, channels first.
     target_sizes : tuple of int
@@ -103,17 +78,7 @@ class Layer(NamedTuple):
 
 
 class State(NamedTuple):
-    """How far an extraction is.
-
-    Attributes
-    ----------
-    complete : bool
-        Whether every row block is committed.
-    n_failed : int
-        How many samples were skipped; known once complete.
-    images_at_once : int, optional
-        The largest batch that memory sufficed for, if smaller than asked for.
-    """
+    """How far an extraction is; ``images_at_once`` is the batch that memory sufficed for, if smaller than asked for."""
 
     complete: bool = False
     n_failed: int = 0
@@ -126,32 +91,19 @@ class ExtractionHeader:
 
     Attributes
     ----------
-    n_samples : int
-        Number of rows.
     rows_per_block : int
         Rows that are computed and committed together; the chunk height of every array of rows.
-    dtype : str
-        ``float16`` or ``float32``, as stored.
     classes : tuple of str or of int
         ``classes[y]`` is the label.
-    layers : tuple of Layer
-        In the order the network computes them.
     provenance : dict
         ``inputs``, which determine the rows, and the ``environment`` (see `h2t_store.extracting`).
     segments : tuple of int
         Rows at which the extraction was extended; no batch crosses them, so that rows keep their values.
-    codec : str
-        How chunks of features are compressed, see `codec_documents`.
-    shards : bool
-        Whether the chunks of a layer and a row block share one file.
-    name : str
-        Name of the extraction.
-    label_rows : int
-        Chunk height of ``y`` and ``sample_ids``.
-    origins : tuple of dict
-        What ``inputs["data"]`` was when the extraction was begun, and at each extension.
-    labels_sha256, ids_sha256 : str
-        Digests of the values of ``y`` and ``sample_ids``.
+    codec, shards : str, bool
+        How chunks of features are compressed (see `codec_documents`), and whether those of a row block share a file.
+    name, label_rows, origins, labels_sha256, ids_sha256
+        Set by the store: its name; chunk height of labels; ``inputs["data"]`` of the beginning and of each extension;
+        digests of ``y`` and ``sample_ids``.
     """
 
     n_samples: int
@@ -165,7 +117,7 @@ class ExtractionHeader:
     shards: bool = False
     name: str = ""
     label_rows: int = MIN_LABEL_ROWS
-    origins: tuple[Any, ...] = field(default=(None,))
+    origins: tuple[Any, ...] = ()
     labels_sha256: str = ""
     ids_sha256: str = ""
 
@@ -181,48 +133,38 @@ class ExtractionHeader:
 
     @cached_property
     def recipe_digest(self) -> str:
-        """SHA-256 over the name and how rows are made and stored; extending and relabelling do not change it."""
-        content, inputs = self._content(), self.provenance["inputs"]
+        """SHA-256 over the name and how rows are made and stored, which appending and relabelling do not change."""
+        content = self._content()
+        made = {key: value for key, value in self.provenance["inputs"].items() if key != "data"}
         kept = ("name", "rows_per_block", "dtype", "layers", "codec", "shards")
-        made = {key: value for key, value in inputs.items() if key != "data"}
         return _digest({"inputs": made} | {key: content[key] for key in kept})
 
-    def begun(self, name: str) -> "ExtractionHeader":
-        """The header of a new extraction of that name."""
-        label_rows = min(max(self.n_samples, MIN_LABEL_ROWS), MAX_LABEL_ROWS)
-        return replace(self, name=name, label_rows=label_rows, origins=(self.provenance["inputs"].get("data"),))
+    def begun(self, name: str, y: NDArray[np.int64], sample_ids: Iterable[str]) -> Self:
+        """The header of a new extraction."""
+        rows = min(max(self.n_samples, MIN_LABEL_ROWS), MAX_LABEL_ROWS)
+        data = self.provenance["inputs"].get("data")
+        return replace(self, name=name, label_rows=rows, origins=(data,)).with_labels(y, sample_ids)
 
-    def extending(self, old: "ExtractionHeader") -> "ExtractionHeader":
+    def extending(self, old: Self, y: NDArray[np.int64], sample_ids: Iterable[str]) -> Self:
         """This header as that of an extraction that was ``old`` before."""
-        return replace(
-            self,
-            name=old.name,
-            label_rows=old.label_rows,
-            segments=(*old.segments, old.n_samples),
-            origins=(*old.origins, self.provenance["inputs"].get("data")),
-        )
+        origins, segments = (*old.origins, self.provenance["inputs"].get("data")), (*old.segments, old.n_samples)
+        extended = replace(self, name=old.name, label_rows=old.label_rows, origins=origins, segments=segments)
+        return extended.with_labels(y, sample_ids)
 
-    def before_extension(self) -> "ExtractionHeader":
-        """What the header was before the last extension, without digests of labels and identifiers."""
-        inputs = self.provenance["inputs"]
-        if "data" in inputs:
-            inputs = inputs | {"data": self.origins[-2]}
-        return replace(
-            self,
-            n_samples=self.segments[-1],
-            segments=self.segments[:-1],
-            origins=self.origins[:-1],
-            provenance=self.provenance | {"inputs": inputs},
-        )
+    def before_extension(self, y: NDArray[np.int64], sample_ids: NDArray[Any]) -> Self:
+        """What the header was before the last extension."""
+        n, inputs = self.segments[-1], self.provenance["inputs"] | {"data": self.origins[-2]}
+        before = replace(self, n_samples=n, segments=self.segments[:-1], origins=self.origins[:-1])
+        return replace(before, provenance=self.provenance | {"inputs": inputs}).with_labels(y[:n], sample_ids[:n])
 
-    def with_labels(self, y: NDArray[np.int64], sample_ids: Iterable[str]) -> "ExtractionHeader":
+    def with_labels(self, y: NDArray[np.int64], sample_ids: Iterable[str]) -> Self:
         """The header with the digests of these labels and identifiers."""
-        return replace(self, labels_sha256=labels_digest(y), ids_sha256=ids_digest(sample_ids))
-
-    def to_attrs(self, state: State) -> dict[str, Any]:
-        """JSON-ready attributes: the header with its digest, the state with a seal over both."""
-        known = state._asdict()
-        return self._content() | {"digest": self.digest} | known | {"seal": _digest({"of": self.digest} | known)}
+        labels = hashlib.sha256(np.ascontiguousarray(y, "<i8").data).hexdigest()
+        ids = hashlib.sha256()
+        for sample_id in sample_ids:
+            encoded = sample_id.encode()
+            ids.update(len(encoded).to_bytes(4, "little") + encoded)
+        return replace(self, labels_sha256=labels, ids_sha256=ids.hexdigest())
 
     def _content(self) -> dict[str, Any]:
         content = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -230,24 +172,25 @@ class ExtractionHeader:
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
         return {"format": FORMAT} | plain
 
+    def to_attrs(self, state: State) -> dict[str, Any]:
+        """JSON-ready attributes: the header with its digest, the state with a seal over both."""
+        known = state._asdict()
+        return self._content() | {"digest": self.digest} | known | {"seal": _digest({"of": self.digest} | known)}
+
     @classmethod
-    def from_attrs(cls, attrs: Mapping[str, Any], where: str) -> "tuple[ExtractionHeader, State]":
+    def from_attrs(cls, attrs: Mapping[str, Any], where: str) -> tuple[Self, State]:
         """Parse and check attributes; ``where`` names the extraction in errors."""
-        if "format" in attrs:
-            require_format(attrs["format"], where)
+        require_format(attrs.get("format", FORMAT), where)
         try:
             known = {each.name: attrs[each.name] for each in fields(cls)}
-            known["layers"] = tuple(
-                Layer(name, start, stop, tuple(shape), tuple(sizes))
-                for name, start, stop, shape, sizes in attrs["layers"]
-            )
             known |= {key: tuple(attrs[key]) for key in ("classes", "segments", "origins")}
-            header, state = cls(**known), State(*(attrs[key] for key in State._fields))
+            layers = [Layer(*layer[:3], *map(tuple, layer[3:])) for layer in attrs["layers"]]
+            header, state = cls(**known | {"layers": tuple(layers)}), State(*(attrs[key] for key in State._fields))
+            if header.to_attrs(state) == attrs:
+                return header, state
         except (KeyError, TypeError, ValueError):
-            header = None
-        if header is None or header.to_attrs(state) != attrs:
-            raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged")
-        return header, state
+            pass
+        raise DamagedError(f"{where}: the attributes in its zarr.json were changed or damaged")
 
 
 def require_format(found: object, where: str) -> None:
@@ -260,30 +203,17 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def labels_digest(y: NDArray[np.int64]) -> str:
-    """SHA-256 over labels."""
-    return hashlib.sha256(np.ascontiguousarray(y, "<i8").data).hexdigest()
-
-
-def ids_digest(sample_ids: Iterable[str]) -> str:
-    """SHA-256 over identifiers, the length of each before it."""
-    sha = hashlib.sha256()
-    for sample_id in sample_ids:
-        encoded = sample_id.encode()
-        sha.update(len(encoded).to_bytes(4, "little") + encoded)
-    return sha.hexdigest()
-
-
 def seal(header: ExtractionHeader, block: int, rows: int, crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """The record of a row block: a crc32c over its binding and what follows, how many rows are stored, and the crcs.
 
     ``crcs`` are those of the chunks of features in column order, of ``layer_norms``, ``digests`` and ``failures``. The
-    binding is what the rows are made of and how: the recipe, the block, and the data of the extension that made them.
+    binding says what the rows are and how they are made: the recipe, the block, and the data of the beginning and of
+    the extensions up to these rows.
     """
     stop = block * header.rows_per_block + rows
     origins = header.origins[: 1 + sum(row < stop for row in header.segments)]
     binding = _digest({"recipe": header.recipe_digest, "origins": origins, "block": block})
-    record = np.array([0, rows, *crcs], dtype="<u4")
+    record = np.array([0, rows, *crcs], dtype=np.uint32)
     record[0] = google_crc32c.value(binding.encode() + record[1:].tobytes())
     return record
 
@@ -335,10 +265,9 @@ def array_specs(header: ExtractionHeader) -> dict[str, ArraySpec]:
     n_crcs = 5 + sum(layer.n_chunks for layer in header.layers)
     specs = {}
     for layer in header.layers:
-        several = header.shards and layer.n_chunks > 1  # a single chunk is one file without a shard
-        shard = (rows, layer.chunk_width * layer.n_chunks) if several else None
-        shape, chunks = (n, layer.width), (rows, layer.chunk_width)
-        specs[feature_path(layer)] = ArraySpec(shape, chunks, header.dtype, _NAN, header.codec, shard)
+        shape, chunks, shard = (n, layer.width), (rows, layer.chunk_width), (rows, layer.chunk_width * layer.n_chunks)
+        storage = (header.codec, shard if header.shards and layer.n_chunks > 1 else None)
+        specs[feature_path(layer)] = ArraySpec(shape, chunks, header.dtype, _NAN, *storage)
     specs["layer_norms"] = ArraySpec((n, n_layers), (rows, n_layers), "float32", _NAN)
     specs["digests"] = ArraySpec((n, DIGEST_BYTES), (rows, DIGEST_BYTES), "uint8", 0)
     specs["failures"] = ArraySpec((n,), (rows,), "string", "")
@@ -367,18 +296,17 @@ def codec_documents(dtype: str, codec: str) -> list[dict[str, Any]]:
 
 
 def array_document(spec: ArraySpec) -> bytes:
-    """The zarr.json of an array."""
+    """The zarr.json of an array, the same bytes whatever version of zarr is installed."""
     codecs = codec_documents(spec.dtype, spec.codec)
     if spec.shard is not None:
         inner = {"chunk_shape": spec.chunks, "codecs": codecs, "index_codecs": codec_documents("uint64", "none")}
         codecs = [{"name": "sharding_indexed", "configuration": inner | {"index_location": "end"}}]
-    is_nan = isinstance(spec.fill_value, float)
     document = {
         "shape": spec.shape,
         "data_type": spec.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": spec.shard or spec.chunks}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN" if is_nan else spec.fill_value,
+        "fill_value": "NaN" if spec.fill_value is _NAN else spec.fill_value,
         "codecs": codecs,
         "attributes": {},
         "zarr_format": 3,

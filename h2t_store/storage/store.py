@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.errors import DamagedError, StoppedError, StoreError, did_you_mean
+from h2t_store.errors import DamagedError, StoppedError, StoreError, UnreachableError, did_you_mean
 from h2t_store.storage import chunks, layout
 from h2t_store.storage.extraction import Extraction, Names, read_group, write_group
 from h2t_store.storage.layout import ExtractionHeader
@@ -32,7 +32,7 @@ class FeatureStore:
     Parameters
     ----------
     address : path-like or str
-        A folder or a URL (see `h2t_store.storage.places.address.open_place`).
+        A folder or a URL (see `h2t_store.storage.places.open_place`).
     create : bool
         Make the store if there is none.
     cache : path-like, optional
@@ -185,7 +185,7 @@ class FeatureStore:
         for group in above:
             if not (self.place / group / "zarr.json").exists():
                 write_group(self.place / group, {})
-        begun = Extraction(folder, self.where(name), header.begun(name).with_labels(y, sample_ids))
+        begun = Extraction(folder, self.where(name), header.begun(name, y, sample_ids))
         begun.write_documents()
         begun.write_labels(y, sample_ids)
         begun.write_attributes(complete=False)
@@ -234,6 +234,8 @@ def _kind(folder: Place) -> Literal["extraction", "unreadable", "group", "array"
         return "extraction" if document["attributes"] else "group"
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
+    except UnreachableError:  # a ValueError, too
+        raise
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "unreadable"
 

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 
 from h2t_store.errors import DamagedError, StoreError
 from h2t_store.storage import chunks, layout
-from h2t_store.storage.extraction import COMMITTED, Extraction, chunk_path, write_group
-from h2t_store.storage.places import Place
+from h2t_store.storage.extraction import COMMITTED, Extraction, chunk_path, content_of, write_group
 from h2t_store.storage.store import FeatureStore
 from h2t_store.storage.threads import in_threads
 
@@ -58,12 +57,15 @@ def verify(
     """
     store.require(name)
     for path, attributes in _groups(name).items():
-        if _content(store.place / path) != layout.group_document(attributes):
+        if content_of(store.place / path) != layout.group_document(attributes):
             yield Damage(path, "missing, changed or damaged", "document")
     try:
-        extraction = store.open(name)
+        extraction = store.find(name)
+        problem = "missing"
     except DamagedError as error:
-        yield Damage(f"{name}/zarr.json", _problem(error), "header")
+        extraction, problem = None, _problem(error)
+    if extraction is None:
+        yield Damage(f"{name}/zarr.json", problem, "header")
         return
     for path in extraction.specs:
         try:
@@ -107,7 +109,7 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage
     def damage(path: str, problem: str, column: int = 0) -> Damage:
         return Damage(f"{name}/{chunk_path(extraction.specs[path], path, block, column)}", problem, "block", block)
 
-    flag = _content(extraction.chunk_file("committed", block))
+    flag = content_of(extraction.chunk_file("committed", block))
     if flag is None:
         return [damage("committed", "missing")] if extraction.complete else []
     found = [] if flag == COMMITTED else [damage("committed", "damaged")]
@@ -137,15 +139,9 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage
 
 
 def _problem(error: StoreError) -> str:
-    """What is wrong, without the name that stands beside it."""
-    return str(error).rpartition(": ")[2].removeprefix(" is ").strip() or str(error)
-
-
-def _content(place: Place) -> bytes | None:
-    try:
-        return place.read()
-    except OSError:
-        return None
+    """What is wrong, without the path that stands beside it."""
+    text = str(error).rpartition(": ")[2]
+    return text.partition(" is ")[2] if text.startswith("chunk ") else text
 
 
 def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> None:

@@ -27,17 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Bucket:
-    """An object or a prefix of objects; see `h2t_store.storage.places.Place`.
-
-    Attributes
-    ----------
-    store : str
-        URL of the store.
-    key : str
-        Path below it.
-    cache : Path, optional
-        Local folder for copies of chunks.
-    """
+    """An object or a prefix of objects below the URL ``store``; see `h2t_store.storage.places.Place`."""
 
     store: str
     key: str = ""
@@ -66,16 +56,11 @@ class Bucket:
         return int(self._ask(lambda obstore, client: obstore.head(client, self.key))["size"])
 
     def read(self, last: int | None = None) -> bytes:
-        if last is None:
-            return self._get(None)
-        if self.store.startswith("az:"):  # Azure cannot read the end of an object without its size
+        part: Any = None if last is None else {"range": {"suffix": last}}
+        if last is not None and self.store.startswith("az:"):  # which needs the size to read the end
             size = self._size()
-            return self._get((max(0, size - last), size))
-        return self._get({"suffix": last})
-
-    def _get(self, part: Any) -> bytes:
-        options = None if part is None else {"range": part}
-        return self._ask(lambda obstore, client: bytes(obstore.get(client, self.key, options=options).bytes()))
+            part = {"range": (max(0, size - last), size)}
+        return self._ask(lambda obstore, client: bytes(obstore.get(client, self.key, options=part).bytes()))
 
     def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None], within: tuple[int, int] | None = None) -> int:
         def fetch(obstore: Any, client: Any) -> int:

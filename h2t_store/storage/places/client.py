@@ -7,15 +7,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
-from threading import Lock
 from typing import Any, TypeVar
 
-from h2t_store.errors import StoreError, UnreachableError
+from h2t_store.errors import H2TError, StoreError, UnreachableError
 
 __all__ = ["ask", "require_client"]
 
 _SETTINGS = re.compile("(AWS|GOOGLE|AZURE)_")
-_METADATA_SERVICE = "169.254.169.254"  # where a cloud machine asks for its own credentials
 _ATTEMPTS = 5
 _TIMEOUT = timedelta(minutes=2)  # for 32 chunks of 8 MiB at once on a slow line
 _PATIENT: Any = {
@@ -28,31 +26,13 @@ _IMPATIENT: Any = {"max_retries": 6, "retry_timeout": timedelta(seconds=10)}
 T = TypeVar("T")
 
 _in_memory: dict[str, Any] = {}
-_making = Lock()
 
 
 def ask(url: str, key: str, question: Callable[[Any, Any], T], *, patient: bool = True) -> T:
-    """Ask an object store something that can be asked twice.
+    """Call ``question(obstore, client)``, again if the answer breaks off, which obstore itself does not retry.
 
-    obstore retries requests by itself, but not those whose answer breaks off.
-
-    Parameters
-    ----------
-    url : str
-        URL of the store. Credentials and endpoint come from environment variables.
-    key : str
-        Object or prefix below it, for messages.
-    question : callable
-        Called with the module obstore and a client of the store.
-    patient : bool
-        Retry for a minute, as an overloaded server needs, instead of seconds.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such object.
-    UnreachableError
-        If there is no answer, or a refusal.
+    Errors name the ``key`` of the store ``url``: `FileNotFoundError` if there is no such object, `UnreachableError` if
+    there is no answer or a refusal. An overloaded server is waited for: a minute if ``patient``, else seconds.
     """
     import obstore
     from obstore.exceptions import BaseError
@@ -73,7 +53,7 @@ def ask(url: str, key: str, question: Callable[[Any, Any], T], *, patient: bool 
 
 
 def require_client(url: str) -> None:
-    """Check that a store can be asked: within seconds where nothing answers, within a minute where it is overloaded."""
+    """Check that a store can be asked, within seconds if nothing answers."""
 
     def probe(obstore: Any, client: Any) -> None:
         with suppress(FileNotFoundError):
@@ -88,14 +68,14 @@ def require_client(url: str) -> None:
             ask(url, "zarr.json", probe)
     except ImportError:
         raise StoreError(f"store {url!r} needs obstore: pip install 'head2toe[s3]'") from None
-    except (StoreError, UnreachableError):
+    except H2TError:
         raise
     except ValueError as error:  # an environment variable that obstore does not accept
         raise StoreError(f"store {url!r}: {_one_line(error)}") from None
 
 
 def _require_no_fork(obstore: Any, url: str) -> None:
-    """Raise `StoreError` in a forked process: obstore's threads are not there, and a request would wait for ever.
+    """Raise `StoreError` in a forked process, where obstore would wait for ever: its threads are not there.
 
     The first process is noted in obstore itself, because everything in this process shares its threads.
     """
@@ -113,7 +93,7 @@ def _one_line(error: Exception) -> str:
         message = f"{message}: {code[1]}"
     if "builder error" in message:
         message = f"{message} (an endpoint with http:// needs AWS_ALLOW_HTTP=true)"
-    if _METADATA_SERVICE in message:
+    if "169.254.169.254" in message:  # where a machine in a cloud asks for credentials
         message = f"no credentials in the environment, and none from this machine ({message})"
     return message
 
@@ -122,10 +102,9 @@ def _client(url: str, patient: bool) -> Any:
     if url.startswith("memory:"):
         from obstore.store import MemoryStore
 
-        with _making:
-            return _in_memory.setdefault(url, MemoryStore())
-    settings = hash(tuple(sorted(item for item in os.environ.items() if _SETTINGS.match(item[0]))))
-    return _remote_client(url, settings, patient)
+        return _in_memory.setdefault(url, MemoryStore())
+    settings = sorted(item for item in os.environ.items() if _SETTINGS.match(item[0]))
+    return _remote_client(url, hash(tuple(settings)), patient)
 
 
 @lru_cache

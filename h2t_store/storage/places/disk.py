@@ -47,8 +47,7 @@ class Disk:
     def read(self, last: int | None = None) -> bytes:
         with open(self.path, "rb") as file:
             if last is not None:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(max(0, size - last))
+                file.seek(max(0, os.fstat(file.fileno()).st_size - last))
             return file.read()
 
     def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None], within: tuple[int, int] | None = None) -> int:
@@ -80,9 +79,8 @@ class Disk:
     def write_whole(self, content: bytes, *, durable: bool = True) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._partial()
-        with open(partial, "wb") as file:
+        with open(partial, "wb", buffering=0) as file:
             file.write(content)
-            file.flush()
             if durable:
                 os.fsync(file.fileno())
         os.replace(partial, self.path)

@@ -16,16 +16,14 @@ class LockedError(Exception):
 
 
 class Lost(Protocol):
-    """Tells whether a lock was lost to another process, which can happen after this one stood still."""
+    """Whether a lock was lost to another process, as can happen to a process that stood still."""
 
     def __call__(self, *, ask: bool = False) -> bool:
         """As far as this process knows; with ``ask``, look now."""
 
 
 class Place(Protocol):
-    """The address of a file or a folder, on a disk (`Disk`) or in an object store (`Bucket`).
-
-    It pickles as an address, whether something exists there or not.
+    """Address of a file or folder on a `Disk` or in a `Bucket`, whether it exists or not.
 
     Attributes
     ----------
@@ -34,28 +32,21 @@ class Place(Protocol):
     concurrency : int
         How many files are best read or written at once.
     keeps_what_it_has : bool
-        Whether a written file stays whole until it is removed, even if a machine fails.
+        Whether a written file stays whole, even if a machine fails.
     cache : Path or None
-        Local folder for copies of chunks read from here.
+        Local folder for copies of chunks.
     """
 
     @property
     def name(self) -> str: ...
-
     @property
     def concurrency(self) -> int: ...
-
     @property
     def keeps_what_it_has(self) -> bool: ...
-
     @property
     def cache(self) -> Path | None: ...
-
     def __hash__(self) -> int: ...
-
-    def __truediv__(self, path: str) -> Self:
-        """The place at a path below."""
-
+    def __truediv__(self, path: str) -> Self: ...
     def exists(self) -> bool:
         """Whether a file is here."""
 
@@ -63,26 +54,15 @@ class Place(Protocol):
         """Read a file, or its ``last`` bytes; `FileNotFoundError` if there is none."""
 
     def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None], within: tuple[int, int] | None = None) -> int:
-        """Read a file, or its bytes ``within`` (start, stop), into memory.
+        """Read a file, or its bytes ``within`` (start, stop), into what ``allocate`` returns for their number.
 
-        Parameters
-        ----------
-        allocate : callable
-            Called with the number of bytes; returns the memory to fill, or None to read nothing.
-        within : (int, int), optional
-            Start and stop of the bytes to read.
-
-        Returns
-        -------
-        int
-            Number of bytes found.
+        Nothing is read if that is None. Returns their number.
         """
 
     def write(self, parts: Sequence[memoryview]) -> None:
         """Write a file and the folders above it.
 
-        A new file may be seen before it is whole. An existing one is replaced at once, because another process may have
-        written it and rely on it.
+        A new file may be seen before it is whole. An existing one is replaced at once, since others may rely on it.
         """
 
     def write_whole(self, content: bytes, *, durable: bool = True) -> None:
@@ -98,18 +78,7 @@ class Place(Protocol):
         """(path, size) of every finished file below this folder."""
 
     def discard(self) -> None:
-        """Remove this folder, if there is one; its zarr.json disappears first or with everything else."""
+        """Remove a folder, if there is one; no part of it is left as an extraction, whenever this is interrupted."""
 
     def lock(self, who: str) -> AbstractContextManager[Lost]:
-        """Hold the lock of this name; the lock of a dead process is taken over.
-
-        Parameters
-        ----------
-        who : str
-            Description of the holder, shown to others.
-
-        Raises
-        ------
-        LockedError
-            If another process holds it.
-        """
+        """Hold the lock of this name, or raise `LockedError` with ``who`` of its holder; dead holders are replaced."""

@@ -23,8 +23,6 @@ __all__ = ["lease"]
 
 
 class Exclusive(Place, Protocol):
-    """A place where an object can be created exclusively."""
-
     def create(self, content: bytes) -> bool:
         """Write an object unless there is one; whether it was written."""
 
