@@ -14,7 +14,7 @@ from h2t_store.engines.plan import Plan
 from h2t_store.engines.preparation import Job
 from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import DataError, StoreError, one_line
-from h2t_store.images import arrange
+from h2t_store.images import Data, arrange
 from h2t_store.matrix import FeatureMatrix, open_features
 from h2t_store.settings import Running, Settings, read_arguments
 from h2t_store.storage.layout import check_name
@@ -29,7 +29,7 @@ _SAME_MAGNITUDE = 0.05
 
 
 def extract(
-    data: str | os.PathLike[str] | tuple[Any, Any],
+    data: Data,
     *,
     model: str | nn.Module,
     store: str | os.PathLike[str],

@@ -25,8 +25,8 @@ class Settings:
     ----------
     data
         A folder with one folder of images per class, a .tar of such folders, a list file ('path label' per line),
-        torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's). In Python also what
-        `h2t_store.images.open_source` takes, such as a tuple (uint8 images, labels).
+        torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's). In Python also a tuple (images, labels) or any
+        map-style dataset, see `h2t_store.images`.
     split
         Part of the data. Of a folder or .tar, the folder of that name in it; of wds/, a split in its _info.json, or
         shards and their number of samples: 'x-{0000..0001}.tar|2000'.

@@ -114,8 +114,9 @@ def test_settings_survive_json_and_pickling():
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
-def test_objects_in_memory_are_none_in_json():
-    settings = Settings(data=(np.zeros((1, 2, 2, 3), np.uint8), None), model=torch.nn.Identity())
+@pytest.mark.parametrize("data", [(np.zeros((1, 2, 2, 3), np.uint8), None), [(np.zeros((2, 2, 3), np.uint8), 0)]])
+def test_objects_in_memory_are_none_in_json(data):
+    settings = Settings(data=data, model=torch.nn.Identity()).absolute()
     record = json.loads(json.dumps(settings.to_json()))
     assert record["data"] is record["model"] is None
 

@@ -297,7 +297,7 @@ def test_repair_from_where_the_images_are_now(moved):
 def test_repair_of_arrays_in_memory_asks_for_them(store):
     before = tree(store)
     (store / "arrays/features/head/c/1/0").unlink()
-    with pytest.raises(StoreError, match=r"was made from arrays in memory: call .*repair\(store, name, data=\.\.\.\)"):
+    with pytest.raises(StoreError, match=r"was made from images in memory: call .*repair\(store, name, data=\.\.\.\)"):
         repair(store, "arrays")
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     repair(store, "arrays", data=(images, np.arange(40) % 4))
