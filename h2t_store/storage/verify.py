@@ -115,26 +115,26 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage
     found = [] if flag == COMMITTED else [damage("committed", "damaged")]
     try:
         record = extraction.read_record(block)
-        has_failures = extraction.has_failures(block) or extraction.chunk_file("failures", block).exists()
+        files = extraction.recorded_chunks(block)
+        if extraction.chunk_file("failures", block).exists():
+            files = extraction.block_chunks
         if record.rows != extraction.rows_of(block) and extraction.is_committed(block):
             found.append(damage("checksums", "damaged: it is of another number of rows"))
     except DamagedError as error:
         return [*found, damage("checksums", _problem(error))]
-    files = extraction.block_chunks
 
-    def check(position: int) -> Damage | None:
-        path, column = files[position]
+    def check(chunk: tuple[str, int]) -> Damage | None:
+        path, column = chunk
         spec = extraction.specs[path]
         try:
             if spec.shard and column == 0:
                 chunks.check_shard(extraction.chunk_file(path, block), "chunk", spec)
-            extraction.read_recorded(block, position)
+            extraction.read_recorded(block, path, column)
         except DamagedError as error:
             return damage(path, _problem(error), column)
         return None
 
-    positions = range(len(files) if has_failures else len(files) - 1)
-    checked = in_threads(check, positions, extraction.folder.concurrency)
+    checked = in_threads(check, files, extraction.folder.concurrency)
     return found + [problem for problem in checked if problem]
 
 
