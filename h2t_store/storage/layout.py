@@ -280,9 +280,9 @@ def codec_documents(dtype: str, codec: str) -> list[dict[str, Any]]:
     size = np.dtype(dtype).itemsize
     values = {"name": "bytes", "configuration": {"endian": "little"}} if size > 1 else {"name": "bytes"}
     if codec == "zstd":
-        return [values, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}, crc]
+        return [values, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}, crc]
     if codec == "blosc":
-        how = {"typesize": size, "cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+        how = {"typesize": size, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
         return [values, {"name": "blosc", "configuration": how}, crc]
     if codec == "pcodec":
         return [{"name": "numcodecs.pcodec", "configuration": {}}, crc]
