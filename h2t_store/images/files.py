@@ -6,7 +6,6 @@ latter two merge classes with equal leaf names.
 
 import os
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -152,7 +151,7 @@ def open_list(path: Path, root: Path) -> Source:
             )
         paths = [pair[1] for pair in pairs if pair]
         y, classes = encode_words([pair[2] for pair in pairs if pair])
-    missing = [(number, image) for number, image in zip(lines, paths, strict=True) if not _is_file(root, image)]
+    missing = [(number, image) for number, image in zip(lines, paths, strict=True) if not os.path.isfile(root / image)]
     if missing:
         number, image = missing[0]
         more = f" (nor do {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -179,10 +178,3 @@ def _lines(path: Path) -> tuple[dict[int, str], list[str]]:
         {number: line for number, line in lines.items() if line and not line.startswith("#")},
         notes_on((blank, "blank lines were left out"), (comments, "comments were left out")),
     )
-
-
-def _is_file(root: Path, image: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(os.path.join(root, image)).st_mode)
-    except (OSError, ValueError):
-        return False

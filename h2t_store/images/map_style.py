@@ -15,7 +15,7 @@ from PIL import Image
 from h2t_store.errors import DataError, one_line
 from h2t_store.images.files import FileReader
 from h2t_store.images.names import counted, encode, shown
-from h2t_store.images.pictures import Picture, from_pixels
+from h2t_store.images.pictures import Picture, digest_of_pixels, from_pixels
 from h2t_store.images.source import Reader, Source, read_file
 
 Rows = NDArray[np.int64]
@@ -26,10 +26,6 @@ class ItemReader(Reader):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        pixels: Any = getattr(dataset, "data", None)
-        if _is_plain_torchvision(dataset) and "uint8" in str(getattr(pixels, "dtype", "")):
-            self.in_memory = True
-            self.image_size = tuple(pixels.shape[1:3]) if pixels.shape[3:] in ((), (3,)) else None
 
     def where(self, number: int, sample_id: str) -> str:
         return f"{type(self.dataset).__name__}[{number}]"
@@ -69,6 +65,10 @@ class ArrayReader(Reader):
 
     def read(self, number: int, where: str) -> Picture:
         return from_pixels(self.images[number], where)
+
+    def digest(self, number: int, where: str) -> bytes:
+        image = self.images[number]
+        return digest_of_pixels(image) if isinstance(image, np.ndarray) else super().digest(number, where)
 
 
 class TableReader(Reader):
@@ -139,7 +139,13 @@ def open_dataset(dataset: Any, origin: Mapping[str, Any], prefix: str = "", rows
         return _source(FileReader(root), origin, ids, [files[i][1] for i in rows], classes, rows)
     reader = ItemReader(dataset)
     reader.read(int(rows[0]), reader.where(int(rows[0]), ids[0]))  # a tensor is refused before labels are read
-    return _source(reader, origin, ids, _labels(reader, rows.tolist()), classes, rows)
+    labels = _labels(reader, rows.tolist())
+    pixels = getattr(dataset, "data", None)
+    if _is_plain_torchvision(dataset) and "uint8" in str(getattr(pixels, "dtype", "")):  # such as MNIST and CIFAR
+        array = np.asarray(pixels)
+        if array.ndim >= 3 and array.shape[3:] in ((), (3,)):
+            return _source(ArrayReader(array), origin, ids, labels, classes, rows)
+    return _source(reader, origin, ids, labels, classes, rows)
 
 
 def open_table(
@@ -204,7 +210,9 @@ def _open_joined(dataset: Any, origin: Mapping[str, Any], prefix: str, rows: Row
     sources = [
         open_dataset(dataset.datasets[p], origin, prefix, rows[part == p] - starts[p]) for p in np.unique(part).tolist()
     ]
-    classes = tuple(dict.fromkeys(label for source in sources for label in source.classes))
+    labels = [label for source in sources for label in source.classes]
+    are_names = any(isinstance(label, str) for label in labels)
+    classes = tuple(dict.fromkeys(map(str, labels) if are_names else labels))
     sources = [source.relabelled(classes) for source in sources]
     in_order = np.argsort(part, kind="stable")
     ids = [name for source in sources for name in source.sample_ids.tolist()]
@@ -236,6 +244,7 @@ def _source(
 ) -> Source:
     """A source whose integer labels have ``names``, if these are strings that differ."""
     y, classes = encode(labels, len(labels))
+    names = names.tolist() if isinstance(names, np.ndarray) else names
     names = tuple(names) if isinstance(names, Sequence) else ()
     if classes and isinstance(classes[0], int) and len({name for name in names if isinstance(name, str)}) == len(names):
         if 0 < len(names) < len(classes):
@@ -251,16 +260,20 @@ def _labels(reader: ItemReader, rows: list[int]) -> list[Any]:
     targets: Any = getattr(reader.dataset, "targets", None)
     targets = targets.tolist() if hasattr(targets, "tolist") else targets
     targets = targets if isinstance(targets, Sequence) and len(targets) == len(reader.dataset) else None
-    if targets and all(reader.pair(i)[1] == targets[i] for i in (rows[0], rows[len(rows) // 2], rows[-1])):
+    some = (rows[0], rows[len(rows) // 2], rows[-1])
+    if targets and all(np.array_equal(reader.pair(i)[1], targets[i]) for i in some):
         return [targets[i] for i in rows]
     return [reader.pair(i)[1] for i in rows]
 
 
 def _files(dataset: Any) -> list[tuple[str, Any]]:
     """Paths and labels in ``samples`` or ``imgs``, as datasets of torchvision have them; all or none."""
-    files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None) or ()
-    found = [tuple(file) for file in files if isinstance(file, tuple | list) and isinstance(file[0], str)]
-    return found if len(found) == len(dataset) and all(len(file) == 2 for file in found) else []
+    for files in (getattr(dataset, "samples", None), getattr(dataset, "imgs", None)):
+        if isinstance(files, list | tuple) and len(files) == len(dataset):
+            found = [tuple(file) for file in files if isinstance(file, tuple | list)]
+            if len(found) == len(files) and all(len(file) == 2 and isinstance(file[0], str) for file in found):
+                return found
+    return []
 
 
 def _relative(paths: Sequence[str], root: str | os.PathLike[str] | None) -> list[str] | None:

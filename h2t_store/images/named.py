@@ -3,9 +3,8 @@
 Code that a dataset brings along never runs.
 """
 
-import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -98,10 +97,10 @@ def open_hub(name: str, cache: Path | None, split: str | None) -> Source:
 def _prepared(name: str, cache: Path | None) -> Any:
     """What reads the dataset, which is now in the cache; other formats and versions might run code of the dataset."""
     where = f"data 'hfds/{name}'"
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError("data 'hfds/…' needs the package datasets: pip install head2toe[hf]")
-    import datasets
-
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("data 'hfds/…' needs the package datasets: pip install head2toe[hf]") from None
     if int(datasets.__version__.partition(".")[0]) < 4:
         raise DataError(f"datasets {datasets.__version__} can run code of a dataset: pip install 'datasets>=4'")
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):
@@ -128,13 +127,14 @@ def _go_offline() -> Callable[[], None]:
 
     places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
 
-    def set_to(values: Sequence[bool]) -> None:
-        for place, value in zip(places, values, strict=True):
+    def undo() -> None:
+        for place, value in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = value
 
-    set_to([True, True])
-    return lambda: set_to(before)
+    return undo
 
 
 _offline = Switch(_go_offline)

@@ -10,7 +10,6 @@ from h2t_store.errors import DataError, did_you_mean
 from h2t_store.images.files import open_folder, open_list
 from h2t_store.images.formats import is_image_name
 from h2t_store.images.map_style import open_arrays, open_dataset
-from h2t_store.images.named import open_digits, open_hub, open_torchvision
 from h2t_store.images.shards import open_shards
 from h2t_store.images.source import Source
 from h2t_store.images.tars import open_tar
@@ -55,11 +54,6 @@ def open_source(
         where ``hfds/`` keeps its cache; what ``wds/FOLDER`` is relative to.
     download : bool
         Let ``torch/`` download what is not there.
-
-    Raises
-    ------
-    DataError
-        Where nothing can be read from it.
     """
     unused = {"split": split, "data_dir": data_dir and str(data_dir), "download": download or None}
     if isinstance(data, tuple):
@@ -76,6 +70,8 @@ def open_source(
     if not name:
         raise DataError(f"data: an empty name; accepted are {_ACCEPTED}")
     if isinstance(data, str):
+        from h2t_store.images.named import open_digits, open_hub, open_torchvision  # which imports torch
+
         prefix, slash, rest = name.partition("/")
         if name == "digits":
             _refuse("digits", unused, "split")
@@ -132,12 +128,8 @@ def _missing(name: str) -> DataError:
 
 def _refuse(what: str, given: dict[str, Any], *accepted: str) -> None:
     """Raise where an argument would change nothing."""
-    reasons = {
-        "split": f"{what} has no splits",
-        "data_dir": f"{what} takes none",
-        "download": f"{what} takes no such option; accepted is it with torch/NAME",
-    }
+    reasons = {"split": "has no splits", "data_dir": "takes none", "download": "takes no such option; torch/NAME does"}
     for argument, value in given.items():
         if value is not None and argument not in accepted:
             shown = "" if argument == "download" else f" {value!r}"
-            raise DataError(f"{argument}{shown}: {reasons[argument]}")
+            raise DataError(f"{argument}{shown}: {what} {reasons[argument]}")

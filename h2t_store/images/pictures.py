@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from h2t_store.errors import DataError, one_line
-from h2t_store.images.depth import declared_bits, require_end_of_jpeg2000
 from h2t_store.images.formats import advice_on_content, advice_on_name
 from h2t_store.images.names import shown
 from h2t_store.images.orientation import transposition
-from h2t_store.images.pixels import as_rgb, require_readable
+from h2t_store.images.pixels import as_rgb, declared_bits, require_end_of_jpeg2000, require_readable
 
 DECODING = {"orientation": "exif", "transparency": "dropped", "depth": "declared, else 8, 12 or 16 bits by range"}
 """The rules of `decode`, for the provenance: features of pictures decoded by other rules are others."""
@@ -32,31 +32,18 @@ _SEVERAL = "have several frames or pages: the first is read"
 
 
 class Picture(NamedTuple):
-    """A decoded picture.
+    """A decoded picture."""
 
-    Attributes
-    ----------
-    image : Image
-        RGB.
-    remarks : list of str
-        What was lost or guessed, as the end of a sentence that begins with "12 images".
-    digest : bytes
-        16 bytes: XXH3 of the file's bytes, or of shape and pixels where there is no file.
-    """
-
-    image: Image.Image
-    remarks: list[str]
-    digest: bytes
+    image: Image.Image  # RGB
+    remarks: list[str]  # what was lost or guessed, as the end of a sentence that begins with "12 images"
+    digest: bytes  # 16 bytes: XXH3 of the file's bytes, or of shape and pixels where there is no file
 
 
 def decode(content: bytes, name: str) -> Picture:
     """Decode the content of an image file; its extension does not matter. Of several frames the first is taken.
 
-    Raises
-    ------
-    DataError
-        Where it is not an image, is cut off or damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, from
-        where PIL itself warns of a decompression bomb, or is a thousand times as long as wide.
+    `DataError` where it is not an image, is cut off or damaged, has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``
+    (where PIL warns of a decompression bomb), or is a thousand times as long as wide.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so cut-off images would pass unseen: switch it off")
@@ -82,28 +69,29 @@ def decode(content: bytes, name: str) -> Picture:
 def from_pixels(image: Any, name: str) -> Picture:
     """The picture in an image of PIL or a uint8 array of shape (h, w, 3) or (h, w); `DataError` at anything else."""
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)):
-        image = Image.fromarray(image)
+        return Picture(Image.fromarray(image).convert("RGB"), [], digest_of_pixels(image))
     if not isinstance(image, Image.Image):
-        raise DataError(f"{shown(name)} is {_kind(image)}; accepted are an image of PIL and a uint8 array (h, w, 3)")
+        kind = type(image).__name__ + (f", {image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else "")
+        advice = "" if isinstance(image, np.ndarray) else " (a dataset is passed without transform to tensors)"
+        raise DataError(
+            f"{shown(name)} is of type {kind}; accepted are an image of PIL and a uint8 array (h, w, 3){advice}"
+        )
     try:
         pixels, remarks = _rendered(image, None if image.mode.startswith("I") else 8)
     except Exception as error:  # files that are opened, but not read yet, may be damaged
         raise DataError(f"{shown(name)}: {one_line(error)}") from error
-    return Picture(pixels, remarks, digest_of(repr(pixels.size).encode() + pixels.tobytes()))
+    return Picture(pixels, remarks, digest_of_pixels(np.asarray(pixels)))
 
 
 def digest_of(content: bytes) -> bytes:
-    """What a picture made of these bytes is known by."""
+    """What a picture is known by that is made of these bytes."""
     return xxhash.xxh3_128_digest(content)
 
 
-def _kind(image: Any) -> str:
-    """A value that is no picture, in words; a tensor tells of a transform."""
-    name = type(image).__name__
-    if not hasattr(image, "shape"):
-        return f"of type {name}"
-    advice = "" if isinstance(image, np.ndarray) else ", as a transform makes it: pass the dataset without transform"
-    return f"of type {name}, {image.dtype} {tuple(image.shape)}{advice}"
+def digest_of_pixels(pixels: NDArray[np.uint8]) -> bytes:
+    """What a picture of no file is known by; a grey one is the same as its three equal channels."""
+    rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    return digest_of(repr(rgb.shape).encode() + rgb.tobytes())
 
 
 def _rendered(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[str]]:

@@ -1,7 +1,7 @@
 """WebDataset: samples in shards of tars, each the files that share a name up to its first dot.
 
-The shards are indexed like any other tar, since rows are read by number. Names of shards are names of files, and never
-the commands that the webdataset package would run.
+Shards are indexed like any other tar (`h2t_store.images.tars` says why). Their names are names of files, and never the
+commands that the webdataset package would run.
 """
 
 import json

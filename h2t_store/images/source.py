@@ -5,7 +5,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -27,14 +27,9 @@ Stamp = tuple[int, int]
 class Reader(ABC):
     """Gives the pictures of a source by number, in any process."""
 
-    in_memory = False
-    """Whether reading a picture costs nothing."""
-
-    image_size: tuple[int, int] | None = None
-    """Height and width where all pictures share them and it is known."""
-
-    has_stamps = False
-    """Whether size and time of change can be told without reading."""
+    in_memory = False  # whether reading a picture costs nothing
+    image_size: tuple[int, int] | None = None  # height and width where all pictures share them and it is known
+    has_stamps = False  # whether size and time of change can be told without reading
 
     @abstractmethod
     def where(self, number: int, sample_id: str) -> str:
@@ -43,6 +38,11 @@ class Reader(ABC):
     @abstractmethod
     def read(self, number: int, where: str) -> bytes | Picture:
         """The bytes of a file, or the picture where there is no file; `DataError` where that fails."""
+
+    def digest(self, number: int, where: str) -> bytes:
+        """What a picture is known by."""
+        content = self.read(number, where)
+        return content.digest if isinstance(content, Picture) else digest_of(content)
 
     def stamp(self, number: int, where: str) -> Stamp:
         """Size and time of change of a picture as it is now."""
@@ -73,37 +73,17 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Pictures, labels and identifiers. Pickles without the pictures that are on disk.
+    """Pictures, labels and identifiers. Pickles without the pictures that are on disk."""
 
-    Attributes
-    ----------
-    reader : Reader
-        What reads the pictures.
-    origin : dict
-        What kind of data it is, and which part of it.
-    sample_ids : ndarray of shape (n,), StringDType
-        One per row: relative paths where there are any, else a number.
-    y : ndarray of shape (n,), int64
-        Index into ``classes``; -1 where unlabelled.
-    classes : tuple of str or of int
-        The labels themselves: names, or integers where the data has integers.
-    notes : list of str
-        What was left out, for a person to read.
-    numbers : ndarray of shape (n,), int64
-        Number of each row's picture for the reader.
-    digests, stamps : Known
-        Of all pictures, shared by every selection of rows.
-    """
-
-    reader: Reader = field(repr=False)
-    origin: dict[str, Any]
-    sample_ids: Names
-    y: NDArray[np.int64]
+    reader: Reader
+    origin: dict[str, Any]  # what kind of data it is, and which part of it
+    sample_ids: Names  # relative paths where there are any, else numbers
+    y: NDArray[np.int64]  # index into the classes, -1 where unlabelled
     classes: Classes
-    notes: list[str]
-    numbers: NDArray[np.int64]
-    digests: Known = field(repr=False)
-    stamps: Known = field(repr=False)
+    notes: list[str]  # what was left out, for a person to read
+    numbers: NDArray[np.int64]  # of each row's picture for the reader
+    digests: Known  # of all pictures, shared by every selection of rows
+    stamps: Known
 
     max_digested_bytes: ClassVar[int] = 1 << 30
 
@@ -158,17 +138,14 @@ class Source:
     def _identity(self) -> tuple[str, NDArray[np.uint8]]:
         """What tells the pictures from others, and how that is called."""
         n = len(self)
-        stamps = self.stamps.of(self.numbers, self._stamp) if self.reader.has_stamps else np.zeros((0, 16), np.uint8)
         if self.reader.has_stamps:
-            size = stamps.view("<i8")[:, 0].sum()
-        else:
-            size = 0 if self.in_memory or n <= _MOST_SAMPLED else n * self._size(0)
-        if size <= self.max_digested_bytes:
-            return "contents_sha256", self.digests.of(self.numbers, self._digest)
-        if self.reader.has_stamps:
-            return "paths_sizes_and_times_sha256", stamps
-        some = np.linspace(0, n - 1, _MOST_SAMPLED).astype(np.int64)
-        return "some_contents_sha256", self.digests.of(self.numbers[some], lambda i: self._digest(int(some[i])))
+            stamps = self.stamps.of(self.numbers, self._stamp)
+            if stamps.view("<i8")[:, 0].sum() > self.max_digested_bytes:
+                return "paths_sizes_and_times_sha256", stamps
+        elif not self.in_memory and n > _MOST_SAMPLED and n * self._size(0) > self.max_digested_bytes:
+            some = np.linspace(0, n - 1, _MOST_SAMPLED).astype(np.int64)
+            return "some_contents_sha256", self.digests.of(self.numbers[some], lambda i: self._digest(int(some[i])))
+        return "contents_sha256", self.digests.of(self.numbers, self._digest)
 
     def picture(self, row: int) -> Picture:
         """The picture as RGB; `DataError` where it cannot be read, or is not what `description` is of."""
@@ -196,19 +173,21 @@ class Source:
 
     def _digest(self, row: int) -> bytes:
         try:
-            content = self.read(row)
+            return self.reader.digest(int(self.numbers[row]), self.where(row))
         except DataError:
             if self.reader.has_stamps:
                 raise
             return bytes(DIGEST_BYTES)  # one picture of a dataset, which may be skipped later on
-        return content.digest if isinstance(content, Picture) else digest_of(content)
+
+    def _size(self, row: int) -> int:
+        try:
+            content = self.read(row)
+        except DataError:
+            return self.max_digested_bytes  # unknown, so the data may be large
+        return 3 * content.image.width * content.image.height if isinstance(content, Picture) else len(content)
 
     def _stamp(self, row: int) -> bytes:
         return np.array(self.reader.stamp(int(self.numbers[row]), self.where(row)), "<i8").tobytes()
-
-    def _size(self, row: int) -> int:
-        content = self.read(row)
-        return 3 * content.image.width * content.image.height if isinstance(content, Picture) else len(content)
 
     def take(self, rows: NDArray[np.int64]) -> Self:
         """The same data, restricted to ``rows`` in the order given."""

@@ -1,8 +1,8 @@
 """Images in tars, read where they lie: an index of offsets is made once, and nothing is unpacked or cached.
 
-Rows are read in any order and from many processes, which iterators such as webdataset's do not give; `datasets` copies
-shards into its cache first. timm's reader of tars merges classes with equal leaf names, and forked workers that share
-its open file put other images in the place of those asked for.
+Rows are read in any order and from many processes, which iterators such as webdataset's do not give. `datasets` copies
+shards into its cache, and takes one that is cut off for a shorter one. timm's reader of tars merges classes with equal
+leaf names, and forked workers that share its open file put other images in the place of those asked for.
 """
 
 import os
