@@ -1,4 +1,4 @@
-"""Rows and columns of an extraction read from its chunks, each of which is read and checked once."""
+"""Read rows and columns of an extraction from its chunks, each of them once."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from h2t_store.selection import Indices, as_slice, groups
+from h2t_store.indexing import Indices, as_slice, groups
 from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.layout import ExtractionHeader, Layer
 from h2t_store.storage.threads import in_threads
