@@ -7,6 +7,7 @@ import pytest
 from joblib import parallel_config
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
+from tiny_stores import write_store
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector
 from estimators.held import HeldFeatures, hold, hold_for_folds
@@ -14,10 +15,10 @@ from estimators.paths import PathOptions
 from estimators.training import check_training
 from h2t_store import open_features
 from h2t_store.export import EXPORTS, export
-from h2t_store.storage.layout import ExtractionHeader, Layer
-from h2t_store.storage.store import Extraction, FeatureStore
+from h2t_store.storage.extraction import Extraction
+from h2t_store.storage.layout import Layer
 
-N, ROWS = 60, 16
+N = 60
 LAYERS = (Layer("a", 0, 30, (30,)), Layer("b", 30, 1330, (1300,)), Layer("c", 1330, 1340, (10,)))
 SEARCH = Head2ToeClassifierCV(alphas=(0.5, 0.3), keep_fractions=(None, 1.0), Cs=(0.1, 1.0), single_layers=2, cv=3)
 
@@ -28,17 +29,7 @@ def path(tmp_path_factory):
     y = np.arange(N) % 3
     values = rng.normal(size=(N, LAYERS[-1].stop)).astype(np.float16)
     values[:, 28:33] += (2 * rng.normal(size=(3, 5))[y]).astype(np.float16)
-    path = tmp_path_factory.mktemp("reading") / "s.zarr"
-    header = ExtractionHeader(N, ROWS, "float16", ("a", "b", "c"), LAYERS, {"inputs": {}, "environment": {}})
-    extraction = FeatureStore(path, create=True).begin("x", header, y, [f"i{i}" for i in range(N)])
-    for block, start in enumerate(range(0, N, ROWS)):
-        part = values[start : start + ROWS]
-        norms = [np.linalg.norm(part[:, a:b].astype(np.float32), axis=1) for _, a, b, *_ in LAYERS]
-        extraction.write_block(
-            block, np.split(part, [30, 1330], axis=1), np.stack(norms, axis=1), np.zeros((len(part), 16), np.uint8)
-        )
-    extraction.finish()
-    return path
+    return write_store(tmp_path_factory.mktemp("reading") / "s.zarr", LAYERS, values, y)
 
 
 @pytest.fixture
@@ -196,7 +187,6 @@ def test_held_features_are_indexed_like_stored_ones(features):
 
 
 @pytest.mark.parametrize("suffix", EXPORTS)
-def test_an_export_reads_each_chunk_once(features, read, suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr("h2t_store.export._PIECE_BYTES", 40_000)  # half a block of rows
-    export(features[::2], tmp_path / f"x{suffix}")
+def test_an_export_reads_each_chunk_once(features, read, suffix, tmp_path):
+    export(features[::2], tmp_path / f"x{suffix}", block_bytes=40_000)  # half a block of rows
     assert each_once(read)
