@@ -11,11 +11,11 @@ class H2TError(ValueError):
 
 
 class DataError(H2TError):
-    """The images cannot be read as asked."""
+    """The images cannot be read."""
 
 
 class ModelError(H2TError):
-    """The network cannot be built or run as asked."""
+    """The network cannot be built or run."""
 
 
 class TapError(ModelError):
@@ -23,7 +23,7 @@ class TapError(ModelError):
 
 
 class StoreError(H2TError):
-    """The store does not hold what was asked for, or holds it damaged."""
+    """The store lacks an extraction, or it is damaged or differs."""
 
 
 class UnreachableError(H2TError):

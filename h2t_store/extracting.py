@@ -14,9 +14,9 @@ from h2t_store.engines.plan import Plan
 from h2t_store.engines.preparation import Job
 from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import DataError, StoreError, one_line
-from h2t_store.images import arrange
+from h2t_store.images import Data, arrange
 from h2t_store.matrix import FeatureMatrix, open_features
-from h2t_store.settings import Running, Settings, split
+from h2t_store.settings import Running, Settings, read_arguments
 from h2t_store.storage.layout import check_name
 from h2t_store.storage.places import in_one_process
 from h2t_store.storage.store import Extraction, FeatureStore, differences
@@ -29,7 +29,7 @@ _SAME_MAGNITUDE = 0.05
 
 
 def extract(
-    data: str | os.PathLike[str] | tuple[Any, Any],
+    data: Data,
     *,
     model: str | nn.Module,
     store: str | os.PathLike[str],
@@ -57,7 +57,7 @@ def extract(
     StoppedError
         If ``stopped`` returned true; the same call continues.
     """
-    settings, running = split({"data": data, "model": model} | arguments)
+    settings, running = read_arguments({"data": data, "model": model} | arguments)
     check_name(name)
     if in_one_process(store) and running.engine != "local":
         raise StoreError(f"store {store!r} is in the memory of one process: engine {running.engine!r} needs another")
@@ -73,7 +73,7 @@ def extract(
 
 
 def engine_of(running: Running) -> Engine:
-    """The engine that was asked for."""
+    """Open the engine that the arguments name."""
     return open_engine(
         running.engine,
         workers=running.workers,

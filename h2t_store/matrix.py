@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from h2t_store.errors import DamagedError, IncompleteError, StoreError, did_you_mean
-from h2t_store.gathering import column_chunks, gather, owners
+from h2t_store.indexing import Indices, as_slice, edges, is_integer, pack, select, spans, unpack
+from h2t_store.reading import column_chunks, gather, owners
 from h2t_store.recipe import recipe_differences, recipe_of
-from h2t_store.selection import Indices, as_slice, edges, is_integer, pack, select, spans, unpack
 from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.layout import ExtractionHeader, Layer, n_blocks
 from h2t_store.storage.store import FeatureStore
@@ -163,8 +163,6 @@ class FeatureMatrix:
         With unlabelled rows it is an object array with None; ``X[X.labelled]`` leaves them out.
         """
         codes, classes = self.codes, self.classes
-        if codes.max(initial=-1) >= len(classes):
-            raise DamagedError(f"{self._extraction.where}: y holds label {codes.max()} of {len(classes)} classes")
         labels = np.array(classes, dtype=None if classes else str)
         labelled = codes >= 0
         if labelled.all():
@@ -358,11 +356,10 @@ class FeatureMatrix:
             for layer in self.layers
         )
         return (
-            f"<div><b>FeatureMatrix</b> {escape(self.name)}: {n_rows:,} samples x {n_columns:,} features, "
+            f"<b>FeatureMatrix</b> {escape(self.name)}: {n_rows:,} samples x {n_columns:,} features, "
             f"{len(self.classes)} classes, {self.nbytes / 1e6:,.1f} MB as float32<br>"
-            f"<code>{escape(self._address[0])}</code>"
-            f"<details><summary>{len(self.layers)} layers</summary><table><thead><tr><th>layer</th><th>activation</th>"
-            f"<th>features</th></tr></thead><tbody>{rows}</tbody></table></details></div>"
+            f"<code>{escape(self._address[0])}</code><details><summary>{len(self.layers)} layers</summary>"
+            f"<table><tr><th>layer<th>activation<th>features</tr>{rows}</table></details>"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

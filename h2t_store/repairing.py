@@ -11,6 +11,7 @@ from torch import nn
 from h2t_store.engines.preparation import Job
 from h2t_store.errors import DamagedError, H2TError, StoreError
 from h2t_store.extracting import arranged, engine_of, fill, require_same_environment
+from h2t_store.images import Data
 from h2t_store.settings import Running, Settings
 from h2t_store.storage.store import Extraction, FeatureStore, differences
 from h2t_store.storage.verify import Damage, restore_documents, verify
@@ -22,7 +23,7 @@ def repair(
     store: str | os.PathLike[str],
     name: str,
     *,
-    data: str | os.PathLike[str] | tuple[Any, Any] | None = None,
+    data: Data | None = None,
     model: str | nn.Module | None = None,
     workers: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -87,7 +88,7 @@ def _may_have_skipped(extraction: Extraction, damages: list[Damage]) -> bool:
 def _settings(extraction: Extraction, data: Any, model: Any) -> Settings:
     """Settings of the extraction, with what is given in place of what was recorded."""
     record = dict(extraction.header.provenance["environment"].get("arguments", {}))
-    for key, given, kind in (("data", data, "arrays"), ("model", model, "a module")):
+    for key, given, kind in (("data", data, "images"), ("model", model, "a module")):
         if given is not None:
             record[key] = given
         elif record.get(key, "") is None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from h2t_store.arguments import argument, check_choices, integer
 from h2t_store.errors import H2TError, did_you_mean
 
-__all__ = ["Running", "Settings", "split"]
+__all__ = ["Running", "Settings", "read_arguments"]
 
 _MAX_IMG_SIZE = 8192
 
@@ -25,8 +25,8 @@ class Settings:
     ----------
     data
         A folder with one folder of images per class, a .tar of such folders, a list file ('path label' per line),
-        torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's). In Python also what
-        `h2t_store.images.open_source` takes, such as a tuple (uint8 images, labels).
+        torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's). In Python also a tuple (images, labels) or any
+        map-style dataset, see `h2t_store.images`.
     split
         Part of the data. Of a folder or .tar, the folder of that name in it; of wds/, a split in its _info.json, or
         shards and their number of samples: 'x-{0000..0001}.tar|2000'.
@@ -179,7 +179,7 @@ class Running:
         integer("workers", self.workers, 0, besides=None)
 
 
-def split(arguments: Mapping[str, Any]) -> tuple[Settings, Running]:
+def read_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, Running]:
     """Build both from keyword arguments; raises `TypeError` with a suggestion for an unknown one."""
     settings, running = ([each.name for each in fields(kind)] for kind in (Settings, Running))
     for name in arguments:

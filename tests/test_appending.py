@@ -15,18 +15,12 @@ from conftest import MODELS, state_of
 from PIL import Image
 
 from h2t_store import cli, extract, open_features
-from h2t_store.engines import plan
 from h2t_store.errors import DataError, IncompleteError, StoppedError, StoreError
 from h2t_store.images.source import Source
 from h2t_store.storage.store import Extraction, FeatureStore
 from h2t_store.storage.verify import verify
 
 MODEL = f"{MODELS}:small_input"
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ def decoded(monkeypatch):
 
 
 def common(tmp_path):
-    return dict(model=MODEL, store=tmp_path / "s", name="x", workers=0, batch_size=5)
+    return dict(model=MODEL, store=tmp_path / "s", name="x", workers=0, batch_size=5, rows_per_block=16)
 
 
 def test_only_new_images_are_read_and_old_rows_keep_their_values(tmp_path, folder, grow, decoded):
@@ -298,7 +292,7 @@ def test_order_does_not_matter_to_a_second_run(tmp_path, images, folder, monkeyp
 
 
 def test_arrays_are_extended_too(tmp_path, images):
-    settings = dict(model=tiny_models.Functional().eval(), store=tmp_path / "s", name="x")
+    settings = dict(model=tiny_models.Functional().eval(), store=tmp_path / "s", name="x", rows_per_block=16)
     before = np.asarray(extract((images[:30], None), **settings))
     after = np.asarray(extract((images, None), append=True, **settings))
     np.testing.assert_array_equal(after[:30], before)

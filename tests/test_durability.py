@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +19,6 @@ import torch
 from conftest import MODELS
 
 from h2t_store import cli, extract, open_features
-from h2t_store.engines import plan
 from h2t_store.errors import H2TError, IncompleteError, StoppedError, StoreError
 from h2t_store.repairing import repair
 from h2t_store.storage.layout import ExtractionHeader, Layer
@@ -34,9 +34,7 @@ LAYERS = (Layer("stem", 0, 5, (5, 2, 2)), Layer("layer1.0.conv2:in", 5, 1105, (1
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several row blocks out of few images; no process is left behind."""
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", ROWS)
+def no_process_is_left_behind():
     yield
     while Child.started:
         Child.started.pop().kill()
@@ -88,14 +86,16 @@ def run(work, *args):
 def job(store: Path, name: str = "x", n: int = 160, **settings):
     """Extract so many random images."""
     images = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
-    extract((images, np.arange(n) % 4), model=MODEL, store=store, name=name, batch_size=8, **settings)
+    extract(
+        (images, np.arange(n) % 4), model=MODEL, store=store, name=name, batch_size=8, rows_per_block=ROWS, **settings
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file but what a crash may leave of one that was never finished."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    passing = (".locks", ".trash")
-    files = {name: path for name, path in files.items() if not name.startswith(passing) and path.suffix != ".partial"}
+    passing = re.compile(r"(^|/)\.(locks|trash)|\.partial$")
+    files = {name: path for name, path in files.items() if not passing.search(name)}
     return {name: path.read_bytes() for name, path in files.items()}
 
 
@@ -252,7 +252,6 @@ def test_the_command_says_in_one_line_that_a_file_cannot_grow(tmp_path):
             if stop.code:
                 raise StoreError(f"exit {stop.code}") from None
 
-    plan._ROWS_OF_FEW = 512  # undone by the fixture
     kind, message = Child(limited, 100_000, tmp_path / "log").result()
     assert (kind, message) == ("StoreError", "exit 1")
     lines = (tmp_path / "log").read_text().splitlines()
@@ -286,7 +285,7 @@ def test_a_disk_that_fails_during_an_extension_loses_nothing(tmp_path, monkeypat
     before, real = read(tmp_path / "s"), os.write
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     more = np.concatenate([images, images[::-1]])
-    common = dict(model=MODEL, store=tmp_path / "s", name="x", batch_size=8, append=True)
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", batch_size=8, rows_per_block=ROWS, append=True)
 
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -517,7 +516,7 @@ def test_an_extension_that_is_given_up_at_any_moment_is_followed_by_another(tmp_
 def test_an_interrupted_repair_continues(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     settings = dict(data=(images, None))
-    job_of = lambda store: extract((images, None), model=MODEL, store=store, name="x")  # noqa: E731
+    job_of = lambda store: extract((images, None), model=MODEL, store=store, name="x", rows_per_block=ROWS)  # noqa: E731
     run(lambda: job_of(tmp_path / "s") and None)
     sound = tree(tmp_path / "s")
     for path in ("zarr.json", "x/features/zarr.json", "x/features/head/zarr.json", "x/features/head/c/1/0", "x/y/c/0"):

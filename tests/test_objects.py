@@ -121,6 +121,44 @@ def test_a_row_block_takes_a_request_for_each_chunk_and_four(s3, store, folder):
     assert counted == {("PUT", str(block)): chunks_of(matrix) + 4 for block in range(N_BLOCKS)}
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_shards_take_a_request_for_each_layer_and_are_read_in_part(s3, store, folder, tmp_path, codec):
+    from obstore.store import from_url
+    from zarr.storage import ObjectStore
+
+    wide = COMMON | {
+        "model": "h2t_resnet20",
+        "taps": "layer1.0.act2,layer3.2.act2",
+        "target_size": 2048,
+        "codec": codec,
+    }
+    expected = np.asarray(extract(folder, store=tmp_path / "local", name="x", **wide))
+    matrix = extract(folder, store=store, name="x", shards=True, **wide)
+    layers = [layer for layer in matrix.layers if layer.n_chunks > 1]
+    assert layers
+    puts = Counter(path for method, path in s3.seen if method == "PUT" and "/features/" in path and "/c/" in path)
+    assert len(puts) == len(matrix.layers) * N_BLOCKS
+    np.testing.assert_array_equal(matrix, expected)
+    assert not list(verify(FeatureStore(store), "x"))
+
+    layer = layers[0]
+    group = zarr.open_group(ObjectStore(from_url(store)), path="x", mode="r")
+    read = group[f"features/{layer.name}"][:]
+    np.testing.assert_array_equal(read.astype(np.float32), expected[:, layer.start : layer.stop])
+    s3.seen.clear()
+    one = open_features(store, "x")[:5, layer.stop - 1]
+    np.testing.assert_array_equal(one, expected[:5, layer.stop - 1])
+    gets = [path for _, path in s3.seen if f"/{layer.name}/c/" in path]
+    assert len(gets) == (1 if codec == "none" else 2)
+
+    shard = open_place(store) / f"x/features/{layer.name}/c/1/0"
+    content = shard.read()
+    shard.write_whole(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert {damage.path for damage in verify(FeatureStore(store), "x")} == {f"x/features/{layer.name}/c/1/0"}
+    repair(store, "x", workers=0)
+    assert shard.read() == content
+
+
 def test_requests_that_fail_change_nothing(s3, store, folder, local):
     s3.rate = 0.15
     matrix = extract(folder, store=store, name="a/x", **COMMON)

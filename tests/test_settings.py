@@ -16,7 +16,7 @@ import h2t_store
 from h2t_store import cli, open_features
 from h2t_store.arguments import parameters
 from h2t_store.errors import H2TError
-from h2t_store.settings import Running, Settings, split
+from h2t_store.settings import Running, Settings, read_arguments
 
 OTHER_VALUES = dict(
     data="digits",
@@ -64,7 +64,9 @@ def given_to_the_command(monkeypatch, *words: str) -> tuple[Settings, Running]:
     monkeypatch.setattr(sys, "argv", ["extract", *words])
     with pytest.raises(H2TError, match="enough"):
         typer.main.get_command(cli.extract.app)(standalone_mode=False)
-    return split({name: value for name, value in seen.items() if name not in ("store", "name", "stopped", "progress")})
+    return read_arguments(
+        {name: value for name, value in seen.items() if name not in ("store", "name", "stopped", "progress")}
+    )
 
 
 def test_every_argument_is_reachable_from_the_command(monkeypatch):
@@ -112,8 +114,9 @@ def test_settings_survive_json_and_pickling():
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
-def test_objects_in_memory_are_none_in_json():
-    settings = Settings(data=(np.zeros((1, 2, 2, 3), np.uint8), None), model=torch.nn.Identity())
+@pytest.mark.parametrize("data", [(np.zeros((1, 2, 2, 3), np.uint8), None), [(np.zeros((2, 2, 3), np.uint8), 0)]])
+def test_objects_in_memory_are_none_in_json(data):
+    settings = Settings(data=data, model=torch.nn.Identity()).absolute()
     record = json.loads(json.dumps(settings.to_json()))
     assert record["data"] is record["model"] is None
 

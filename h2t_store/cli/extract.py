@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from h2t_store.cli.flags import EXIT_CODES, Json, Version, folders, with_settings
 from h2t_store.cli.reporting import facts, json_text, short, table
 from h2t_store.cli.running import interruption
-from h2t_store.settings import Running, Settings, split
+from h2t_store.settings import Running, Settings, read_arguments
 
 __all__ = ["app"]
 
@@ -56,7 +56,7 @@ def extract(
     if arguments["batch_size"].isdecimal():
         arguments["batch_size"] = int(arguments["batch_size"])
     if dry_run:
-        _print_plan(name, *split(arguments), as_json)
+        _print_plan(name, *read_arguments(arguments), as_json)
         return
     from h2t_store.extracting import extract as run
 

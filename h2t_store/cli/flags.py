@@ -44,8 +44,8 @@ def _typed(each: Parameter) -> Parameter:
     return each.replace(default=default, annotation=Annotated[flag.kind, info])
 
 
-_FLAGS = [_typed(each) for each in parameters(Settings) + parameters(Running)]
-_FLAGS = [each for each in _FLAGS if each.name not in ("stopped", "progress")]
+_ONLY_IN_PYTHON = ("stopped", "progress")
+_FLAGS = [_typed(each) for each in parameters(Settings) + parameters(Running) if each.name not in _ONLY_IN_PYTHON]
 
 Store = Annotated[
     str, typer.Argument(metavar="STORE", help="Folder or URL of the store, as for extract.", autocompletion=folders)

@@ -32,7 +32,7 @@ _log = logging.getLogger("h2t_store")
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be computed: images in the order of the rows, network on its device, and what was asked for.
+    """What is to be computed: the settings, the images in the order of the rows, and the network on its device.
 
     ``environment`` holds settings, versions and device, as JSON: what it takes to compute the same again.
     """

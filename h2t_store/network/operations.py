@@ -21,10 +21,11 @@ class Operations:
 
 def find_operations(model: nn.Module, image: Tensor) -> Operations:
     """Run the network and watch every operation."""
-    recorder = _Recorder({name for name, module in model.named_modules() if any(map(is_linear_map, module.modules()))})
-    names = [name for name, _ in model.named_modules()]
-    enter = {name: partial(recorder.enter, name) for name in names}
-    with torch.no_grad(), own_hooks(model, before=enter, after=dict.fromkeys(names, recorder.leave)), recorder:
+    modules = dict(model.named_modules())
+    recorder = _Recorder({name for name, module in modules.items() if any(map(is_linear_map, module.modules()))})
+    enter = {name: partial(recorder.enter, name) for name in modules}
+    leave = dict.fromkeys(modules, recorder.leave)
+    with torch.no_grad(), own_hooks(model, before=enter, after=leave), recorder:
         model(image.clone())
     return recorder.found
 

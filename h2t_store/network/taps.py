@@ -40,7 +40,9 @@ class Tap:
             return "vector"
         if self.raw_shape[self.batch_axis] > 1:  # windows or slices of one image
             return "tokens"
-        return {2: "vector", 4: "map"}.get(len(self.raw_shape), "tokens")  # type: ignore[return-value]
+        if len(self.raw_shape) == 2:
+            return "vector"
+        return "map" if len(self.raw_shape) == 4 else "tokens"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +69,8 @@ class Tap:
 
     def width(self, target_size: int) -> int:
         """Number of features after pooling."""
-        return pooled_width(self.kind, self._shape_to_pool, target_size) + self._keeps_token * self.shape[0]
+        pooled = pooled_width(self.kind, self._shape_to_pool, target_size)
+        return pooled + self.shape[0] if self._keeps_token else pooled
 
     def channels_first(self, activation: Tensor, n: int) -> Tensor:
         """View the activation of ``n`` images as ``(n, channels, *positions)``; `TapError` for another shape."""

@@ -27,6 +27,7 @@ CRC_BYTES = 4
 _INDEX_ENTRY = 16  # offset and length of a chunk in a shard
 
 _memory = threading.local()
+_looking = [threading.Lock() for _ in range(64)]
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
@@ -154,7 +155,8 @@ def _fetched(place: Place, where: str, spec: ArraySpec, inner: int, crc: int | N
         size = _decoded_size(spec) + CRC_BYTES
         within = (inner * size, inner * size + size)
     else:
-        within = _shard_index(place, where, _chunks_per_shard(spec))[inner]
+        with _looking[hash(place) % len(_looking)]:  # threads that want chunks of one shard wait for its index
+            within = _shard_index(place, where, _chunks_per_shard(spec))[inner]
     return _checked(_stored(place, where, spec, within), where, crc)
 
 

@@ -25,7 +25,6 @@ Names = Sequence[str] | NDArray[Any]
 COMMITTED = chunks.framed(np.ones(1, np.uint8))
 _AT_ONCE = "committed/images_at_once"
 _CACHED_BLOCKS = 4096
-_NORMS, _DIGESTS, _FAILURES = -3, -2, -1  # positions in a record
 
 
 class Record(NamedTuple):
@@ -38,14 +37,7 @@ class Record(NamedTuple):
 class Extraction:
     """One extraction in a store; ``where`` names it in messages, ``header`` is given if it is not written yet.
 
-    Attributes
-    ----------
-    complete : bool
-        Whether every row block is committed.
-    n_failed : int
-        How many samples were skipped; known once complete.
-    images_at_once : int, optional
-        The largest batch that memory sufficed for, if smaller than asked for.
+    It is ``complete`` once every row block is committed; then ``n_failed`` says how many samples were skipped.
     """
 
     def __init__(self, folder: Place, where: str, header: ExtractionHeader | None = None) -> None:
@@ -69,10 +61,8 @@ class Extraction:
         return [*layers, ("layer_norms", 0), ("digests", 0), ("failures", 0)]
 
     @cached_property
-    def _first_position(self) -> dict[str, int]:
-        """Position of each layer's first chunk in a record."""
-        starts = np.cumsum([0, *(layer.n_chunks for layer in self.header.layers)]).tolist()
-        return dict(zip((layer.name for layer in self.header.layers), starts, strict=False))
+    def _positions(self) -> dict[tuple[str, int], int]:
+        return {chunk: position for position, chunk in enumerate(self.block_chunks)}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -128,10 +118,10 @@ class Extraction:
         if spec.dtype != "string":
             return chunks.read_chunk(file, where, spec, column, crc)
         content = chunks.read_bytes(file, where, crc)
-        try:
-            return chunks.decode_strings(content)
-        except ValueError:
-            raise DamagedError(f"{where} is damaged: it does not hold strings") from None
+        with suppress(ValueError):
+            if int.from_bytes(content[:4].tobytes(), "little") == spec.chunks[0]:  # how many strings follow
+                return chunks.decode_strings(content)
+        raise DamagedError(f"{where} is damaged: it does not hold strings")
 
     def read_record(self, block: int) -> Record:
         """The record of a row block, found to be this block's."""
@@ -141,10 +131,10 @@ class Extraction:
             raise DamagedError(f"{self.where}: chunk checksums/c/{block}/0 is damaged: it belongs elsewhere")
         return record
 
-    def read_recorded(self, block: int, position: int) -> Any:
-        """The chunk at a position of the block's record; its first rows are as recorded, if not all of it is."""
-        (path, column), record = self.block_chunks[position], self.record(block)
-        spec, crc = self.specs[path], int(record.crcs[position])
+    def read_recorded(self, block: int, path: str, column: int = 0) -> Any:
+        """A chunk of a row block, as its record says; if an extension replaced the chunk, only the first rows are."""
+        spec, record = self.specs[path], self.record(block)
+        crc = int(record.crcs[self._positions[path, column]])
         try:
             return self.read(path, block, column, crc)
         except DamagedError:
@@ -160,22 +150,23 @@ class Extraction:
 
         Valid until this thread reads the next chunk.
         """
-        self.check_metadata(layout.feature_path(layer))
-        values: NDArray[Any] = self.read_recorded(block, self._first_position[layer.name] + column)
+        path = layout.feature_path(layer)
+        self.check_metadata(path)
+        values: NDArray[Any] = self.read_recorded(block, path, column)
         return values
 
-    def _all_rows(self, position: int) -> NDArray[Any]:
+    def _all_rows(self, path: str) -> NDArray[Any]:
         blocks = range(layout.n_blocks(self.header))
-        parts = in_threads(lambda i: self.read_recorded(i, position).copy(), blocks, self.folder.concurrency)
+        parts = in_threads(lambda block: self.read_recorded(block, path).copy(), blocks, self.folder.concurrency)
         return np.concatenate(parts)[: self.header.n_samples]
 
     def layer_norms(self) -> NDArray[np.float32]:
         """Euclidean norms (n_samples, n_layers) of each layer's part of each row."""
-        return self._all_rows(_NORMS)
+        return self._all_rows("layer_norms")
 
     def digests(self) -> NDArray[np.uint8]:
         """Digests (n_samples, 16) of the picture of each row; zeros for samples that were skipped."""
-        return self._all_rows(_DIGESTS)
+        return self._all_rows("digests")
 
     @cached_property
     def _crc_without_failures(self) -> int:
@@ -183,12 +174,16 @@ class Extraction:
 
     def has_failures(self, block: int) -> bool:
         """Whether a sample of a row block was skipped: then a chunk says why."""
-        return int(self.record(block).crcs[_FAILURES]) != self._crc_without_failures
+        return int(self.record(block).crcs[-1]) != self._crc_without_failures
+
+    def recorded_chunks(self, block: int) -> list[tuple[str, int]]:
+        """(array, column) of every chunk that a row block has."""
+        return self.block_chunks if self.has_failures(block) else self.block_chunks[:-1]
 
     def reasons(self, block: int) -> list[str]:
         """Why the samples of a row block were skipped, empty for others."""
         empty = [""] * self.header.rows_per_block
-        reasons: list[str] = self.read_recorded(block, _FAILURES) if self.has_failures(block) else empty
+        reasons: list[str] = self.read_recorded(block, "failures") if self.has_failures(block) else empty
         return reasons
 
     def failures(self) -> dict[int, str]:
@@ -282,23 +277,23 @@ class Extraction:
             flags[block] = (self.folder.keeps_what_it_has and block != self._growing) or self.is_committed(block)
         return flags
 
-    def is_committed(self, block: int) -> bool:
-        """Whether a row block is stored with all its rows."""
-        if not self.chunk_file("committed", block).exists() or not self.read("committed", block)[0]:
-            return False
-        with suppress(DamagedError):
-            return block != self._growing or self.read_record(block).rows == self.rows_of(block)
-        return False
-
-    def known_rows(self, block: int) -> int:
-        """How many first rows of an uncommitted row block are stored, because an extension adds rows to it."""
-        if block != self._growing or not self.chunk_file("committed", block).exists():
+    def _stored_rows(self, block: int) -> int:
+        if content_of(self.chunk_file("committed", block)) != COMMITTED:
             return 0
         with suppress(DamagedError):
-            rows = self.read_record(block).rows
-            for position in range(len(self.block_chunks) - 1):
-                self.read_recorded(block, position)
-            self.reasons(block)
+            return self.rows_of(block) if block != self._growing else self.read_record(block).rows
+        return 0
+
+    def is_committed(self, block: int) -> bool:
+        """Whether a row block is stored with all its rows."""
+        return self._stored_rows(block) == self.rows_of(block)
+
+    def known_rows(self, block: int) -> int:
+        """How many first rows of a row block are stored and sound, while an extension adds rows to it."""
+        rows = self._stored_rows(block)
+        with suppress(DamagedError):
+            for chunk in self.recorded_chunks(block) if 0 < rows < self.rows_of(block) else []:
+                self.read_recorded(block, *chunk)
             return rows if rows < self.rows_of(block) else 0
         return 0
 
@@ -312,39 +307,35 @@ class Extraction:
         *,
         known: int = 0,
     ) -> None:
-        """Write one row block of every layer, then commit it.
+        """Write the rows of one row block, after the first ``known`` that are stored already, then commit it.
 
         Parameters
         ----------
         block : int
-            Index of the row block.
         features : sequence of ndarray of shape (rows, width)
             One for each layer, in the order of the header and the dtype of the store.
         norms : ndarray of shape (rows, n_layers), float32
-            Euclidean norm of each layer's part of each row.
         digests : ndarray of shape (rows, 16), uint8
-            Of each row's picture; zeros for samples that were skipped.
+            Zeros for samples that were skipped.
         failures : dict of int to str, optional
             Why rows, counted from the first of these, were skipped.
         known : int
-            How many rows of the block are stored already and come before these (see `known_rows`).
+            See `known_rows`.
         """
-        jobs: list[tuple[str, int, int, NDArray[Any]]] = []
-        paths, position = [*map(layout.feature_path, self.header.layers), "layer_norms", "digests"], 0
+        jobs: list[tuple[str, int, NDArray[Any]]] = []
+        paths = [*map(layout.feature_path, self.header.layers), "layer_norms", "digests"]
         for path, values in zip(paths, [*features, norms, digests], strict=True):
-            spec = self.specs[path]
-            width = (spec.shard or spec.chunks)[1]
-            for start in range(0, values.shape[1], width):
-                jobs.append((path, start // width, position, values[:, start : start + width]))
-                position += width // spec.chunks[1]
+            width, chunk_width = (self.specs[path].shard or self.specs[path].chunks)[1], self.specs[path].chunks[1]
+            starts = range(0, values.shape[1], width)
+            jobs += [(path, start // chunk_width, values[:, start : start + width]) for start in starts]
 
-        def write(job: tuple[str, int, int, NDArray[Any]]) -> list[int]:
-            path, column, first, values = job
+        def write(job: tuple[str, int, NDArray[Any]]) -> list[int]:
+            path, column, values = job
             spec = self.specs[path]
             shape = spec.shard or spec.chunks
             if known:
-                positions = range(first, first + shape[1] // spec.chunks[1])
-                before = np.hstack([self.read_recorded(block, i)[:known].copy() for i in positions])
+                columns = range(column, column + shape[1] // spec.chunks[1])
+                before = np.hstack([self.read_recorded(block, path, i)[:known].copy() for i in columns])
                 values = np.concatenate([before[:, : values.shape[1]], values])
             return chunks.write_chunk(self.chunk_file(path, block, column), _padded(values, shape, spec), spec)
 
@@ -397,7 +388,7 @@ class Extraction:
     def roll_back(self) -> None:
         """Give up an unfinished extension: the extraction is unfinished with the rows that it had before."""
         header = self.header.before_extension(self.labels(), self.sample_ids())
-        if self.is_committed(self._growing):  # with rows of the extension
+        if self._growing >= 0 and self.is_committed(self._growing):  # with rows of the extension
             self.chunk_file("committed", self._growing).remove()
         Extraction(self.folder, self.where, header).write_attributes(complete=False)
 

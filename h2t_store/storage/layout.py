@@ -43,16 +43,10 @@ _NAN = float("nan")  # one object, so that equal specs compare equal
 
 
 class Layer(NamedTuple):
-    """The columns ``start:stop`` of one tap.
+    """The columns ``start:stop`` of one tap; ``name`` is a module, with ``:in`` if the tap is the module's input.
 
-    Attributes
-    ----------
-    name : str
-        A module name, with ``:in`` if the tap is the module's input.
-    shape : tuple of int
-        Shape of the activation of one image before pooling, channels first.
-    target_sizes : tuple of int
-        The target sizes that pool this activation to these columns.
+    ``shape`` is that of the activation of one image before pooling, channels first, and ``target_sizes`` are those that
+    pool it to these columns.
     """
 
     name: str
@@ -286,9 +280,9 @@ def codec_documents(dtype: str, codec: str) -> list[dict[str, Any]]:
     size = np.dtype(dtype).itemsize
     values = {"name": "bytes", "configuration": {"endian": "little"}} if size > 1 else {"name": "bytes"}
     if codec == "zstd":
-        return [values, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}, crc]
+        return [values, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}, crc]
     if codec == "blosc":
-        how = {"typesize": size, "cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+        how = {"typesize": size, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
         return [values, {"name": "blosc", "configuration": how}, crc]
     if codec == "pcodec":
         return [{"name": "numcodecs.pcodec", "configuration": {}}, crc]

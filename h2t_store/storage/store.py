@@ -9,13 +9,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.errors import DamagedError, StoppedError, StoreError, UnreachableError, did_you_mean
+from h2t_store.errors import DamagedError, StoppedError, StoreError, did_you_mean
 from h2t_store.storage import chunks, layout
 from h2t_store.storage.extraction import Extraction, Names, read_group, write_group
 from h2t_store.storage.layout import ExtractionHeader
@@ -29,19 +29,8 @@ _LOCKS = ".locks"
 class FeatureStore:
     """A Zarr group on a disk or in an object store that holds extractions by name.
 
-    Parameters
-    ----------
-    address : path-like or str
-        A folder or a URL (see `h2t_store.storage.places.open_place`).
-    create : bool
-        Make the store if there is none.
-    cache : path-like, optional
-        Folder for copies of features that are read from a URL.
-
-    Raises
-    ------
-    StoreError
-        If there is no store, or one of another format.
+    ``address`` is a folder or a URL, ``create`` makes the store if there is none, and ``cache`` is a folder for copies
+    of features that are read from a URL. Raises `StoreError` if there is no store, or one of another format.
     """
 
     def __init__(
@@ -119,17 +108,9 @@ class FeatureStore:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[Lost]:
-        """Keep other writers of one name out; the lock of a process that died is taken over.
+        """Keep other writers of one name out; gives a function that says whether the lock was lost since.
 
-        Yields
-        ------
-        Lost
-            Whether another process has taken the lock over, as it does if this one stood still for long.
-
-        Raises
-        ------
-        StoreError
-            If another process holds it, which the message names. If it, or what it protects, cannot be written.
+        Raises `StoreError` if another process holds the lock, or if what it protects cannot be written.
         """
         who = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         lock = self.place / f"{_LOCKS}/{layout.escaped(layout.check_name(name))}"
@@ -154,13 +135,9 @@ class FeatureStore:
             raise StoreError(f"{self.where(name)}: stood still for so long that another process took the lock over")
 
     def begin(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
-        """Create the extraction ``name``, or open the one begun before from the same things.
+        """Create the extraction ``name``, or open the one that was begun from the same inputs.
 
-        Raises
-        ------
-        StoreError
-            If an extraction of that name, or of a part of it, was made from something else; the message says what
-            differs.
+        Raises `StoreError` if one of that name, or of a part of it, has other inputs; the message says what differs.
         """
         folder, above, begun = self.folder(name), layout.names_above(name), self.find(name)
         for group in above:
@@ -194,14 +171,7 @@ class FeatureStore:
     def extend(self, name: str, header: ExtractionHeader, y: NDArray[np.int64], sample_ids: Names) -> Extraction:
         """Add rows to the complete extraction ``name``, which is unfinished until they are computed.
 
-        Parameters
-        ----------
-        name : str
-            The extraction.
-        header : ExtractionHeader
-            What it is to become; rows are made and stored as before.
-        y, sample_ids : array-like
-            Labels and identifiers of all rows; the first ones are those that are stored.
+        ``header``, ``y`` and ``sample_ids`` are of all rows, of which the first ones are stored already.
         """
         begun = self.open(name)
         if not begun.complete:
@@ -228,16 +198,17 @@ def _occupied(folder: Place) -> bool:
 def _kind(folder: Place) -> Literal["extraction", "unreadable", "group", "array", "nothing"]:
     """What lies in a folder, as far as its zarr.json tells; it need not be sound."""
     try:
-        document = json.loads((folder / "zarr.json").read())
+        content = (folder / "zarr.json").read()
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except OSError:
+        return "unreadable"
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        document = json.loads(content)
         if document["node_type"] == "array":
             return "array"
         return "extraction" if document["attributes"] else "group"
-    except (FileNotFoundError, NotADirectoryError):
-        return "nothing"
-    except UnreachableError:  # a ValueError, too
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return "unreadable"
+    return "unreadable"
 
 
 def _names_below(folder: Place, prefix: str = "") -> Iterator[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""Rows and columns of an extraction read from its chunks, each of which is read and checked once."""
+"""Read rows and columns of an extraction from its chunks, each of them once."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from h2t_store.selection import Indices, as_slice, groups
+from h2t_store.indexing import Indices, as_slice, groups
 from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.layout import ExtractionHeader, Layer
 from h2t_store.storage.threads import in_threads
@@ -40,15 +40,12 @@ def gather(extraction: Extraction, rows: Indices, columns: Indices) -> NDArray[n
     header = extraction.header
     out = np.empty((len(rows), len(columns)), dtype=np.float32)
     height = header.rows_per_block
-    row_parts = [
-        _Part(int(rows[target[0]] // height), rows[target] % height, target) for target in groups(rows // height)
-    ]
+    down = [_part(rows[target], height, target) for target in groups(rows // height)]
     jobs: list[tuple[Layer, _Part, _Part]] = []
     for target in groups(column_chunks(header, columns)):
-        layer = header.layers[owners(header, columns[target[:1]])[0]]
-        inside = columns[target] - layer.start
-        part = _Part(int(inside[0] // layer.chunk_width), inside % layer.chunk_width, target)
-        jobs += [(layer, row_part, part) for row_part in row_parts]
+        layer = header.layers[owners(header, columns[target])[0]]
+        across = _part(columns[target] - layer.start, layer.chunk_width, target)
+        jobs += [(layer, part, across) for part in down]
 
     def fill(job: tuple[Layer, _Part, _Part]) -> None:
         layer, down, across = job
@@ -57,6 +54,10 @@ def gather(extraction: Extraction, rows: Indices, columns: Indices) -> NDArray[n
 
     in_threads(fill, jobs, extraction.folder.concurrency)
     return out
+
+
+def _part(indices: Indices, chunk_size: int, target: Indices) -> _Part:
+    return _Part(int(indices[0] // chunk_size), indices % chunk_size, target)
 
 
 def _copy(values: NDArray[Any], out: NDArray[np.float32], target: tuple[Any, Any]) -> None:

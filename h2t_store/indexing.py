@@ -1,4 +1,4 @@
-"""Rows or columns chosen from an axis, as arrays of integers: indexing, grouping by chunk, and packing for pickles."""
+"""Selected rows or columns as arrays of integers: indexing, grouping by chunk, packing for pickles."""
 
 import zlib
 from collections.abc import Iterator, Sequence

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from h2t_store.errors import TapError, did_you_mean
-from h2t_store.network.channels import channel_axes
+from h2t_store.network.batch_axis import of_single_images
+from h2t_store.network.channel_axis import channel_axes
 from h2t_store.network.class_token import class_positions
 from h2t_store.network.paper import published_taps
 from h2t_store.network.presets import canonical_name, preset
 from h2t_store.network.taps import ClassTokenPolicy, Tap
-from h2t_store.network.watching import Content, Place, Seen, Trace, hooks
+from h2t_store.network.watching import Content, Seen, Trace
 from h2t_store.switches import exact_arithmetic
 
 PRESETS = ("paper", "activations", "blocks")
 
 _log = logging.getLogger("h2t_store")
-
-_FINE = 4096  # target size for comparing images: large enough to keep positions apart
 
 
 def find_taps(
@@ -66,7 +65,7 @@ def find_taps(
         for seen, tap in zip(trace.seen, everything, strict=True):
             if names.get(seen.content) == tap.name:
                 found.setdefault(tap.name, tap)
-        kept, left_out = _of_single_images(model, example, list(found.values()))
+        kept, left_out = of_single_images(model, example, list(found.values()))
         if "activations" in parts:
             left_out |= _never_called(trace)
         if cls_token != "pool":
@@ -113,58 +112,6 @@ def _never_called(trace: Trace) -> dict[str, str]:
     """Linear layers that do not run: the network does without, or a function uses their weights."""
     reason = "the network does not call this module"
     return {f"{name}:in": reason for name in trace.modules if name in trace.linear_layers - trace.ran}
-
-
-def _of_single_images(model: nn.Module, example: Tensor, taps: Sequence[Tap]) -> tuple[list[Tap], dict[str, str]]:
-    """Taps with their batch axis; those whose rows are not of single images are left out, with the reason."""
-    by_place = {tap.place: tap for tap in taps}
-    wrong = {tap.name: "the network does not always run it" for tap in taps}
-    second: dict[Place, Tensor] = {}
-
-    def receive_both(place: Place, tensor: Tensor) -> None:
-        if place in by_place:
-            try:
-                by_place[place] = tap = _with_batch_axis(by_place[place], tuple(tensor.shape))
-                second[place] = tap.pool(tensor, 2, _FINE)[1:]
-            except TapError as error:
-                wrong[by_place[place].name] = str(error)
-
-    def receive_alone(place: Place, tensor: Tensor) -> None:
-        if place not in second:
-            return
-        tap = by_place[place]
-        try:
-            alone = tap.pool(tensor, 1, _FINE)
-        except TapError:
-            wrong[tap.name] = "its shape depends on the image"
-            return
-        tolerance = max(1e-3, 8 * torch.finfo(tensor.dtype).eps) * float(alone.nan_to_num().abs().max())
-        if torch.allclose(second[place], alone, rtol=0, atol=tolerance, equal_nan=True):
-            wrong.pop(tap.name, None)
-        else:
-            wrong[tap.name] = "its rows depend on more than one image"
-
-    with torch.no_grad(), hooks(model, sorted({tap.place.module for tap in taps})) as listening:
-        with listening(receive_both):
-            model(example.clone())
-        with listening(receive_alone):
-            model(example[1:].clone())
-    return [tap for tap in by_place.values() if tap.name not in wrong], wrong
-
-
-def _with_batch_axis(tap: Tap, shape_of_two: tuple[int, ...]) -> Tap:
-    """The tap with the axis along which two images are twice as long as one."""
-    if len(shape_of_two) != len(tap.raw_shape):
-        raise TapError("its rank depends on the number of images")
-    grown = [axis for axis, size in enumerate(tap.raw_shape) if shape_of_two[axis] != size]
-    if not grown:
-        raise TapError("it does not grow with the number of images")
-    batch_axis, last = grown[0], len(shape_of_two) - 1
-    if len(grown) > 1 or shape_of_two[batch_axis] != 2 * tap.raw_shape[batch_axis]:
-        raise TapError(f"two images make it {shape_of_two}, one {tap.raw_shape}: no axis holds the images")
-    if tap.channel_axis != batch_axis:
-        return replace(tap, batch_axis=batch_axis)
-    return replace(tap, batch_axis=batch_axis, channel_axis=last if batch_axis < last else 0)
 
 
 def _with_class_tokens(taps: Sequence[Tap], cls_token: ClassTokenPolicy, positions: dict[int, int]) -> list[Tap]:
