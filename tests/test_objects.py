@@ -126,7 +126,12 @@ def test_shards_take_a_request_for_each_layer_and_are_read_in_part(s3, store, fo
     from obstore.store import from_url
     from zarr.storage import ObjectStore
 
-    wide = COMMON | {"model": "h2t_resnet20", "taps": "layer1.0.act2,layer3.2.act2", "target_size": 2048, "codec": codec}
+    wide = COMMON | {
+        "model": "h2t_resnet20",
+        "taps": "layer1.0.act2,layer3.2.act2",
+        "target_size": 2048,
+        "codec": codec,
+    }
     expected = np.asarray(extract(folder, store=tmp_path / "local", name="x", **wide))
     matrix = extract(folder, store=store, name="x", shards=True, **wide)
     layers = [layer for layer in matrix.layers if layer.n_chunks > 1]
