@@ -62,20 +62,18 @@ class Bucket:
             part = {"range": (max(0, size - last), size)}
         return self._ask(lambda obstore, client: bytes(obstore.get(client, self.key, options=part).bytes()))
 
-    def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None], within: tuple[int, int] | None = None) -> int:
+    def fill(self, buffer: NDArray[np.uint8], start: int = 0) -> int:
         def fetch(obstore: Any, client: Any) -> int:
-            found = obstore.get(client, self.key, options=None if within is None else {"range": within})
-            start, stop = found.range
-            buffer = allocate(stop - start)
-            if buffer is not None:
-                buffer[: stop - start] = np.frombuffer(found.bytes(), np.uint8)
-            return int(stop - start)
+            found = obstore.get(client, self.key, options={"range": (start, start + len(buffer))})
+            content = np.frombuffer(found.bytes(), np.uint8)
+            buffer[: len(content)] = content
+            return int(found.meta["size"]) - start
 
         try:
             return self._ask(fetch)
         except UnreachableError:
-            if within is not None and self._size() <= within[0]:  # a server refuses to read beyond the end
-                return 0
+            if (size := self._size()) <= start:  # a server refuses to read beyond the end
+                return size - start
             raise
 
     def write(self, parts: Sequence[memoryview]) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,20 +50,16 @@ class Disk:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last))
             return file.read()
 
-    def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None], within: tuple[int, int] | None = None) -> int:
+    def fill(self, buffer: NDArray[np.uint8], start: int = 0) -> int:
         with open(self.path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if within is not None:
-                start, stop = within
-                size = max(0, min(size, stop) - start)
-                file.seek(start)
-            buffer = allocate(size)
-            if buffer is None:
-                return size
+            found = os.fstat(file.fileno()).st_size - start
+            if found < len(buffer):
+                return found
+            file.seek(start)
             read = 0
-            while read < size and (more := file.readinto(buffer[read:size].data)):
+            while read < len(buffer) and (more := file.readinto(buffer[read:].data)):
                 read += more
-            return read
+            return found if read == len(buffer) else read
 
     def write(self, parts: Sequence[memoryview]) -> None:
         try:

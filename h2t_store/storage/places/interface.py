@@ -1,6 +1,6 @@
 """What a store needs of the place where it lies: files that appear whole, folders, and a lock."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, Self
@@ -53,11 +53,8 @@ class Place(Protocol):
     def read(self, last: int | None = None) -> bytes:
         """Read a file, or its ``last`` bytes; `FileNotFoundError` if there is none."""
 
-    def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None], within: tuple[int, int] | None = None) -> int:
-        """Read a file, or its bytes ``within`` (start, stop), into what ``allocate`` returns for their number.
-
-        Nothing is read if that is None. Returns their number.
-        """
+    def fill(self, buffer: NDArray[np.uint8], start: int = 0) -> int:
+        """Fill a buffer with the bytes of a file from ``start``, if it has enough; how many it has from there."""
 
     def write(self, parts: Sequence[memoryview]) -> None:
         """Write a file and the folders above it.
