@@ -290,11 +290,13 @@ class Extraction:
 
     def known_rows(self, block: int) -> int:
         """How many first rows of a row block are stored and sound, while an extension adds rows to it."""
-        rows = self._stored_rows(block)
+        rows = self._stored_rows(block) if block == self._growing else 0
+        if not 0 < rows < self.rows_of(block):
+            return 0
         with suppress(DamagedError):
-            for chunk in self.recorded_chunks(block) if 0 < rows < self.rows_of(block) else []:
+            for chunk in self.recorded_chunks(block):
                 self.read_recorded(block, *chunk)
-            return rows if rows < self.rows_of(block) else 0
+            return rows
         return 0
 
     def write_block(
