@@ -824,8 +824,9 @@ def test_a_fold_without_weight_is_predicted_by_chance():
 @pytest.fixture(scope="module")
 def layered():
     """A matrix of four layers whose third one says most, and its labels."""
-    X, y, _ = make_problem(3, n=60, d=16)
-    X[:, 9:13] += 2 * np.random.default_rng(0).normal(size=(3, 4))[y]
+    y = np.arange(60) % 5
+    X = np.random.default_rng(0).normal(size=(60, 16))
+    X[:, 9:13] += 4 * np.eye(5, 4)[y]
     return FakeFeatures(X, (4, 5, 4, 3)), y
 
 
@@ -848,7 +849,7 @@ def test_single_layers_are_spread_over_the_network(layered, number, last_layers,
 def test_the_best_layers_are_named_as_the_classifier_takes_them(layered, normalization):
     X, y = layered
     model = Head2ToeClassifierCV(
-        alphas=(0.9,), keep_fractions=(None,), Cs=(0.1, 1.0), normalizations=(normalization,), cv=3, refit="best"
+        alphas=(0.99,), keep_fractions=(None,), Cs=(0.1, 1.0), normalizations=(normalization,), cv=3, refit="best"
     ).fit(X, y)
     assert model.best_params_ == {
         "C": model.best_params_["C"],
