@@ -23,7 +23,7 @@ from estimators.held import hold
 from estimators.paths import PathOptions, solve_path
 from estimators.scaling import kept_scaling, whole_scaling
 from estimators.selection import select_features
-from estimators.selector import PATH_CONSTRAINTS, SELECTION_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
+from estimators.selector import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.sklearn_private import Interval, StrOptions
 from estimators.training import Training, check_features, check_training
 
@@ -179,7 +179,6 @@ class Head2ToeClassifier(SparseLinearClassifier):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **SELECTION_CONSTRAINTS,
         **PATH_CONSTRAINTS,
         "head": [StrOptions({"ridge", "path"})],
         "C": [Interval(Real, 0, None, closed="neither")],

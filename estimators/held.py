@@ -34,6 +34,7 @@ class HeldFeatures:
         self._stored, self._rows, self._columns = stored, rows, columns
         self._whole = self if whole is None else whole
         self._values: NDArray[Any] | None = None
+        self.shape, self.dtype = stored.shape, stored.dtype
 
     def load(self) -> NDArray[Any]:
         """All values of the whole matrix, read if they are not in memory yet."""
@@ -46,14 +47,6 @@ class HeldFeatures:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._stored, name)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._stored.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self._stored.dtype
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -17,9 +17,9 @@ from estimators.head import KeptFeatures, LinearModel, held_bytes
 from estimators.held import hold
 from estimators.scaling import kept_scaling, standardizes, whole_scaling
 from estimators.selection import count_kept
-from estimators.selector import DATA_CONSTRAINTS, SELECTION_CONSTRAINTS
+from estimators.selector import PATH_CONSTRAINTS
 from estimators.sklearn_private import Interval
-from estimators.training import Training, check_training
+from estimators.training import check_training
 
 _SEEDS = 2**31 - 1
 
@@ -36,33 +36,23 @@ class PublishedHead2Toe(SparseLinearClassifier):
         Strength of the penalty sum_d ||W_d||_2 in the scoring, beside the mean cross-entropy.
     keep_fraction : float in (0, 1], default=0.2
         Share of the features kept: those with the largest ||W_d||_2.
-    layers : str, sequence of str or None, default=None
-        As in :class:`Head2ToeClassifier`.
-    normalization : {"standard", "layer", "layer+standard"} or None, default="layer"
-        As in :class:`Head2ToeClassifier`.
+    layers, normalization, class_weight, device, max_memory
+        As in :class:`Head2ToeClassifier`, but for the default "layer". The device holds X whole.
     learning_rate : float, default=0.01
         Adam's at the first step; it decays to 0 along a cosine.
     max_iter : int, default=500
         Steps of each training, on batches of 128 samples.
-    class_weight : dict, "balanced" or None, default=None
-        As in :class:`Head2ToeClassifier`.
     random_state : int, RandomState instance or None, default=None
         Start and order of the samples of both trainings.
-    device : str or torch.device, default="auto"
-        As in :class:`Head2ToeClassifier`. It holds X whole, in float32.
-    max_memory : int or str, default=None
-        What stored features may take in memory ("4GB"); None for 80 % of what is free.
 
     Attributes
     ----------
     feature_scores_ : ndarray of shape (n_features_in_,), float64
-        ||W_d||_2 of the scoring head.
+        ||W_d||_2 of the scoring head; 0 outside ``layers``.
     n_iter_ : int
         ``max_iter``.
-    classes_, coef_, intercept_, selected_features_, feature_layers_, layer_names_
-        As in :class:`Head2ToeClassifier`.
-    n_features_in_, feature_names_in_, recipe_
-        As in :class:`Head2ToeClassifier`.
+    classes_, coef_, intercept_, selected_features_, feature_layers_, layer_names_, recipe_
+        As in :class:`Head2ToeClassifier`, like those that scikit-learn sets.
 
     Examples
     --------
@@ -75,11 +65,9 @@ class PublishedHead2Toe(SparseLinearClassifier):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **DATA_CONSTRAINTS,
+        **PATH_CONSTRAINTS,
         "coef": [Interval(Real, 0, None, closed="left")],
         "keep_fraction": [Interval(Real, 0, 1, closed="right")],
-        "layers": SELECTION_CONSTRAINTS["layers"],
-        "normalization": SELECTION_CONSTRAINTS["normalization"],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "random_state": ["random_state"],
     }
@@ -114,34 +102,26 @@ class PublishedHead2Toe(SparseLinearClassifier):
         training = check_training(self, X, y, sample_weight, self.class_weight)
         columns = training.columns_of(self.layers)
         part, left = hold(training.take(columns), self.max_memory, self.device)
-        random, every = check_random_state(self.random_state), np.arange(len(columns))
-        scoring = self._train(part, every, whole_scaling(self.normalization), left, random, self.coef)
-        best = np.argsort(-scoring.row_norms, kind="stable")
-        selected = np.sort(best[: count_kept(self.keep_fraction, len(best))])
-        head = self._train(part, selected, kept_scaling(self.normalization), left, random, 0.0)
+        random = check_random_state(self.random_state)
+
+        def trained(selected: NDArray[np.int64], scaling: str, coef: float) -> LinearModel:
+            return train(
+                KeptFeatures(part.features, selected, part.layers, scaling, held_bytes(left)),
+                part.codes,
+                len(part.classes),
+                part.sample_weight,
+                standardize=standardizes(self.normalization),
+                coef=coef,
+                learning_rate=self.learning_rate,
+                n_steps=self.max_iter,
+                seed=int(random.randint(_SEEDS)),
+                device=self.device,
+            )
+
+        scores = trained(np.arange(len(columns)), whole_scaling(self.normalization), self.coef).row_norms
+        selected = np.sort(np.argsort(-scores, kind="stable")[: count_kept(self.keep_fraction, len(scores))])
+        head = trained(selected, kept_scaling(self.normalization), 0.0)
         self.n_iter_ = head.n_iter
-        self._set_selection(training, columns, selected, scoring.row_norms)
+        self._set_selection(training, columns, selected, scores)
         self._set_linear(training, head, kept_scaling(self.normalization))
         return self
-
-    def _train(
-        self,
-        training: Training,
-        selected: NDArray[np.int64],
-        scaling: str,
-        max_memory: int | str | None,
-        random: np.random.RandomState,
-        coef: float,
-    ) -> LinearModel:
-        return train(
-            KeptFeatures(training.features, selected, training.layers, scaling, held_bytes(max_memory)),
-            training.codes,
-            len(training.classes),
-            training.sample_weight,
-            standardize=standardizes(self.normalization),
-            coef=coef,
-            learning_rate=self.learning_rate,
-            n_steps=self.max_iter,
-            seed=int(random.randint(_SEEDS)),
-            device=self.device,
-        )

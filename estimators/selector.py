@@ -27,24 +27,19 @@ from estimators.training import Training, check_features, check_training
 if TYPE_CHECKING:
     import pandas as pd
 
-DATA_CONSTRAINTS: dict[str, list[Any]] = {
-    "class_weight": [dict, StrOptions({"balanced"}), None],
-    "max_iter": [Interval(Integral, 1, None, closed="left")],
-    "device": [str, torch.device],
-    "max_memory": [Interval(Real, 0, None, closed="neither"), str, None],
-}
 PATH_CONSTRAINTS: dict[str, list[Any]] = {
-    **DATA_CONSTRAINTS,
-    "l1_ratio": [Interval(Real, 0, 1, closed="right")],
-    "tol": [Interval(Real, 0, None, closed="neither")],
-    "memory": "no_validation",  # type: ignore[dict-item]
-    "verbose": ["verbose"],
-}
-SELECTION_CONSTRAINTS: dict[str, list[Any]] = {
     "alpha": [Interval(Real, 0, 1, closed="right")],
+    "l1_ratio": [Interval(Real, 0, 1, closed="right")],
     "keep_fraction": [Interval(Real, 0, 1, closed="right"), None],
     "layers": [str, "array-like", None],
     "normalization": [StrOptions(set(NORMALIZATIONS)), None],
+    "class_weight": [dict, StrOptions({"balanced"}), None],
+    "tol": [Interval(Real, 0, None, closed="neither")],
+    "max_iter": [Interval(Integral, 1, None, closed="left")],
+    "device": [str, torch.device],
+    "max_memory": [Interval(Real, 0, None, closed="neither"), str, None],
+    "memory": "no_validation",  # type: ignore[dict-item]
+    "verbose": ["verbose"],
 }
 
 
@@ -149,7 +144,7 @@ class Head2ToeSelector(SelectedFeatures, SelectorMixin, BaseEstimator):  # type:
     True
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {**SELECTION_CONSTRAINTS, **PATH_CONSTRAINTS}
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = PATH_CONSTRAINTS
 
     def __init__(
         self,

@@ -224,7 +224,7 @@ class _Newton:
         bend = _hessian_of_scores(self.problem, self.point.probabilities, inverse.dtype)
         residual = -self.gradient.to(inverse.dtype)
         solution = torch.zeros_like(residual)
-        search = _precondition(inverse, residual)
+        search = _applied(inverse, residual)
         size = float((residual * search).sum())
         goal, n_products = self._forcing() ** 2 * size, 0
         while n_products < self.most_products:
@@ -236,7 +236,7 @@ class _Newton:
             step = size / curvature
             solution.add_(search, alpha=step)
             residual.sub_(product, alpha=step)
-            ahead = _precondition(inverse, residual)
+            ahead = _applied(inverse, residual)
             previous, size = size, float((residual * ahead).sum())
             if not size > goal:
                 break
@@ -257,7 +257,7 @@ class _Newton:
         return False
 
 
-def _precondition(inverse: Tensor, rows: Tensor) -> Tensor:
+def _applied(inverse: Tensor, rows: Tensor) -> Tensor:
     return rows * inverse if inverse.ndim == 1 else rows @ inverse
 
 
