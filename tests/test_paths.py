@@ -268,8 +268,8 @@ class Relayered(FakeFeatures):
     """The blocks of one matrix with the layers of another."""
 
     def __init__(self, source, layered):
-        super().__init__(source.values, WIDTHS)
-        self._blocks, self.layers = source, layered.layers
+        super().__init__(source.values, tuple(layer.stop - layer.start for layer in layered.layers))
+        self._blocks = source
 
     def column_blocks(self, max_bytes):
         return self._blocks.column_blocks(max_bytes)
