@@ -197,7 +197,7 @@ class Trial:
                 score, predicted = self.judge(X, test, kept.scores(last.coef, last.intercept), options.label)
             place = places[fit.candidate]
             scores[place], n_features[place], log_probabilities[place] = score, len(fit.selected), predicted[shown]
-        progress(f"{len(places)} candidates judged")
+        progress(f"{len(places)} candidates judged, path included")
         return FoldResult(scores, n_features, log_probabilities, np.tile(nothing.intercept, (len(shown), 1)))
 
     def _learned_from(self, rows: NDArray[np.int64]) -> Training:
