@@ -38,6 +38,7 @@ from estimators.sklearn_private import Interval, StrOptions, validate_parameter_
 from estimators.training import Training, check_features, check_training, class_weighted
 
 _COUNT = Interval(Integral, 1, None, closed="left")
+_SHARED = ("l1_ratio", "class_weight", "tol", "max_iter", "device", "max_memory", "memory", "verbose")
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -139,7 +140,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "refit": [StrOptions({"mixture", "best", "one_standard_error"})],
         "n_jobs": [_COUNT, Interval(Integral, None, -1, closed="right"), None],
-        **PATH_CONSTRAINTS,
+        **{name: PATH_CONSTRAINTS[name] for name in _SHARED},
     }
 
     def __init__(
@@ -388,7 +389,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
 
     def _estimator(self, training: Training, fit: Fit) -> Head2ToeClassifier:
         """A candidate as the classifier it stands for."""
-        shared = {name: getattr(self, name) for name in PATH_CONSTRAINTS}
+        shared = {name: getattr(self, name) for name in _SHARED}
         estimator = Head2ToeClassifier(**shared, **fit.candidate.params)
         for name in ("n_features_in_", "feature_names_in_", "recipe_"):
             if hasattr(self, name):
