@@ -206,9 +206,5 @@ def _load(place: Files | Objects, name: str, codec: Codec[Solution], warn: bool 
 
 def _warn_unwritable(place: Files | Objects, error: OSError | NotImplementedError) -> None:
     reason = getattr(error, "strerror", None) or error
-    warnings.warn(
-        f"What was solved is not kept: memory={str(place)!r} cannot be written to ({reason}). Later fits will solve it "
-        "again.",
-        UserWarning,
-        stacklevel=4,
-    )
+    said = f"What was solved is not kept: memory={str(place)!r} cannot be written to ({reason})."
+    warnings.warn(said, UserWarning, stacklevel=4)

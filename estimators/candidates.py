@@ -197,7 +197,7 @@ class Trial:
                 score, predicted = self.judge(X, test, kept.scores(last.coef, last.intercept), options.label)
             place = places[fit.candidate]
             scores[place], n_features[place], log_probabilities[place] = score, len(fit.selected), predicted[shown]
-        progress(f"{len(places)} candidates judged")
+        progress(f"{len(places)} candidates judged, path included")
         return FoldResult(scores, n_features, log_probabilities, np.tile(nothing.intercept, (len(shown), 1)))
 
     def _learned_from(self, rows: NDArray[np.int64]) -> Training:
@@ -209,12 +209,8 @@ class Trial:
         if len(np.unique(part.codes[part.sample_weight > 0])) > 1:
             yield from fit_candidates(part, self.candidates, options, rough=True)
             return
-        warnings.warn(
-            f"{options.label}only one class to train on, which is predicted everywhere. Choose cv so that every fold "
-            "trains on two.",
-            UserWarning,
-            stacklevel=2,
-        )
+        said = "only one class to train on, which is predicted everywhere. Choose cv so that every fold trains on two."
+        warnings.warn(f"{options.label}{said}", UserWarning, stacklevel=2)
         none = np.zeros(0, dtype=np.int64)
         for candidate in self.candidates:
             yield Fit(candidate, none, None, none, nothing)

@@ -38,6 +38,7 @@ from estimators.sklearn_private import Interval, StrOptions, validate_parameter_
 from estimators.training import Training, check_features, check_training, class_weighted
 
 _COUNT = Interval(Integral, 1, None, closed="left")
+_SHARED = ("l1_ratio", "class_weight", "tol", "max_iter", "device", "max_memory", "memory", "verbose")
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -139,7 +140,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "refit": [StrOptions({"mixture", "best", "one_standard_error"})],
         "n_jobs": [_COUNT, Interval(Integral, None, -1, closed="right"), None],
-        **PATH_CONSTRAINTS,
+        **{name: PATH_CONSTRAINTS[name] for name in _SHARED},
     }
 
     def __init__(
@@ -187,23 +188,15 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
 
         Parameters
         ----------
-        X : array-like or FeatureMatrix of shape (n_samples, n_features)
-        y : array-like of shape (n_samples,)
-            Class labels; two classes or more.
-        sample_weight : array-like of shape (n_samples,), default=None
-            Non-negative. Scores are weighted by it too where the scorer takes weights, unless metadata routing says
-            otherwise.
+        X, y, sample_weight
+            As in `Head2ToeClassifier`. Scores are weighted too where the scorer takes weights, unless metadata routing
+            says otherwise.
         **params : dict
             What metadata routing takes to the splitter and the scorer, such as ``groups``.
 
         Returns
         -------
         self : Head2ToeClassifierCV
-
-        Warns
-        -----
-        ConvergenceWarning
-            If a path does not reach ``tol``, or a head does not converge.
         """
         self._validate_params()
         training = check_training(self, X, y, sample_weight, None)
@@ -272,25 +265,20 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         """Who gets what of the arguments of fit: ``splitter.split`` and ``scorer.score``."""
         if get_config()["enable_metadata_routing"]:
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-            routed: Bunch = process_routing(self, "fit", **params, **weights)
-            return routed
-        if unknown := sorted(params.keys() - {"groups"}):
-            raise ValueError(
-                f"fit takes {', '.join(unknown)} only with metadata routing: "
-                "sklearn.set_config(enable_metadata_routing=True)."
-            )
-        score: dict[str, Any] = {}
+            return Bunch(**process_routing(self, "fit", **params, **weights))
+        if unknown := ", ".join(sorted(params.keys() - {"groups"})):
+            hint = "sklearn.set_config(enable_metadata_routing=True)"
+            raise ValueError(f"fit takes {unknown} only with metadata routing: {hint}.")
+        routed = Bunch(splitter=Bunch(split=params), scorer=Bunch(score={}))
         scorer = get_scorer(self.scoring or "accuracy")
-        if sample_weight is not None:
-            if "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters:
-                score = {"sample_weight": sample_weight}
-            else:
-                warnings.warn(
-                    f"scoring={self.scoring!r} takes no sample_weight: the fits are weighted, their scores are not.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        return Bunch(splitter=Bunch(split=params), scorer=Bunch(score=score))
+        if sample_weight is None:
+            return routed
+        if "sample_weight" in signature(getattr(scorer, "_score_func", scorer)).parameters:
+            routed.scorer.score["sample_weight"] = sample_weight
+        else:
+            said = f"scoring={self.scoring!r} takes no sample_weight: the fits are weighted, their scores are not."
+            warnings.warn(said, UserWarning, stacklevel=3)
+        return routed
 
     def get_metadata_routing(self) -> MetadataRouter:
         """What `fit` passes on: to the splitter's ``split`` and the scorer's ``score``."""
@@ -306,15 +294,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         if isinstance(cv, Integral) or cv is None:
             largest, wanted = int(np.bincount(training.codes).max()), 5 if cv is None else int(cv)
             if largest < 2:
-                raise ValueError(
-                    "y must hold a class with two samples or more: every class has one, which cannot be split."
-                )
+                raise ValueError("y must hold a class with two samples or more; one sample cannot be split.")
             if largest < wanted:
-                warnings.warn(
-                    f"cv={wanted} is more than any class has samples; {largest} folds are used. Lower cv.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+                said = f"cv={wanted} is more than any class has samples; {largest} folds are used. Lower cv."
+                warnings.warn(said, UserWarning, stacklevel=3)
             cv = min(largest, wanted)
         labels, rows = training.classes[training.codes], np.arange(len(training.codes))
         splits = check_cv(cv, labels, classifier=True).split(rows[:, None], labels, **params)
@@ -328,9 +311,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         scores, self.n_splits_ = np.array([fold.scores for fold in folds]), len(folds)
         mean, size = scores.mean(axis=0), np.mean([fold.n_features for fold in folds], axis=0)
         if np.isnan(mean).all():
-            raise ValueError(
-                f"scoring={self.scoring!r} is nan for all candidates; choose scoring or cv so that it is not."
-            )
+            raise ValueError(f"scoring={self.scoring!r} is nan for all candidates; choose scoring or cv so it is not.")
         params = [candidate.params for candidate in candidates]
         self.cv_results_: dict[str, Any] = {
             "params": params,
@@ -395,24 +376,20 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         if len(training.classes) == 2:
             self.offset_ = np.diff(self.offset_)
         self.classes_, self.n_iter_ = training.classes, max(estimator.n_iter_ for estimator in self.estimators_)
-        scores = [estimator.feature_scores_ for estimator in self.estimators_]
-        scores = np.average(scores, axis=0, weights=self.weights_ if self.weights_.any() else None)
+        each = [estimator.feature_scores_ for estimator in self.estimators_]
+        scores = np.average(each, axis=0, weights=self.weights_ if self.weights_.any() else None)
         selected = np.unique(np.concatenate([estimator.selected_features_ for estimator in self.estimators_]))
         self._set_selection(training, np.arange(len(training.layers)), selected, scores)
         if not len(self.selected_features_):
             first = self.estimators_[0]
             warn_nothing_selected(first.alpha, first.alpha_max_, "predictions are the class frequencies")
         elif not self.weights_.any():
-            warnings.warn(
-                "No candidate predicts held-out samples better than the class frequencies do: predictions are the "
-                "class frequencies.",
-                UserWarning,
-                stacklevel=3,
-            )
+            said = "No candidate predicts held-out samples better than the class frequencies, which are predicted."
+            warnings.warn(said, UserWarning, stacklevel=3)
 
     def _estimator(self, training: Training, fit: Fit) -> Head2ToeClassifier:
         """A candidate as the classifier it stands for."""
-        shared = {name: getattr(self, name) for name in PATH_CONSTRAINTS}
+        shared = {name: getattr(self, name) for name in _SHARED}
         estimator = Head2ToeClassifier(**shared, **fit.candidate.params)
         for name in ("n_features_in_", "feature_names_in_", "recipe_"):
             if hasattr(self, name):
@@ -426,17 +403,7 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         return float(get_scorer(self.scoring or "accuracy")(self, X, as_labels(y), **params))
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Scores of the classes: the weighted sum of those of ``estimators_``, and ``offset_``.
-
-        Parameters
-        ----------
-        X : array-like or FeatureMatrix of shape (n_samples, n_features)
-            Only ``X[:, selected_features_]`` of a FeatureMatrix is read.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_classes), or (n_samples,) for the second of two classes, float64
-        """
+        """Weighted sum of the scores of ``estimators_``, and ``offset_``; shapes as in `Head2ToeClassifier`."""
         check_is_fitted(self)
         features = check_features(self, X, reset=False)
         union = self.selected_features_
@@ -471,9 +438,8 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         check_is_fitted(self)
         if len(self.estimators_) > 1 and any(scales_layers(estimator.normalization) for estimator in self.estimators_):
             raise AttributeError(
-                f"{type(self).__name__} has {name} where it is one linear model. This mixture is of "
-                f"{len(self.estimators_)} estimators, some of which scale each layer by the length of what they kept: "
-                f"see estimators_ and weights_, or set refit='best'."
+                f"{type(self).__name__} has {name} where it is one linear model. Some of the {len(self.estimators_)} "
+                "estimators in this mixture scale each layer by its length: see estimators_, or set refit='best'."
             )
 
 

@@ -150,9 +150,9 @@ def test_what_comes_from_the_disk_is_what_was_put_there(tmp_path, solved_ratios)
 def test_a_search_solves_every_alpha_of_every_fold_once(tmp_path, solved_ratios):
     X, y, _ = problem(4)
     grid = {
-        "alpha": [0.5, 0.1, 0.2],
+        "alpha": [0.6, 0.3, 0.5],
         "keep_fraction": [None, 0.2],
-        "C": [0.1, 1.0],
+        "C": [1.0],
         "head": ["ridge", "path"],
     }
     kept = GridSearchCV(Head2ToeClassifier(memory=tmp_path), grid, cv=2, refit=False, error_score="raise").fit(X, y)
@@ -162,7 +162,7 @@ def test_a_search_solves_every_alpha_of_every_fold_once(tmp_path, solved_ratios)
     assert sorted(solved) == sorted([*wanted, *wanted])
     solved_ratios.clear()
     fresh = GridSearchCV(Head2ToeClassifier(), grid, cv=2, refit=False, error_score="raise").fit(X, y)
-    assert sum(map(len, solved_ratios)) > 8 * len(solved)
+    assert sum(map(len, solved_ratios)) > 6 * len(solved)
     for name, value in kept.cv_results_.items():
         if not name.endswith("_time"):
             np.testing.assert_array_equal(value, fresh.cv_results_[name], err_msg=name)
@@ -268,8 +268,8 @@ class Relayered(FakeFeatures):
     """The blocks of one matrix with the layers of another."""
 
     def __init__(self, source, layered):
-        super().__init__(source.values, WIDTHS)
-        self._blocks, self.layers = source, layered.layers
+        super().__init__(source.values, tuple(layer.stop - layer.start for layer in layered.layers))
+        self._blocks = source
 
     def column_blocks(self, max_bytes):
         return self._blocks.column_blocks(max_bytes)

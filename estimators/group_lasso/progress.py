@@ -33,7 +33,7 @@ class PathProgress:
 
 
 class SearchProgress:
-    """Print what a search has done, and how long it took since the line before.
+    """Print what a part of a search has done, and how long it took.
 
     Parameters
     ----------
@@ -45,13 +45,11 @@ class SearchProgress:
 
     def __init__(self, label: str, verbose: int) -> None:
         self._label, self._verbose = label, verbose
-        self._last = time.perf_counter()
+        self._began = time.perf_counter()
 
     def __call__(self, done: str) -> None:
-        now = time.perf_counter()
         if self._verbose:
-            print(f"{self._label}{done}, {duration(now - self._last)}", flush=True)
-        self._last = now
+            print(f"{self._label}{done}, {duration(time.perf_counter() - self._began)}", flush=True)
 
 
 def duration(seconds: float) -> str:
