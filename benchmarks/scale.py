@@ -33,7 +33,7 @@ NETWORKS = {"resnet50": "pool", "vit_base_patch16_224": "keep"}
 TARGET_SIZES = (512, 8192)
 MILLION = 10**6
 SIZES = (10**6, 10**7, 10**8, 10**9)
-REQUESTS_BESIDE_CHUNKS = 3  # norms, checksums, the flag; tests/test_objects.py counts them
+REQUESTS_BESIDE_CHUNKS = 4  # norms, digests, checksums, the flag; tests/test_objects.py counts them
 LISTED_AT_ONCE = 1000
 LIMITS = {"seconds": 60.0, "megabytes": 500.0}
 
@@ -64,7 +64,7 @@ def bytes_per_block(header: ExtractionHeader) -> int:
     """Of all its chunks."""
     n_bytes = 0
     for path, spec in array_specs(header).items():
-        if path.startswith("features/") or path in ("layer_norms", "checksums", "committed"):
+        if path.startswith("features/") or path in ("layer_norms", "digests", "checksums", "committed"):
             across = -(-spec.shape[1] // spec.chunks[1]) if len(spec.shape) > 1 else 1
             n_bytes += across * (int(np.prod(spec.chunks)) * np.dtype(spec.dtype).itemsize + CRC_BYTES)
     return n_bytes

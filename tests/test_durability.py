@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -93,7 +94,8 @@ def job(store: Path, name: str = "x", n: int = 160, **settings):
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file but what a crash may leave of one that was never finished."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    files = {name: path for name, path in files.items() if not f"/{name}".count("/.") and path.suffix != ".partial"}
+    passing = re.compile(r"(^|/)\.(locks|trash)|\.partial$")
+    files = {name: path for name, path in files.items() if not passing.search(name)}
     return {name: path.read_bytes() for name, path in files.items()}
 
 

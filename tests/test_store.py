@@ -10,9 +10,10 @@ import zarr
 
 from h2t_store.errors import IncompleteError, StoreError
 from h2t_store.matrix import open_features
-from h2t_store.storage import layout
+from h2t_store.storage import chunks, layout
 from h2t_store.storage.layout import ExtractionHeader, Layer
 from h2t_store.storage.store import FeatureStore
+from h2t_store.storage.verify import verify
 
 LAYERS = (Layer("stem", 0, 5, (5, 2, 2)), Layer("layer1.0.conv2:in", 5, 2505, (2500,)))
 N, ROWS = 40, 16
@@ -354,3 +355,52 @@ def test_what_is_not_a_store_is_left_alone(tmp_path):
     zarr.create_group(tmp_path / "other")
     with raises_with("zarr.json was changed or damaged"):
         FeatureStore(tmp_path / "other")
+
+
+@pytest.mark.parametrize("crash_after", [0, 1, 3, 4, None])
+@pytest.mark.parametrize(("codec", "shards"), [("none", False), ("zstd", False), ("blosc", True), ("none", True)])
+def test_a_row_block_grows_whatever_its_codec_and_wherever_it_is_interrupted(
+    tmp_path, monkeypatch, codec, shards, crash_after
+):
+    rng, n = np.random.default_rng(0), N + 4
+    values, ids = rng.normal(size=(n, 2505)).astype(np.float16), [f"{i}" for i in range(n)]
+    store, before = FeatureStore(tmp_path / "s", create=True), replace(header(data=N), codec=codec, shards=shards)
+
+    def write(extraction, block, known=0):
+        rows = slice(block * ROWS + known, min((block + 1) * ROWS, extraction.header.n_samples))
+        part = values[rows]
+        extraction.write_block(block, by_layer(part), norms(part), digests(n)[rows], known=known)
+
+    extraction = store.begin("x", before, np.zeros(N, np.int64), ids[:N])
+    for block in range(3):
+        write(extraction, block)
+    extraction.finish()
+    earlier = open_features(tmp_path / "s", "x")
+    np.testing.assert_array_equal(np.asarray(earlier), values[:N])
+    growing = store.extend("x", replace(header(data=n), n_samples=n, codec=codec, shards=shards), np.zeros(n, int), ids)
+    assert growing.committed().tolist() == [True, True, False]
+    if crash_after is not None:
+        real, calls = chunks.write_chunk, []
+
+        def crash(*args):
+            calls.append(1)
+            if len(calls) > crash_after:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(chunks, "write_chunk", crash)
+            with pytest.raises(KeyboardInterrupt):
+                write(growing, 2, known=8)
+        growing = store.open("x")
+        np.testing.assert_array_equal(np.asarray(earlier), values[:N])
+    assert [growing.known_rows(block) for block in range(3)] == [0, 0, 8]
+    write(growing, 2, known=8)
+    growing.finish()
+    matrix = open_features(tmp_path / "s", "x")
+    np.testing.assert_array_equal(np.asarray(matrix), values)
+    np.testing.assert_array_equal(matrix.layer_norms(), norms(values))
+    np.testing.assert_array_equal(store.open("x").digests(), digests(n))
+    assert list(verify(store, "x")) == []
+    read = zarr.open_group(tmp_path / "s", mode="r")["x/features/layer1.0.conv2:in"][:]
+    np.testing.assert_array_equal(read, values[:, 5:])

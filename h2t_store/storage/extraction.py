@@ -37,14 +37,7 @@ class Record(NamedTuple):
 class Extraction:
     """One extraction in a store; ``where`` names it in messages, ``header`` is given if it is not written yet.
 
-    Attributes
-    ----------
-    complete : bool
-        Whether every row block is committed.
-    n_failed : int
-        How many samples were skipped; known once complete.
-    images_at_once : int, optional
-        The largest batch that memory sufficed for, if smaller than asked for.
+    It is ``complete`` once every row block is committed; then ``n_failed`` says how many samples were skipped.
     """
 
     def __init__(self, folder: Place, where: str, header: ExtractionHeader | None = None) -> None:
@@ -125,10 +118,10 @@ class Extraction:
         if spec.dtype != "string":
             return chunks.read_chunk(file, where, spec, column, crc)
         content = chunks.read_bytes(file, where, crc)
-        try:
-            return chunks.decode_strings(content)
-        except ValueError:
-            raise DamagedError(f"{where} is damaged: it does not hold strings") from None
+        with suppress(ValueError):
+            if int.from_bytes(content[:4].tobytes(), "little") == spec.chunks[0]:  # how many strings follow
+                return chunks.decode_strings(content)
+        raise DamagedError(f"{where} is damaged: it does not hold strings")
 
     def read_record(self, block: int) -> Record:
         """The record of a row block, found to be this block's."""
@@ -284,21 +277,22 @@ class Extraction:
             flags[block] = (self.folder.keeps_what_it_has and block != self._growing) or self.is_committed(block)
         return flags
 
-    def is_committed(self, block: int) -> bool:
-        """Whether a row block is stored with all its rows."""
-        if not self.chunk_file("committed", block).exists() or not self.read("committed", block)[0]:
-            return False
-        with suppress(DamagedError):
-            return block != self._growing or self.read_record(block).rows == self.rows_of(block)
-        return False
-
-    def known_rows(self, block: int) -> int:
-        """How many first rows of an uncommitted row block are stored, because an extension adds rows to it."""
-        if block != self._growing or not self.chunk_file("committed", block).exists():
+    def _stored_rows(self, block: int) -> int:
+        if content_of(self.chunk_file("committed", block)) != COMMITTED:
             return 0
         with suppress(DamagedError):
-            rows = self.read_record(block).rows
-            for chunk in self.recorded_chunks(block):
+            return self.rows_of(block) if block != self._growing else self.read_record(block).rows
+        return 0
+
+    def is_committed(self, block: int) -> bool:
+        """Whether a row block is stored with all its rows."""
+        return self._stored_rows(block) == self.rows_of(block)
+
+    def known_rows(self, block: int) -> int:
+        """How many first rows of a row block are stored and sound, while an extension adds rows to it."""
+        rows = self._stored_rows(block)
+        with suppress(DamagedError):
+            for chunk in self.recorded_chunks(block) if 0 < rows < self.rows_of(block) else []:
                 self.read_recorded(block, *chunk)
             return rows if rows < self.rows_of(block) else 0
         return 0
@@ -313,22 +307,20 @@ class Extraction:
         *,
         known: int = 0,
     ) -> None:
-        """Write one row block of every layer, then commit it.
+        """Write the rows of one row block, after the first ``known`` that are stored already, then commit it.
 
         Parameters
         ----------
         block : int
-            Index of the row block.
         features : sequence of ndarray of shape (rows, width)
             One for each layer, in the order of the header and the dtype of the store.
         norms : ndarray of shape (rows, n_layers), float32
-            Euclidean norm of each layer's part of each row.
         digests : ndarray of shape (rows, 16), uint8
-            Of each row's picture; zeros for samples that were skipped.
+            Zeros for samples that were skipped.
         failures : dict of int to str, optional
             Why rows, counted from the first of these, were skipped.
         known : int
-            How many rows of the block are stored already and come before these (see `known_rows`).
+            See `known_rows`.
         """
         jobs: list[tuple[str, int, NDArray[Any]]] = []
         paths = [*map(layout.feature_path, self.header.layers), "layer_norms", "digests"]
@@ -396,7 +388,7 @@ class Extraction:
     def roll_back(self) -> None:
         """Give up an unfinished extension: the extraction is unfinished with the rows that it had before."""
         header = self.header.before_extension(self.labels(), self.sample_ids())
-        if self.is_committed(self._growing):  # with rows of the extension
+        if self._growing >= 0 and self.is_committed(self._growing):  # with rows of the extension
             self.chunk_file("committed", self._growing).remove()
         Extraction(self.folder, self.where, header).write_attributes(complete=False)
 

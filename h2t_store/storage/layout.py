@@ -43,16 +43,10 @@ _NAN = float("nan")  # one object, so that equal specs compare equal
 
 
 class Layer(NamedTuple):
-    """The columns ``start:stop`` of one tap.
+    """The columns ``start:stop`` of one tap; ``name`` is a module, with ``:in`` if the tap is the module's input.
 
-    Attributes
-    ----------
-    name : str
-        A module name, with ``:in`` if the tap is the module's input.
-    shape : tuple of int
-        Shape of the activation of one image before pooling, channels first.
-    target_sizes : tuple of int
-        The target sizes that pool this activation to these columns.
+    ``shape`` is that of the activation of one image before pooling, channels first, and ``target_sizes`` are those that
+    pool it to these columns.
     """
 
     name: str

@@ -9,13 +9,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from h2t_store.errors import DamagedError, StoppedError, StoreError, UnreachableError, did_you_mean
+from h2t_store.errors import DamagedError, StoppedError, StoreError, did_you_mean
 from h2t_store.storage import chunks, layout
 from h2t_store.storage.extraction import Extraction, Names, read_group, write_group
 from h2t_store.storage.layout import ExtractionHeader
@@ -198,16 +198,17 @@ def _occupied(folder: Place) -> bool:
 def _kind(folder: Place) -> Literal["extraction", "unreadable", "group", "array", "nothing"]:
     """What lies in a folder, as far as its zarr.json tells; it need not be sound."""
     try:
-        document = json.loads((folder / "zarr.json").read())
+        content = (folder / "zarr.json").read()
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except OSError:
+        return "unreadable"
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        document = json.loads(content)
         if document["node_type"] == "array":
             return "array"
         return "extraction" if document["attributes"] else "group"
-    except (FileNotFoundError, NotADirectoryError):
-        return "nothing"
-    except UnreachableError:  # a ValueError, too
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return "unreadable"
+    return "unreadable"
 
 
 def _names_below(folder: Place, prefix: str = "") -> Iterator[tuple[str, bool]]:

@@ -16,18 +16,10 @@ __all__ = ["Damage", "damaged_chunks", "restore_documents", "verify"]
 
 
 class Damage(NamedTuple):
-    """One file that is not as it was written.
+    """One file that is not as it was written; ``path`` is relative to the store.
 
-    Attributes
-    ----------
-    path : str
-        The file, relative to the store.
-    problem : str
-        What is wrong with it.
-    kind : {"block", "labels", "document", "header"}
-        Part of a row block; labels or identifiers; metadata that follows from the header; the header.
-    block : int
-        The row block; -1 for other kinds.
+    ``kind`` is part of a row block, labels or identifiers, metadata that follows from the header, or the header;
+    ``block`` is the row block, -1 for other kinds.
     """
 
     path: str
@@ -41,19 +33,8 @@ def verify(
 ) -> Iterator[Damage]:
     """Read everything that an extraction consists of and yield what is damaged, missing or changed.
 
-    Parameters
-    ----------
-    store : FeatureStore
-        The store, sound or not.
-    name : str
-        The extraction in it. Row blocks that are not committed yet are no damage.
-    progress : callable
-        Called with (row blocks read, row blocks in all).
-
-    Raises
-    ------
-    StoreError
-        If there is no such extraction.
+    Row blocks that are not committed yet are no damage. ``progress`` is called with (row blocks read, in all). Raises
+    `StoreError` if there is no such extraction.
     """
     store.require(name)
     for path, attributes in _groups(name).items():
@@ -100,7 +81,8 @@ def _damaged_labels(extraction: Extraction, name: str) -> Iterator[Damage]:
             if not damaged:
                 read()
         except DamagedError:
-            yield Damage(f"{name}/{path}/c", "it holds other values than were written", "labels")
+            problem = f"this or another chunk of {path} holds other values than were written"
+            yield Damage(f"{name}/{path}/c/0", problem, "labels")
 
 
 def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage]:
@@ -145,13 +127,7 @@ def _problem(error: StoreError) -> str:
 
 
 def restore_documents(store: FeatureStore, name: str, damages: list[Damage]) -> None:
-    """Write the metadata again that `verify` found damaged.
-
-    Raises
-    ------
-    StoreError
-        If the header is damaged, from which all else follows.
-    """
+    """Write the metadata again that `verify` found damaged; raises `StoreError` if the header is, which decides it."""
     if any(damage.kind == "header" for damage in damages):
         again = f"remove it (h2t rm {store.address} {name}) and extract it again"
         raise StoreError(f"{store.where(name)} cannot be repaired: its zarr.json is damaged: {again}")
