@@ -140,6 +140,7 @@ def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Runn
     if engine.leads and not extraction.complete:
         store.require_lock(name)
         extraction.finish()
+        _warn_about_siblings(store, extraction, name)
     engine.meet()
 
 
@@ -257,3 +258,18 @@ def _require_same_behaviour(extraction: Extraction, job: Job) -> None:
             f"{extraction.where} was made by a network that computes something else, though weights and code are the "
             f"same: mean activations of two test images are {new}, were {old}; choose another name"
         )
+
+
+def _warn_about_siblings(store: FeatureStore, extraction: Extraction, name: str) -> None:
+    """Warn if extractions such as ``pets/train`` and ``pets/test`` differ in the kind of labels or in weights."""
+    parent, header = name.rpartition("/")[0], extraction.header
+    for sibling in store.names() if parent else []:
+        if sibling == name or sibling.rpartition("/")[0] != parent:
+            continue
+        with suppress(StoreError):
+            other = store.open(sibling).header
+            if len({type(label) for label in (*header.classes, *other.classes)}) > 1:
+                _log.warning("the labels of %s and %s are integers in one and names in the other", name, sibling)
+            mine, theirs = header.provenance["inputs"], other.provenance["inputs"]
+            if mine["model"] == theirs["model"] and mine["weights_sha256"] != theirs["weights_sha256"]:
+                _log.warning("%s and %s were made by %s with different weights", name, sibling, mine["model"])

@@ -196,6 +196,21 @@ def test_a_beginning_without_rows_gives_way(tmp_path, folder):
     assert extract(folder, model=MODEL, store=tmp_path / "s", name="x").shape[0] == 39
 
 
+def test_extractions_side_by_side_that_do_not_go_together_are_pointed_out(tmp_path, images, caplog):
+    common = dict(model=MODEL, store=tmp_path / "s")
+    extract((images, ["cat", "ant"] * 20), name="pets/train", **common)
+    extract((images, ["cat", "ant"] * 20), name="pets/test", **common)
+    extract((images, ["dog", "ant"] * 20), name="other", **common)
+    assert caplog.text == ""
+    extract((images[:20], ["cat"] * 20), name="pets/few", **common)
+    assert caplog.text == ""
+    extract((images, [1, 0] * 20), name="pets/numbers", **common)
+    assert "the labels of pets/numbers and pets/train are integers in one and names in the other" in caplog.text
+    caplog.clear()
+    extract((images, ["cat", "ant"] * 20), name="pets/again", seed=1, **common)
+    assert "pets/again and pets/test were made by tiny_models.py:small_input with different weights" in caplog.text
+
+
 def test_another_image_in_its_place_or_other_classes_are_noticed(tmp_path, folder, images):
     common = dict(model=MODEL, store=tmp_path / "s")
     extract(folder, name="x", **common)
