@@ -93,12 +93,8 @@ def job(store: Path, name: str = "x", n: int = 160, **settings):
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file but what a crash may leave of one that was never finished."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-<<<<<<< HEAD
-    files = {name: path for name, path in files.items() if not f"/{name}".count("/.") and path.suffix != ".partial"}
-=======
     passing = re.compile(r"(^|/)\.(locks|trash)|\.partial$")
     files = {name: path for name, path in files.items() if not passing.search(name)}
->>>>>>> places
     return {name: path.read_bytes() for name, path in files.items()}
 
 
