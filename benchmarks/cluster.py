@@ -72,7 +72,8 @@ def throughput(n: int, work: Path) -> dict[str, Any]:
 
     def run(**options: Any) -> dict[str, float]:
         clock, store = Clock(), work / f"{next(runs)}.zarr"
-        extract(data, model=f"{MODELS}:resnet56", store=store, name=NAME, progress=clock, **options)
+        common = dict(model=f"{MODELS}:resnet56", name=NAME, rows_per_block=256)  # progress of Ray comes by blocks
+        extract(data, store=store, progress=clock, **common, **options)
         return clock.figures()
 
     try:

@@ -111,7 +111,7 @@ def fill_store(path: Path, n_samples: int, n_features: int) -> None:
     for block, values in enumerate(row_blocks(rng, y, rows, layers, mixing, centers)):
         norms = [np.linalg.norm(values[:, at.start : at.stop].astype(np.float32), axis=1) for at in layers]
         parts = np.split(values, [at.start for at in layers[1:]], axis=1)
-        extraction.write_block(block, parts, np.stack(norms, axis=1))
+        extraction.write_block(block, parts, np.stack(norms, axis=1), np.zeros((len(parts[0]), 16), np.uint8))
     extraction.finish()
 
 

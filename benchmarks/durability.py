@@ -38,7 +38,7 @@ from h2t_store.storage.verify import verify
 
 MODEL = f"{HERE.parent / 'tests/tiny_models.py'}:small_input"
 NAME = "pets/train"
-_ARRAYS = ("layer_norms", "failures", "checksums", "committed", "y", "sample_ids")
+_ARRAYS = ("layer_norms", "digests", "failures", "checksums", "committed", "y", "sample_ids")
 
 
 def write_images(folder: Path, n: int, broken: int = 0) -> Path:

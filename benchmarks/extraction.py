@@ -53,10 +53,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store import extract
+from h2t_store.engines import open_engine
 from h2t_store.engines.preparation import Job, prepare
-from h2t_store.extracting import extract_job
+from h2t_store.extracting import fill
 from h2t_store.images import Source
 from h2t_store.network.taps import tapped
+from h2t_store.settings import Running, Settings
 from h2t_store.storage.store import FeatureStore
 from h2t_store.switches import exact_arithmetic
 
@@ -164,7 +166,8 @@ class Passes:
             if done and not seen:
                 seen.extend([perf_counter(), done])
 
-        extract_job(self.job, store, "bench", workers=self.workers, progress=progress)
+        with open_engine("local", workers=self.workers) as engine:
+            fill(self.job, store, "bench", engine, Running(progress=progress))
         return self.run(start, *seen)
 
 
@@ -173,8 +176,8 @@ def prepared(spec: dict[str, Any]) -> tuple[Job, float]:
     torch.set_num_threads(spec["threads"])
     images = np.load(spec["images"])[: spec.get("n")]
     start = perf_counter()
-    job = prepare(
-        (images, None),
+    settings = Settings(
+        data=(images, None),
         model=spec["model"],
         pretrained=False,
         batch_size=spec["batch_size"],
@@ -182,6 +185,7 @@ def prepared(spec: dict[str, Any]) -> tuple[Job, float]:
         amp=spec["amp"],
         torchcompile=spec["torchcompile"],
     )
+    job = prepare(settings)
     return job, perf_counter() - start
 
 

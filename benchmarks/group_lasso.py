@@ -219,9 +219,8 @@ def run_adam(spec: dict[str, Any]) -> dict[str, Any]:
     loaded = np.load(spec["data"])
     X, y = loaded["X"], loaded["y"]
     start = time.perf_counter()
-    coef, intercept = train(
-        X, y, int(y.max()) + 1, standardize=True, coef=spec["alpha"], n_steps=spec["steps"], seed=0, device="cpu"
-    )
+    settings = {"standardize": True, "coef": spec["alpha"], "n_steps": spec["steps"], "seed": 0, "device": "cpu"}
+    coef, intercept, *_ = train(X, y, int(y.max()) + 1, np.ones(len(y)), **settings)
     seconds = time.perf_counter() - start
     sd, mean = X.std(0, dtype=np.float64), X.mean(0, dtype=np.float64)
     rows = np.flatnonzero(np.abs(coef).max(1) > 0)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from estimators import Head2ToeClassifierCV
 from estimators.adam import train as train_by_adam
 from estimators.group_lasso import group_lasso_path
-from estimators.scaling import layer_index
+from estimators.layers import layer_index
 from estimators.selection import count_kept
 from h2t_store import FeatureMatrix
 from h2t_store.engines.preparation import Job
@@ -238,13 +238,14 @@ def _published_fits(
     classes, codes = np.unique(y, return_inverse=True)
     scored = unit_layers(X, owner)
     options = {name: PUBLISHED[name] for name in ("learning_rate", "n_steps")}
+    equal = np.ones(len(y))
     for coef in PUBLISHED["coef"]:
-        weights, _ = train_by_adam(scored, codes, len(classes), coef=coef, seed=seed, **options)
+        weights = train_by_adam(scored, codes, len(classes), equal, coef=coef, seed=seed, **options).coef
         scores = np.square(weights).sum(axis=1)
         for fraction in PUBLISHED["keep_fraction"]:
             kept = np.sort(np.argsort(-scores, kind="stable")[: count_kept(fraction, len(scores))])
             again, test = (unit_layers(values[:, kept], owner[kept]) for values in (X, X_test))
-            weights, intercept = train_by_adam(again, codes, len(classes), seed=seed + 1, **options)
+            weights, intercept, *_ = train_by_adam(again, codes, len(classes), equal, seed=seed + 1, **options)
             yield coef, fraction, classes[(test @ weights + intercept).argmax(axis=1)], kept
 
 

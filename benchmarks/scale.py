@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from h2t_store.engines.plan import rows_per_block
 from h2t_store.engines.preparation import Job, prepare
 from h2t_store.images import open_source
+from h2t_store.settings import Settings
 from h2t_store.storage.chunks import CRC_BYTES
 from h2t_store.storage.layout import ExtractionHeader, array_specs
 
@@ -32,7 +33,7 @@ NETWORKS = {"resnet50": "pool", "vit_base_patch16_224": "keep"}
 TARGET_SIZES = (512, 8192)
 MILLION = 10**6
 SIZES = (10**6, 10**7, 10**8, 10**9)
-REQUESTS_BESIDE_CHUNKS = 3  # norms, checksums, the flag; tests/test_objects.py counts them
+REQUESTS_BESIDE_CHUNKS = 4  # norms, digests, checksums, the flag; tests/test_objects.py counts them
 LISTED_AT_ONCE = 1000
 LIMITS = {"seconds": 60.0, "megabytes": 500.0}
 
@@ -40,16 +41,16 @@ LIMITS = {"seconds": 60.0, "megabytes": 500.0}
 def job_of(model: str, target_size: int) -> Job:
     """What is to be computed for images of this network's size."""
     images = np.zeros((2, 224, 224, 3), np.uint8)
-    return prepare(
-        (images, None), model=model, pretrained=False, taps="paper", cls_token=NETWORKS[model], target_size=target_size,
-        batch_size=1, device="cpu",
+    settings = Settings(
+        data=(images, None), model=model, pretrained=False, taps="paper", cls_token=NETWORKS[model],
+        target_size=target_size, batch_size=1, device="cpu",
     )  # fmt: skip
+    return prepare(settings)
 
 
 def header_of(job: Job, n_samples: int) -> ExtractionHeader:
     """Of an extraction of so many images."""
-    row_bytes = job.layers[-1].stop * job.forward.dtype.itemsize
-    return replace(job.header(job.source), n_samples=n_samples, rows_per_block=rows_per_block(n_samples, row_bytes))
+    return replace(job.header(), n_samples=n_samples, rows_per_block=rows_per_block(n_samples, job.row_bytes))
 
 
 def flop(job: Job) -> int:
@@ -63,7 +64,7 @@ def bytes_per_block(header: ExtractionHeader) -> int:
     """Of all its chunks."""
     n_bytes = 0
     for path, spec in array_specs(header).items():
-        if path.startswith("features/") or path in ("layer_norms", "checksums", "committed"):
+        if path.startswith("features/") or path in ("layer_norms", "digests", "checksums", "committed"):
             across = -(-spec.shape[1] // spec.chunks[1]) if len(spec.shape) > 1 else 1
             n_bytes += across * (int(np.prod(spec.chunks)) * np.dtype(spec.dtype).itemsize + CRC_BYTES)
     return n_bytes

@@ -84,7 +84,9 @@ def write_store(rows: Rows, path: Path) -> dict[str, float]:
     first = perf_counter()
     for block in rows.blocks():
         n = block.stop - block.start
-        extraction.write_block(block.number, [part[:n] for part in rows.parts], rows.norms[:n])
+        extraction.write_block(
+            block.number, [part[:n] for part in rows.parts], rows.norms[:n], np.zeros((n, 16), np.uint8)
+        )
     last = perf_counter()
     extraction.finish()
     return {"blocks": last - first} | until_synced(begun)

@@ -37,6 +37,7 @@ from report import write
 
 from h2t_store import FeatureMatrix, extract
 from h2t_store.engines.preparation import Job, prepare
+from h2t_store.settings import Settings
 
 VTAB_FILES = {"train": "train800val200.txt", "test": "test.txt"}
 TARGET_SIZES = (512, 16)
@@ -72,7 +73,7 @@ class Backbone:
 
     def job(self, task: Task, split: str) -> Job:
         """The network with a split's images."""
-        return prepare(**task.source(split), **self.settings)
+        return prepare(Settings(**task.source(split), **self.settings))
 
     def features(self, task: Task, split: str, taps: dict[str, Any], name: str) -> tuple[FeatureMatrix, float]:
         """Features of a split, extracted unless they are there, and the seconds that took (those of the first time)."""

@@ -3,8 +3,9 @@
 from estimators.classifier import Head2ToeClassifier
 from estimators.display import Head2ToeLayersDisplay, Head2ToePathDisplay
 from estimators.group_lasso import GroupLassoPath, group_lasso_path
+from estimators.published import PublishedHead2Toe
 from estimators.search import Head2ToeClassifierCV
-from estimators.selection import Head2ToeSelector
+from estimators.selector import Head2ToeSelector
 
 __all__ = [
     "GroupLassoPath",
@@ -13,5 +14,6 @@ __all__ = [
     "Head2ToeLayersDisplay",
     "Head2ToePathDisplay",
     "Head2ToeSelector",
+    "PublishedHead2Toe",
     "group_lasso_path",
 ]

@@ -1,4 +1,4 @@
-"""The published training of Head2Toe: a linear softmax head, by Adam on minibatches, with a group penalty or without.
+"""The published training: a linear softmax head, by Adam on minibatches, with a group penalty or without.
 
 Rows are shuffled once, when X is copied to the device; each batch is then a slice, read twice per step and never
 gathered. W, its gradient and Adam's moments are class-major, so that every pass over them runs along memory.
@@ -7,44 +7,29 @@ gathered. W, its gradient and Adam's moments are class-major, so that every pass
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from estimators.device import resolve_device
-from estimators.features import Features, as_features, iterate_blocks
+from estimators.features import ColumnSource, iterate_blocks
 from estimators.group_lasso.moments import column_moments
 from estimators.group_lasso.operators import storage_dtype, stored_precision
-from estimators.labels import check_sample_weight
-from estimators.sklearn_private import Interval, validate_parameter_constraints
+from estimators.head import LinearModel
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-7
 
-_CONSTRAINTS: dict[str, list[Any]] = {
-    "n_classes": [Interval(Integral, 2, None, closed="left")],
-    "sample_weight": ["array-like", None],
-    "standardize": ["boolean"],
-    "coef": [Interval(Real, 0, None, closed="left")],
-    "learning_rate": [Interval(Real, 0, None, closed="neither")],
-    "n_steps": [Interval(Integral, 1, None, closed="left")],
-    "batch_size": [Interval(Integral, 1, None, closed="left")],
-    "seed": [Interval(Integral, 0, None, closed="left")],
-    "device": [str, torch.device],
-}
-
 
 def train(
-    X: Features | ArrayLike,
-    codes: ArrayLike,
+    X: ColumnSource | NDArray[Any],
+    codes: NDArray[np.int64],
     n_classes: int,
+    sample_weight: NDArray[np.float64],
     *,
-    sample_weight: ArrayLike | None = None,
     standardize: bool = False,
     coef: float = 0.0,
     learning_rate: float = 0.01,
@@ -52,79 +37,48 @@ def train(
     batch_size: int = 128,
     seed: int,
     device: str | torch.device = "auto",
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Train a linear softmax head on CE + coef * sum_d ||W_d||_2.
+) -> LinearModel:
+    """Train a linear softmax head on CE + coef * sum_d ||W_d||_2, for columns of unit variance with ``standardize``.
 
     The kernel starts Glorot-uniform, the bias, which is not penalised, at zero. The rows are shuffled once and cut
     into batches of ``batch_size``, the last of an epoch holding what is left; the loss of a batch is divided by
-    ``batch_size`` and its penalty scaled by its share of it, so that every row counts the same. Step t = 0, 1, ...
-    of T = ``n_steps`` is Adam's with learning rate eta_t = ``learning_rate`` * (1 + cos(pi t / T)) / 2::
+    ``batch_size``, or by the number of rows if that is smaller, and its penalty scaled by its share of it, so that
+    every row counts the same. Step t = 0, 1, ... of T = ``n_steps`` is Adam's with learning rate
+    eta_t = ``learning_rate`` * (1 + cos(pi t / T)) / 2::
 
         m = 0.9 m + 0.1 g,  v = 0.999 v + 0.001 g^2
         w = w - eta_t sqrt(1 - 0.999^(t+1)) / (1 - 0.9^(t+1)) * m / (sqrt(v) + 1e-7)
 
-    The gradient of ||W_d|| at zero counts as zero.
-
-    Parameters
-    ----------
-    X : array-like, Tensor or FeatureMatrix of shape (n_samples, n_features)
-        Finite. Held once on the device, as float32.
-    codes : array-like of shape (n_samples,)
-        Classes as integers 0 .. n_classes - 1.
-    n_classes : int
-    sample_weight : array-like of shape (n_samples,), default=None
-        Non-negative; a row's cross-entropy is multiplied by s_i / mean(s). Rows and classes of zero weight are left
-        out.
-    standardize : bool, default=False
-        Train on columns scaled to zero weighted mean and unit weighted variance; constant columns get zero.
-    coef : float, default=0.0
-        Strength of the group penalty.
-    learning_rate : float, default=0.01
-    n_steps : int, default=500
-    batch_size : int, default=128
-    seed : int
-        Of the start and the shuffle, which are drawn on the CPU whatever the device.
-    device : str or torch.device, default="auto"
-        ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Returns
-    -------
-    coef : ndarray of shape (n_features, n_classes), float64
-        W, for the standardised columns with ``standardize``; zero for a class left out.
-    intercept : ndarray of shape (n_classes,), float64
-        -inf for a class left out.
+    The gradient of ||W_d|| at zero counts as zero. A row's cross-entropy is multiplied by s_i / mean(s); rows of zero
+    weight, and classes that have no others, are left out. Computed in float32, or float64 if X is wider. Start and
+    shuffle are drawn on the CPU, whatever the device.
 
     Raises
     ------
     ValueError
-        If an argument is not as described, fewer than two classes have positive weight, or the training diverges.
+        If X is not finite, or the training diverges.
     """
-    given = dict(locals())
-    validate_parameter_constraints(_CONSTRAINTS, {name: given[name] for name in _CONSTRAINTS}, caller_name="train")
-    features = as_features(X)
-    labels = _check_codes(codes, n_classes, features.shape[0])
-    weight = check_sample_weight(sample_weight, len(labels))
-    rows = np.flatnonzero(weight > 0)
-    present = np.unique(labels[rows])
-    if len(present) < 2:
-        raise ValueError(f"codes must hold at least two classes with positive weight, got {len(present)}: {present}.")
-
-    generator = torch.Generator().manual_seed(int(seed))
-    kernel = _glorot_uniform(len(present), features.shape[1], generator)
+    rows, target = np.flatnonzero(sample_weight > 0), resolve_device(device)
+    present = np.unique(codes[rows])
+    generator = torch.Generator().manual_seed(seed)
+    limit = math.sqrt(6.0 / (X.shape[1] + len(present)))
+    kernel = torch.empty((len(present), X.shape[1])).uniform_(-limit, limit, generator=generator)
     order = rows[torch.randperm(len(rows), generator=generator).numpy()]
-    target = resolve_device(device)
-    kernel, share = kernel.to(target), torch.as_tensor(weight[order] / weight[rows].mean(), device=target)
-    data, constant = _load(features, order, share / len(order), standardize, target)
-    kernel[:, constant] = 0.0
-    classes = torch.as_tensor(np.searchsorted(present, labels[order]), device=target)
-    targets = torch.nn.functional.one_hot(classes, len(present)).T.float()
-    bias = _descend(kernel, data, targets, share.float(), coef, learning_rate, n_steps, batch_size)
+    share = torch.as_tensor(sample_weight[order] / sample_weight[rows].mean(), device=target)
+    data, mean, inverse_sd = _load(X, order, share / len(order), standardize, target)
+    kernel = kernel.to(data)
+    kernel[:, inverse_sd == 0] = 0.0
+    classes = torch.as_tensor(np.searchsorted(present, codes[order]), device=target)
+    targets = torch.nn.functional.one_hot(classes, len(present)).T.to(data.dtype)
+    bias = _descend(kernel, data, targets, share.to(data.dtype), coef, learning_rate, n_steps, batch_size)
 
-    solved, intercept = np.zeros((features.shape[1], n_classes)), np.full(n_classes, -np.inf)
-    solved[:, present], intercept[present] = kernel.T.double().cpu().numpy(), bias.double().cpu().numpy()
-    if not (np.isfinite(solved).all() and np.isfinite(intercept[present]).all()):
-        raise ValueError(f"the training diverged at learning_rate={learning_rate!r}; lower it, or scale X.")
-    return solved, intercept
+    weights = kernel.T.double()
+    raw, row_norms = weights * inverse_sd[:, None], weights.norm(dim=1).cpu().numpy()
+    solved, intercept = np.zeros((X.shape[1], n_classes)), np.full(n_classes, -np.inf)
+    solved[:, present], intercept[present] = raw.cpu().numpy(), (bias.double() - mean @ raw).cpu().numpy()
+    if not (np.isfinite(row_norms).all() and np.isfinite(intercept[present]).all()):
+        raise ValueError(f"The training diverged at learning_rate={learning_rate!r}; lower it, or scale X.")
+    return LinearModel(solved, intercept, row_norms, n_steps)
 
 
 def _descend(
@@ -138,20 +92,23 @@ def _descend(
     batch_size: int,
 ) -> Tensor:
     """Train ``kernel`` (n_classes, n_features) in place, and return the bias (n_classes,)."""
-    bias = kernel.new_zeros(len(kernel))
+    bias, size = kernel.new_zeros(len(kernel)), min(batch_size, len(data))
     kernel.grad, bias.grad = torch.empty_like(kernel), torch.empty_like(bias)
     # One kernel reads and writes W, m and v once: 28 bytes per weight, where separate operations move over twice that.
     optimizer = torch.optim.Adam([kernel, bias], betas=_BETAS, fused=True)
     settings = optimizer.param_groups[0]
-    for step, batch in zip(range(n_steps), _batches(len(data), batch_size), strict=False):
+    starts = range(0, len(data), size)
+    for step in range(n_steps):
+        start = starts[step % len(starts)]
+        batch = slice(start, min(start + size, len(data)))
         rows = data[batch]
         residual = torch.softmax(torch.addmm(bias[:, None], kernel, rows.T), dim=0)
-        residual.sub_(targets[:, batch]).mul_(share[batch] / batch_size)
+        residual.sub_(targets[:, batch]).mul_(share[batch] / size)
         torch.mm(residual, rows, out=kernel.grad)
         torch.sum(residual, dim=1, out=bias.grad)
         if coef:
             norms = kernel.square().sum(0).sqrt_()
-            kernel.grad.addcmul_(kernel, torch.where(norms > 0, coef * len(rows) / batch_size / norms, 0.0))
+            kernel.grad.addcmul_(kernel, torch.where(norms > 0, coef * len(rows) / size / norms, 0.0))
         settings["lr"] = 0.5 * learning_rate * (1.0 + math.cos(math.pi * step / n_steps))
         # torch adds epsilon after it corrects the bias of v, the published code before.
         settings["eps"] = _EPSILON / math.sqrt(1.0 - _BETAS[1] ** (step + 1))
@@ -159,60 +116,24 @@ def _descend(
     return bias
 
 
-def _batches(n_samples: int, batch_size: int) -> Iterator[slice]:
-    while True:
-        for start in range(0, n_samples, batch_size):
-            yield slice(start, min(start + batch_size, n_samples))
-
-
-def _glorot_uniform(n_classes: int, n_features: int, generator: torch.Generator) -> Tensor:
-    limit = math.sqrt(6.0 / (n_features + n_classes))
-    return torch.empty((n_classes, n_features)).uniform_(-limit, limit, generator=generator)
-
-
 def _load(
-    X: Features, order: NDArray[np.int64], weights: Tensor, standardize: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Rows of X in the given order, (len(order), n_features) float32, and which columns standardising found constant.
-
-    Raises
-    ------
-    ValueError
-        If a column is not finite in float32, or is missing from X's blocks.
-    """
-    data = torch.full((len(order), X.shape[1]), torch.nan, device=device)
-    constant = torch.zeros(X.shape[1], dtype=torch.bool, device=device)
-    wide = np.float32 if storage_dtype(X, None) == torch.float32 else np.float64
-    rows = torch.as_tensor(order, device=X.device) if isinstance(X, Tensor) else None
+    X: ColumnSource | NDArray[Any], order: NDArray[np.int64], weights: Tensor, standardize: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of X in the given order, (len(order), n_features), and the mean and 1 / sd they were scaled by."""
+    mean = torch.zeros(X.shape[1], dtype=torch.float64, device=device)
+    inverse_sd = torch.ones_like(mean)
+    data = torch.full((len(order), X.shape[1]), torch.nan, dtype=storage_dtype(X, None), device=device)
     for columns, block in iterate_blocks(X):
         index = columns if isinstance(columns, slice) else torch.as_tensor(columns, device=device)
-        if isinstance(block, Tensor):
-            values = block[rows].to(device)
-        else:
-            values = torch.from_numpy(np.asarray(block[order], wide)).to(device)
+        values = torch.from_numpy(np.asarray(block[order])).to(device)
         if standardize:
             values = values.double()
-            mean, sd = column_moments(values.T, weights, stored_precision(X))
-            constant[index] = sd == 0
-            values = torch.where(sd == 0, 0.0, (values - mean) / torch.where(sd.isfinite(), sd, torch.nan))
-        data[:, index] = values.float()
+            mean[index], sd = column_moments(values.T, weights, stored_precision(X))
+            inverse_sd[index] = torch.where(sd == 0, 0.0, 1.0 / sd)
+            values = (values - mean[index]) * inverse_sd[index]
+        data[:, index] = values.to(data.dtype)
     least, largest = torch.aminmax(data, dim=0)
-    bad = ~(least.isfinite() & largest.isfinite())
+    bad = ~(largest - least).isfinite()
     if bool(bad.any()):
-        raise ValueError(
-            f"X holds NaN or infinity (in float32) in column {int(bad.nonzero()[0])}, or X.column_blocks left it out; "
-            "it must be finite."
-        )
-    return data, constant
-
-
-def _check_codes(codes: ArrayLike, n_classes: int, n_samples: int) -> NDArray[np.int64]:
-    labels = np.asarray(codes)
-    if labels.shape != (n_samples,):
-        raise ValueError(f"codes must have shape ({n_samples},), one per row of X, got {labels.shape}.")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
-        raise ValueError(
-            f"codes must be integers from 0 to n_classes - 1 = {n_classes - 1}, got {labels.dtype} values from "
-            f"{labels.min()} to {labels.max()}."
-        )
-    return labels.astype(np.int64)
+        raise ValueError(f"X holds NaN or infinity in column {int(bad.nonzero()[0])}; it must be finite.")
+    return data, mean, inverse_sd

@@ -1,7 +1,7 @@
-"""Solutions kept on disk or in an object store and shared between processes: a file per problem, replaced whole.
+"""Solutions kept in a folder or a bucket and shared between processes: one file per problem, replaced as a whole.
 
-On a disk those who want the same wait for the one who solves it. An object store has no locks: there, those who begin
-at the same time each solve it, and what is stored last stays.
+In a folder, those who want the same solution wait for the one who computes it. A bucket has no locks: those who start
+at the same time each compute it, and the last one stored stays.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -33,14 +33,78 @@ Solution = TypeVar("Solution")
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
 
-def cache_place(memory: Any) -> Files | Objects | None:
-    """Where solutions are kept: the folder itself, or that of a joblib.Memory, or a URL; None for no caching.
+@dataclass(frozen=True)
+class Files:
+    """Solutions in a folder."""
 
-    Raises
-    ------
-    ValueError
-        If ``memory`` is none of these, or is a joblib.Memory that does not keep its files in a local folder.
-    """
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> bytes:
+        """A solution; `FileNotFoundError` where there is none."""
+        return (self.folder / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a solution as a whole."""
+        temporary = self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(self.folder / name)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def lock(self, key: str) -> AbstractContextManager[Any]:
+        """Held by one at a time; entering it raises `OSError` where nothing can be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / f"{key}.lock", poll_interval=_POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The same below a URL, with the credentials of the process."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._ask(lambda obstore, client: obstore.get(client, name).bytes()))
+
+    def write(self, name: str, content: bytes) -> None:
+        try:
+            self._ask(lambda obstore, client: obstore.put(client, name, content))
+        except FileNotFoundError:
+            raise OSError("there is no such bucket") from None
+
+    def lock(self, key: str) -> AbstractContextManager[Any]:
+        """Nobody waits."""
+        return nullcontext()
+
+    def _ask(self, question: Callable[[Any, Any], Any]) -> Any:
+        """What obstore answers; errors become an `OSError` of one line, without passwords."""
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise ValueError(f"memory={self.url!r} needs obstore: pip install 'head2toe[s3]'.") from None
+        # obstore's threads do not survive a fork. The first process is noted at obstore itself, where everything else
+        # in this process that uses it finds it.
+        if obstore.__dict__.setdefault("_first_used_by", os.getpid()) != os.getpid():
+            raise OSError("its client does not survive that the process was forked: use joblib's backend loky")
+        try:
+            return question(obstore, from_url(self.url))
+        except FileNotFoundError:
+            raise FileNotFoundError(self.url) from None
+        except (obstore.exceptions.BaseError, NotImplementedError) as error:
+            raise OSError(re.sub(r"//[^/\s]*@", "//", str(error).splitlines()[0])) from None
+
+
+def cache_place(memory: Any) -> Files | Objects | None:
+    """Where ``memory`` says that solutions are kept: a folder, that of a joblib.Memory, a URL, or None for nowhere."""
     if memory is None:
         return None
     if isinstance(memory, str) and _URL.fullmatch(memory):
@@ -59,89 +123,8 @@ def cache_place(memory: Any) -> Files | Objects | None:
     )
 
 
-@dataclass(frozen=True)
-class Files:
-    """A folder of solutions."""
-
-    folder: Path
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def read(self, name: str) -> bytes:
-        """A solution; `FileNotFoundError` where there is none."""
-        try:
-            return (self.folder / name).read_bytes()
-        except NotADirectoryError as error:
-            raise FileNotFoundError(name) from error
-
-    def write(self, name: str, content: bytes) -> None:
-        """Put a solution in the place of what is there."""
-        temporary = self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(self.folder / name)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def alone(self, key: str) -> Iterator[None]:
-        """Wait until nobody else is at it; `OSError` where that cannot be had."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / f"{key}.lock", poll_interval=_POLL_SECONDS)
-        lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-@dataclass(frozen=True)
-class Objects:
-    """Solutions below a URL, asked for with the credentials of the process that asks."""
-
-    url: str
-
-    def __str__(self) -> str:
-        return self.url
-
-    def read(self, name: str) -> bytes:
-        """A solution; `FileNotFoundError` where there is none."""
-        return bytes(self._ask(lambda obstore, client: obstore.get(client, name).bytes()))
-
-    def write(self, name: str, content: bytes) -> None:
-        """Put a solution in the place of what is there."""
-        try:
-            self._ask(lambda obstore, client: obstore.put(client, name, content))
-        except FileNotFoundError:
-            raise OSError("there is no such bucket") from None
-
-    def alone(self, key: str) -> AbstractContextManager[None]:
-        """Nobody waits."""
-        return nullcontext()
-
-    def _ask(self, question: Callable[[Any, Any], Any]) -> Any:
-        """What obstore answers; what goes wrong is an `OSError` of one line, without passwords."""
-        try:
-            import obstore
-            from obstore.store import from_url
-        except ImportError:
-            raise ValueError(f"memory={self.url!r} needs obstore: pip install 'head2toe[s3]'.") from None
-        # Its threads are gone in a process that was forked after they began. The first process is noted at obstore
-        # itself, where everything else in this process that uses it finds it, too.
-        if obstore.__dict__.setdefault("_first_used_by", os.getpid()) != os.getpid():
-            raise OSError("its client does not survive that the process was forked: use joblib's backend loky")
-        try:
-            return question(obstore, from_url(self.url))
-        except FileNotFoundError:
-            raise FileNotFoundError(self.url) from None
-        except (obstore.exceptions.BaseError, NotImplementedError) as error:
-            raise OSError(re.sub(r"//[^/\s]*@", "//", str(error).splitlines()[0])) from None
-
-
 def fingerprint(X: FeatureMatrix | NDArray[Any]) -> str:
-    """What X is: the address of stored features with the rows and columns taken, or a hash of an array's values."""
+    """Identify X: by the address, rows and columns of stored features, or by a hash of an array's values."""
     known = getattr(X, "fingerprint", None)
     if known is not None:
         return f"{known}"
@@ -157,7 +140,7 @@ def fingerprint(X: FeatureMatrix | NDArray[Any]) -> str:
 
 
 def problem_key(*parts: str | NDArray[Any]) -> str:
-    """A name for a problem: a hash of everything that decides its solution."""
+    """Name a problem: a hash of everything that decides its solution."""
     digest = xxhash.xxh3_128(_FORMAT.encode())
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -169,14 +152,10 @@ def problem_key(*parts: str | NDArray[Any]) -> str:
 
 @dataclass(frozen=True)
 class Codec(Generic[Solution]):
-    """How a solution becomes arrays and comes back; what is missing there or wrong raises KeyError or the like."""
+    """How a solution becomes arrays and comes back; unpacking raises where arrays are missing or wrong."""
 
     pack: Callable[[Solution], Arrays]
     unpack: Callable[[Arrays], Solution]
-
-
-class _UnusableError(Exception):
-    """What is stored is damaged."""
 
 
 def cached(
@@ -186,59 +165,46 @@ def cached(
     enough: Callable[[Solution], bool],
     solve: Callable[[Solution | None], Solution],
 ) -> Solution:
-    """What is stored under ``key``, completed by ``solve`` where it is not enough.
+    """The solution stored under ``key``, completed by ``solve`` and stored again where it is not enough.
 
-    What cannot be written is returned all the same, and a warning says so. A damaged file is computed anew.
+    A damaged file is computed again. What cannot be written is returned all the same, with a warning.
     """
     name = f"{key}.npz"
-    stored = None
-    try:
-        stored = _load(place, name, codec)
-    except _UnusableError as error:
-        warnings.warn(f"{place}/{name} cannot be used ({error}) and is computed again.", UserWarning, stacklevel=3)
+    stored = _load(place, name, codec)
     if stored is not None and enough(stored):
         return stored
-    with ExitStack() as stack:
+    with ExitStack() as held:
         try:
-            stack.enter_context(place.alone(key))
+            held.enter_context(place.lock(key))
         except (OSError, NotImplementedError) as error:
             _warn_unwritable(place, error)
             return solve(stored)
-        stored = None
-        with suppress(_UnusableError):  # said before
-            stored = _load(place, name, codec)
+        stored = _load(place, name, codec, warn=False)
         if stored is not None and enough(stored):
             return stored
-        complete = solve(stored)
+        solution, content = solve(stored), io.BytesIO()
         try:
-            place.write(name, _encoded(codec.pack(complete)))
+            np.savez(content, **dict[str, Any](codec.pack(solution)))
+            place.write(name, content.getvalue())
         except OSError as error:
             _warn_unwritable(place, error)
-        return complete
+        return solution
 
 
-def _warn_unwritable(place: Files | Objects, error: OSError | NotImplementedError) -> None:
-    reason = getattr(error, "strerror", None) or error
-    warnings.warn(
-        f"What was solved is not kept: memory={str(place)!r} cannot be written to ({reason}). "
-        "Later fits will solve it again.",
-        UserWarning,
-        stacklevel=4,
-    )
-
-
-def _encoded(arrays: Arrays) -> bytes:
-    stream, named = io.BytesIO(), dict[str, Any](arrays)
-    np.savez(stream, **named)
-    return stream.getvalue()
-
-
-def _load(place: Files | Objects, name: str, codec: Codec[Solution]) -> Solution | None:
+def _load(place: Files | Objects, name: str, codec: Codec[Solution], warn: bool = True) -> Solution | None:
     try:
         with np.load(io.BytesIO(place.read(name)), allow_pickle=False) as archive:
             return codec.unpack({each: archive[each] for each in archive.files})
     except FileNotFoundError:
         return None
     except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files, obstore its own
-        said = str(error).splitlines()[0] if str(error) else ""
-        raise _UnusableError(f"{type(error).__name__}: {said}") from error
+        if warn:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"{place}/{name} cannot be used ({said}) and is computed again.", UserWarning, stacklevel=4)
+        return None
+
+
+def _warn_unwritable(place: Files | Objects, error: OSError | NotImplementedError) -> None:
+    reason = getattr(error, "strerror", None) or error
+    said = f"What was solved is not kept: memory={str(place)!r} cannot be written to ({reason})."
+    warnings.warn(said, UserWarning, stacklevel=4)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,141 +15,121 @@ from estimators.classifier import ScoresClassifier
 from estimators.device import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.heads import RidgeSolution
-from estimators.held import hold
-from estimators.kept import KeptFeatures, held_bytes, in_memory
+from estimators.head import KeptFeatures, LinearModel, RidgeHead, RidgeSolution, held_bytes, in_memory
+from estimators.held import HeldFeatures, hold
 from estimators.mixture import drawn
 from estimators.paths import PathOptions, solve_path
-from estimators.refit import ridge_head
 from estimators.scaling import kept_scaling
-from estimators.selection import kept_features
+from estimators.selection import select_features
 from estimators.sklearn_private import check_method_params
 from estimators.training import Training, class_weighted
+
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is tried; ``index`` is its place in ``cv_results_``."""
+    """Parameters of a `Head2ToeClassifier`; without ``alpha`` it keeps all features of its layers."""
 
-    index: int
-    target_size: int | None
+    layers: tuple[str, ...] | None
     normalization: str | None
-    alpha: float
     keep_fraction: float | None
-    last_layers: int | None
-    layer: int | None
+    alpha: float | None
     C: float
 
     @property
-    def kept(self) -> tuple[float | None, int | None, int | None]:
-        """What decides which features are kept, besides alpha."""
-        return self.keep_fraction, self.last_layers, self.layer
-
-    @property
     def params(self) -> dict[str, Any]:
-        """For `Head2ToeClassifier`."""
-        return {
-            "C": self.C,
-            "alpha": self.alpha,
-            "keep_fraction": self.keep_fraction,
-            "last_layers": self.last_layers,
-            "layer": self.layer,
-            "normalization": self.normalization,
-            "target_size": self.target_size,
-        }
-
-    @property
-    def decides(self) -> tuple[Any, ...]:
-        """What the candidate's predictions depend on: those that keep whole layers are the same at every alpha."""
-        whole = self.layer is not None or self.last_layers is not None or self.keep_fraction == 1.0
-        return self.target_size, self.normalization, self.kept, self.C, None if whole else self.alpha
-
-    def select(self, path: GroupLassoPath, layers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Features kept at the end of the path, sorted."""
-        return kept_features(path, layers, self.keep_fraction, self.last_layers, self.layer)
+        """Those that matter."""
+        params: dict[str, Any] = {"C": self.C}
+        if self.alpha is not None:
+            params["alpha"] = self.alpha
+        params |= {"keep_fraction": self.keep_fraction, "normalization": self.normalization}
+        return params if self.layers is None else {**params, "layers": list(self.layers)}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One candidate on one training set."""
+    """One candidate on one training set: ``columns[selected]`` of X, and a linear model of them."""
 
     candidate: Candidate
-    path: GroupLassoPath
+    columns: NDArray[np.int64]
+    path: GroupLassoPath | None
     selected: NDArray[np.int64]
-    scaling: str
-    coef: NDArray[np.float64]
-    intercept: NDArray[np.float64]
+    linear: LinearModel
 
 
 def fit_candidates(
-    training: Training, candidates: Sequence[Candidate], options: PathOptions, rough: bool
+    training: Training, candidates: Sequence[Candidate], options: PathOptions, *, rough: bool
 ) -> Iterator[Fit]:
-    """Fit candidates: one path per target size and normalization, one gathering of features per selection.
-
-    C goes from small to large; ``rough`` as in `RidgeHead.fit`.
-    """
-    progress = SearchProgress(len(candidates), options.label) if options.verbose else None
-    for target_size in dict.fromkeys(candidate.target_size for candidate in candidates):
-        part, of_part = hold(training.of_size(target_size), options)
-        limit = held_bytes(of_part.max_memory)
-        of_size = [candidate for candidate in candidates if candidate.target_size == target_size]
-        for normalization in dict.fromkeys(candidate.normalization for candidate in of_size):
-            group = [candidate for candidate in of_size if candidate.normalization == normalization]
-            for fit in _fit_group(part, group, replace(of_part, normalization=normalization), limit, rough):
-                if target_size is not None:
-                    fit = replace(fit, selected=training.sizes[target_size][fit.selected])
-                yield fit
-                if progress is not None:
-                    progress()
+    """Fit candidates: one path for those that share layers and normalization; ``rough`` as in `RidgeHead.fit`."""
+    training, options = _hold(training, options)
+    for layers, of_layers in _grouped(candidates, lambda candidate: candidate.layers).items():
+        columns = training.columns_of(layers)
+        part, of_part = _hold(training.take(columns), options)
+        for normalization, group in _grouped(of_layers, lambda candidate: candidate.normalization).items():
+            for fit in _fit_group(part, group, replace(of_part, normalization=normalization), rough):
+                yield replace(fit, columns=columns)
 
 
-def _fit_group(
-    training: Training,
-    group: Sequence[Candidate],
-    options: PathOptions,
-    limit: float,
-    rough: bool,
-) -> Iterator[Fit]:
-    """Fit candidates of one target size and normalization."""
-    normalization, device = options.normalization, resolve_device(options.device)
-    alphas = list(dict.fromkeys(candidate.alpha for candidate in group))
-    paths = dict(zip(alphas, solve_path(training, alphas, options), strict=True))
-    scaling = kept_scaling(normalization)
-    selections: dict[bytes, list[Candidate]] = {}
+def _hold(training: Training, options: PathOptions) -> tuple[Training, PathOptions]:
+    training, left = hold(training, options.max_memory, options.device)
+    if isinstance(training.features, HeldFeatures):
+        training.features.load()
+    return training, replace(options, max_memory=left)
+
+
+def _fit_group(training: Training, group: Sequence[Candidate], options: PathOptions, rough: bool) -> Iterator[Fit]:
+    """Fit candidates of the same layers and normalization."""
+    alphas = list(dict.fromkeys(candidate.alpha for candidate in group if candidate.alpha is not None))
+    paths: dict[float | None, GroupLassoPath] = {}
+    if alphas:
+        progress = SearchProgress(options.label, options.verbose)
+        of_path = replace(options, verbose=max(0, options.verbose - 1))
+        paths.update(zip(alphas, solve_path(training, alphas, of_path), strict=True))
+        progress(f"path to alpha={min(alphas):.3g} solved: {len(paths[min(alphas)].active[-1])} features")
+    every = np.arange(len(training.layers))
+    same_features: dict[bytes, list[Candidate]] = {}
     # A head starts from that with the same share of features at the alpha above.
-    ordered = sorted(group, key=lambda candidate: (str(candidate.kept), -candidate.alpha, candidate.C))
-    for _, alike in itertools.groupby(ordered, key=lambda candidate: (candidate.kept, candidate.alpha)):
-        candidates_alike = list(alike)
-        selected = candidates_alike[0].select(paths[candidates_alike[0].alpha], training.layers)
-        selections.setdefault(selected.tobytes(), []).extend(candidates_alike)
-    solutions: dict[tuple[Any, float], RidgeSolution] = {}
-    for key, same in selections.items():
+    ordered = sorted(group, key=lambda candidate: (str(candidate.keep_fraction), -(candidate.alpha or 0)))
+    for (fraction, alpha), alike in _grouped(ordered, lambda one: (one.keep_fraction, one.alpha)).items():
+        selected = every if alpha is None else select_features(paths[alpha], -1, fraction)
+        same_features.setdefault(selected.tobytes(), []).extend(alike)
+    solutions: dict[Any, RidgeSolution | None] = {}
+    for key, same in same_features.items():
         selected = np.frombuffer(key, dtype=np.int64)
         head = None
         if len(selected):
-            head = ridge_head(training, paths[same[0].alpha], selected, normalization, device, limit)
-        for C, alike in itertools.groupby(
-            sorted(same, key=lambda candidate: candidate.C), key=lambda candidate: candidate.C
-        ):
-            like = (same[0].kept, C)
-            coef, intercept = null_model(training) if head is None else head.fit(C, solutions.get(like), rough)
-            if head is not None and head.solution is not None:
-                solutions[like] = head.solution
+            limit = held_bytes(options.max_memory)
+            head = RidgeHead(training, selected, options.normalization, resolve_device(options.device), limit)
+        for C, alike in sorted(_grouped(same, lambda candidate: candidate.C).items()):
+            similar = same[0].keep_fraction, C
+            linear = null_model(training) if head is None else head.fit(C, solutions.get(similar), rough)
+            if head is not None:
+                solutions[similar] = head.solution
             for candidate in alike:
-                yield Fit(candidate, paths[candidate.alpha], selected, scaling, coef, intercept)
+                yield Fit(candidate, every, paths.get(candidate.alpha), selected, linear)
 
 
-def null_model(training: Training) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """No features: coefficients (0, n_classes), and the logarithms of the class frequencies, (n_classes,)."""
+def _grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """Items by key, both in the order of their first appearance."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def null_model(training: Training) -> LinearModel:
+    """A model of no features: its intercepts are the logarithms of the class frequencies."""
     counts = np.bincount(training.codes, training.sample_weight, len(training.classes)).astype(np.float64)
     if not counts.any():
         counts = np.ones(len(training.classes))
     with np.errstate(divide="ignore"):
-        return np.zeros((0, len(counts))), np.log(counts / counts.sum())
+        return LinearModel(np.zeros((0, len(counts))), np.log(counts / counts.sum()), np.zeros(0), 0)
 
 
 class _Answers(ScoresClassifier, BaseEstimator):  # type: ignore[misc]
-    """What one candidate says about one validation set, for scorers to ask."""
+    """What one model says about the samples ``X``, for scorers to ask."""
 
     def __init__(self, classes: NDArray[Any], scores: NDArray[np.float64], X: Any) -> None:
         self.classes = self.classes_ = classes
@@ -166,80 +145,72 @@ class _Answers(ScoresClassifier, BaseEstimator):  # type: ignore[misc]
         return True
 
 
-def score_fold(
-    training: Training,
-    train: NDArray[np.int64],
-    test: NDArray[np.int64],
-    candidates: Sequence[Candidate],
-    scorer: Any,
-    score_params: dict[str, Any],
-    class_weight: dict[Any, float] | str | None,
-    options: PathOptions,
-    mixed: Sequence[int],
-    share: float,
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Try all candidates on one fold.
+class FoldResult(NamedTuple):
+    """What all candidates did in one fold: scores, features kept, and what `mixture_weights` wants to know."""
 
-    Returns
-    -------
-    scores : ndarray of shape (n_candidates,), float64
-    n_features : ndarray of shape (n_candidates,), int64
-        That each kept.
-    log_probabilities : ndarray of shape (len(mixed), n_drawn, n_classes), float64
-        Predicted by the candidates ``mixed`` for that ``share`` of the samples held out.
-    log_frequencies : ndarray of shape (n_drawn, n_classes), float64
-        Of the classes in what they were fitted on.
-    """
-    part = replace(
-        training,
-        features=training.features[train],
-        codes=training.codes[train],
-        sample_weight=training.sample_weight[train],
-    )
-    held_out, labels = training.features[test], training.classes[training.codes[test]]
-    limit = held_bytes(options.max_memory)
-    values = in_memory(held_out, limit)
-    part = class_weighted(part, class_weight)
-    params = check_method_params(training.features, params=score_params, indices=test)
-    scores, n_features = np.empty(len(candidates)), np.empty(len(candidates), dtype=np.int64)
-    places = {index: place for place, index in enumerate(mixed)}
-    shown = drawn(np.arange(len(test)), share)
-    log_probabilities = np.empty((len(mixed), len(shown), len(training.classes)))
-    log_frequencies = np.tile(null_model(part)[1], (len(shown), 1))
+    scores: NDArray[np.float64]
+    n_features: NDArray[np.int64]
+    log_probabilities: NDArray[np.float64]
+    log_frequencies: NDArray[np.float64]
 
-    def judge(kept: KeptFeatures, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[float, Any]:
-        answers = _Answers(training.classes, kept.scores(coef, intercept), held_out)
-        predicted = answers.predict_log_proba(held_out)[shown]
+
+@dataclass(frozen=True)
+class Trial:
+    """Candidates to be tried on parts of a training set; predictions of ``share`` of what is held out are kept."""
+
+    training: Training
+    candidates: Sequence[Candidate]
+    class_weight: dict[Any, float] | str | None
+    scorer: Any
+    score_params: dict[str, Any]
+    share: float
+
+    def judge(
+        self, X: Any, rows: NDArray[np.int64], scores: NDArray[np.float64], label: str
+    ) -> tuple[float, NDArray[np.float64]]:
+        """The score of a model that gives the rows X these ``scores``, and its log-probabilities, both by class."""
+        answers = _Answers(self.training.classes, scores, X)
+        labels = self.training.classes[self.training.codes[rows]]
+        params = check_method_params(self.training.features, params=self.score_params, indices=rows)
         try:
-            score = float(scorer(answers, held_out, labels, **params))
+            score = float(self.scorer(answers, X, labels, **params))
         except Exception as error:
+            said = f"{label}scoring failed and counts as nan: {type(error).__name__}: {error}"
+            warnings.warn(said, UserWarning, stacklevel=2)
             score = np.nan
-            warnings.warn(
-                f"{options.label}scoring failed and counts as nan: {type(error).__name__}: {error}",
-                UserWarning,
-                stacklevel=2,
-            )
-        return score, predicted
+        return score, answers.predict_log_proba(X)
 
-    if len(np.unique(part.codes[part.sample_weight > 0])) < 2:
-        warnings.warn(
-            f"{options.label}only one class to train on, which is predicted everywhere. Choose cv so that every fold "
-            "trains on two.",
-            UserWarning,
-            stacklevel=2,
-        )
-        nothing = KeptFeatures(values, np.zeros(0, dtype=np.int64), training.layers, "", limit)
-        scores[:], log_probabilities[:] = judge(nothing, *null_model(part))
-        n_features[:] = 0
-        return scores, n_features, log_probabilities, log_frequencies
-    previous: NDArray[np.float64] | None = None
-    for fit in fit_candidates(part, candidates, options, rough=True):
-        index = fit.candidate.index
-        if previous is not fit.coef:
-            previous = fit.coef
-            kept = KeptFeatures(values, fit.selected, training.layers, fit.scaling, limit)
-            judged = judge(kept, fit.coef, fit.intercept)
-        scores[index], n_features[index] = judged[0], len(fit.selected)
-        if index in places:
-            log_probabilities[places[index]] = judged[1]
-    return scores, n_features, log_probabilities, log_frequencies
+    def on_fold(self, train: NDArray[np.int64], test: NDArray[np.int64], options: PathOptions) -> FoldResult:
+        """Fit all candidates on the rows ``train`` and judge them by the rows ``test``."""
+        progress = SearchProgress(options.label, options.verbose)
+        part, X, every = self._learned_from(train), self.training.features[test], self.training.layers
+        limit, nothing = held_bytes(options.max_memory), null_model(part)
+        values, shown = in_memory(X, limit), drawn(np.arange(len(test)), self.share)
+        places = {candidate: place for place, candidate in enumerate(self.candidates)}
+        scores, n_features = np.empty(len(places)), np.empty(len(places), dtype=np.int64)
+        log_probabilities = np.empty((len(places), len(shown), len(part.classes)))
+        last: LinearModel | None = None
+        for fit in self._fits(part, nothing, options):
+            if fit.linear is not last:  # candidates that keep the same features share a model
+                last, selected = fit.linear, fit.columns[fit.selected]
+                kept = KeptFeatures(values, selected, every, kept_scaling(fit.candidate.normalization), limit)
+                score, predicted = self.judge(X, test, kept.scores(last.coef, last.intercept), options.label)
+            place = places[fit.candidate]
+            scores[place], n_features[place], log_probabilities[place] = score, len(fit.selected), predicted[shown]
+        progress(f"{len(places)} candidates judged, path included")
+        return FoldResult(scores, n_features, log_probabilities, np.tile(nothing.intercept, (len(shown), 1)))
+
+    def _learned_from(self, rows: NDArray[np.int64]) -> Training:
+        whole = self.training
+        features, codes, weight = whole.features[rows], whole.codes[rows], whole.sample_weight[rows]
+        return class_weighted(replace(whole, features=features, codes=codes, sample_weight=weight), self.class_weight)
+
+    def _fits(self, part: Training, nothing: LinearModel, options: PathOptions) -> Iterator[Fit]:
+        if len(np.unique(part.codes[part.sample_weight > 0])) > 1:
+            yield from fit_candidates(part, self.candidates, options, rough=True)
+            return
+        said = "only one class to train on, which is predicted everywhere. Choose cv so that every fold trains on two."
+        warnings.warn(f"{options.label}{said}", UserWarning, stacklevel=2)
+        none = np.zeros(0, dtype=np.int64)
+        for candidate in self.candidates:
+            yield Fit(candidate, none, None, none, nothing)

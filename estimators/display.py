@@ -1,9 +1,10 @@
-"""Plots of fitted estimators: which layers the features come from, and how the choice along alpha was made."""
+"""Plots of fitted estimators: which layers the features come from, and what a search found along alpha."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -11,10 +12,9 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from estimators.search import Head2ToeClassifierCV
-from estimators.selection import SelectedFeatures, layer_totals
+from estimators.selector import SelectedFeatures, layer_totals
 
 # Okabe and Ito's colours without yellow, which white swallows; a marker each, so that greyscale tells them apart too.
-
 _STYLES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -24,12 +24,12 @@ _STYLES = (
     ("#56B4E9", "P"),
     ("#000000", "X"),
 )
-Kept: TypeAlias = tuple[float | None, int | None, int | None]
+_Kept: TypeAlias = tuple[float | None, frozenset[str]]  # fraction of which layers
 _DASHES = ("-", "--", ":", "-.")
-_MUTED = "#767676"
-_READ = ("selected_features_", "feature_scores_", "feature_layers_", "layer_names_")
+_LONGEST_NAME = 24
 
 
+@dataclass(kw_only=True, eq=False)
 class Head2ToeLayersDisplay:
     """Which layers the selected features, and their scores, come from.
 
@@ -39,10 +39,8 @@ class Head2ToeLayersDisplay:
     Parameters
     ----------
     layer_names : array-like of shape (n_layers,), str
-    n_features : array-like of shape (n_layers,), int
-        How many features each layer has.
-    n_selected : array-like of shape (n_layers,), int
-        How many of them are selected.
+    n_features, n_selected : array-like of shape (n_layers,), int
+        How many features each layer has, and how many of them are selected.
     scores : array-like of shape (n_layers,), float
         Sum of the scores of the selected ones.
 
@@ -50,258 +48,161 @@ class Head2ToeLayersDisplay:
     ----------
     ax_ : matplotlib.axes.Axes
     figure_ : matplotlib.figure.Figure
-
-    Examples
-    --------
-    >>> from sklearn.datasets import load_iris
-    >>> from estimators import Head2ToeClassifier
-    >>> from estimators.display import Head2ToeLayersDisplay
-    >>> X, y = load_iris(return_X_y=True)
-    >>> display = Head2ToeLayersDisplay.from_estimator(Head2ToeClassifier().fit(X, y))  # doctest: +SKIP
     """
 
-    def __init__(self, *, layer_names: Any, n_features: Any, n_selected: Any, scores: Any) -> None:
-        self.layer_names = layer_names
-        self.n_features = n_features
-        self.n_selected = n_selected
-        self.scores = scores
+    layer_names: Any
+    n_features: Any
+    n_selected: Any
+    scores: Any
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None) -> Self:
-        """Plot the layers of a fitted estimator.
-
-        Parameters
-        ----------
-        estimator : Head2ToeClassifier, Head2ToeClassifierCV or Head2ToeSelector
-            Fitted.
-        ax : matplotlib.axes.Axes, default=None
-            As in `plot`.
-
-        Returns
-        -------
-        display : Head2ToeLayersDisplay
-
-        Raises
-        ------
-        TypeError
-            If ``estimator`` is something else.
-        NotFittedError
-            If ``estimator`` is not fitted.
-        ImportError
-            If matplotlib is not installed: ``pip install 'head2toe[plot]'``.
-        """
+        """Plot the layers of a fitted Head2ToeClassifier, Head2ToeClassifierCV or Head2ToeSelector."""
         if isinstance(estimator, SelectedFeatures):
             check_is_fitted(estimator)
-        if not all(hasattr(estimator, name) for name in _READ):
+        elif not hasattr(estimator, "feature_layers_"):
             raise TypeError(
                 "estimator must be a Head2ToeClassifier, Head2ToeClassifierCV or Head2ToeSelector, "
                 f"got {type(estimator).__name__}."
             )
         n_features, n_selected, scores = layer_totals(estimator)
-        return cls(
-            layer_names=estimator.layer_names_, n_features=n_features, n_selected=n_selected, scores=scores
-        ).plot(ax=ax)
+        names = estimator.layer_names_
+        return cls(layer_names=names, n_features=n_features, n_selected=n_selected, scores=scores).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw the bars.
+        """Draw the bars into matplotlib axes, or into a figure of a size that suits the layers and their names.
 
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes, default=None
-            Where to draw; None makes a figure that grows with the number of layers and the length of their names.
-            In axes too low for all names, every second is written, or every third, and so on.
-
-        Returns
-        -------
-        display : Head2ToeLayersDisplay
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed: ``pip install 'head2toe[plot]'``.
+        In axes too low for all names, every second is written, or every third, and so on.
         """
         matplotlib = _matplotlib(type(self).__name__)
         names, n_selected = [str(name) for name in self.layer_names], np.asarray(self.n_selected)
-        n_layers = len(names)
+        row = float(np.clip(8.6 / len(names), 0.155, 0.36))  # inches
         if ax is None:
-            ax, row = _rows_figure(matplotlib, names)
+            width = 4.4 + 0.55 * _row_fontsize(72 * row) / 72 * max(map(len, names))
+            _, ax = matplotlib.pyplot.subplots(figsize=(width, 1.15 + row * len(names)), layout="constrained")
         else:
-            row = _height(ax) / n_layers
+            row = _height(ax) / len(names) / 72
         self.ax_, self.figure_ = ax, ax.get_figure()
-
         longest = self._draw_bars(n_selected)
-        _name_rows(ax, names, n_selected, row)
-        ax.set(xlim=(0, min(100, 1.05 * longest) or 100), ylim=(n_layers - 0.5, -0.5))
+        self._name_rows(names, n_selected, 72 * row)
+        ax.set(xlim=(0, min(100, 1.05 * longest) or 100), ylim=(len(names) - 0.5, -0.5))
         ax.set(xlabel="share of all layers (%)", ylabel="layer")
         ax.grid(axis="x", color="0.8", linewidth=0.5)
-        ax.set_axisbelow(True)
-        _despine(ax)
+        _finish(ax)
         total, used = int(np.sum(self.n_features)), np.count_nonzero(n_selected)
-        _head(ax, f"{n_selected.sum()} of {total} features selected, from {used} of {n_layers} layers", 2)
+        _head(ax, f"{n_selected.sum()} of {total} features selected, from {used} of {len(names)} layers", 2)
         return self
 
     def _draw_bars(self, n_selected: NDArray[np.int64]) -> float:
         """Draw them; length of the longest."""
-        rows, selected, scores = np.arange(len(n_selected)), _percent(n_selected), _percent(np.asarray(self.scores))
+        rows, scores = np.arange(len(n_selected)), np.asarray(self.scores, dtype=np.float64)
+        selected, scored = (100 * parts / (parts.sum() or 1) for parts in (n_selected, scores))
         for index in rows[1::2]:
             self.ax_.axhspan(index - 0.5, index + 0.5, color="0.95", linewidth=0, zorder=0)
         hatched: dict[str, Any] = dict(color="#E69F00", hatch="////", edgecolor="#7A5100", linewidth=0)
         self.ax_.barh(rows - 0.2, selected, height=0.38, label="selected features", color="#0072B2")
-        self.ax_.barh(rows + 0.2, scores, height=0.38, label="their scores", **hatched)
-        return float(max(selected.max(), scores.max()))
+        self.ax_.barh(rows + 0.2, scored, height=0.38, label="their scores", **hatched)
+        return float(max(selected.max(), scored.max()))
+
+    def _name_rows(self, names: list[str], n_selected: NDArray[np.int64], row: float) -> None:
+        size = _row_fontsize(row)
+        written = range(0, len(names), math.ceil(1.1 * size / row))
+        self.ax_.set_yticks(written, labels=[names[index] for index in written], fontsize=size)
+        self.ax_.tick_params(axis="y", length=0)
+        for index, label in zip(written, self.ax_.get_yticklabels(), strict=True):
+            label.set_color("black" if n_selected[index] else "#767676")
 
 
+@dataclass(kw_only=True, eq=False)
 class Head2ToePathDisplay:
     """Cross-validated score and number of features along alpha, from strong to weak.
 
-    One line per keep_fraction; each point is the best candidate over C, with the standard deviation over the folds as
-    error bar. Lines are set apart sideways by a hair where error bars would hide each other. A star is the chosen
-    candidate; with ``one_standard_error`` it may have another C than the line through its alpha.
+    One line per way of keeping features; each point is the best candidate over C, with the standard deviation over the
+    folds as error bar. What does not depend on alpha is a level line. Lines are set apart sideways by a hair where
+    error bars would hide each other. A star is the best candidate; with ``refit="one_standard_error"`` it may have
+    another C than the line through it.
 
     Parameters
     ----------
-    alphas : array-like of shape (n_alphas,), float
+    alphas : ndarray of shape (n_alphas,), float
         Decreasing.
-    kept : sequence of (keep_fraction, last_layers, layer), of length n_kept
-        What decides which features are kept, besides alpha: one of the two, or neither.
-    mean_scores, std_scores : array-like of shape (n_kept, n_alphas), float
+    labels : sequence of str, of length n_lines
+        How each line's candidates keep features.
+    mean_scores, std_scores, n_features : ndarray of shape (n_lines, n_alphas), float
         Over the folds.
-    n_features : array-like of shape (n_kept, n_alphas), float
-        Mean over the folds.
+    best_line : int
     best_params : dict
-        ``alpha``, ``keep_fraction``, ``last_layers``, ``layer``, ``C``, ``normalization`` and ``target_size`` of the
-        chosen candidate.
+        As in `Head2ToeClassifierCV`.
     best_score, best_n_features : float
-        Its means over the folds.
-    score_name : str
+        Means of the best candidate over the folds.
+    score_name, title : str
 
     Attributes
     ----------
     ax_ : ndarray of shape (2,), matplotlib.axes.Axes
         Of the score and of the number of features.
     figure_ : matplotlib.figure.Figure
-
-    Examples
-    --------
-    >>> from sklearn.datasets import load_iris
-    >>> from estimators import Head2ToeClassifierCV
-    >>> from estimators.display import Head2ToePathDisplay
-    >>> X, y = load_iris(return_X_y=True)
-    >>> display = Head2ToePathDisplay.from_estimator(Head2ToeClassifierCV().fit(X, y))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        *,
-        alphas: Any,
-        kept: Sequence[Kept],
-        mean_scores: Any,
-        std_scores: Any,
-        n_features: Any,
-        best_params: dict[str, Any],
-        best_score: float,
-        best_n_features: float,
-        score_name: str,
-    ) -> None:
-        self.alphas = alphas
-        self.kept = kept
-        self.mean_scores = mean_scores
-        self.std_scores = std_scores
-        self.n_features = n_features
-        self.best_params = best_params
-        self.best_score = best_score
-        self.best_n_features = best_n_features
-        self.score_name = score_name
+    alphas: NDArray[np.float64]
+    labels: Sequence[str]
+    mean_scores: NDArray[np.float64]
+    std_scores: NDArray[np.float64]
+    n_features: NDArray[np.float64]
+    best_line: int
+    best_params: dict[str, Any]
+    best_score: float
+    best_n_features: float
+    score_name: str
+    title: str
 
     @classmethod
     def from_estimator(cls, estimator_cv: Any, *, ax: Any = None) -> Self:
-        """Plot the search of a fitted `Head2ToeClassifierCV`, within the normalization and target size it chose.
-
-        Parameters
-        ----------
-        estimator_cv : Head2ToeClassifierCV
-            Fitted.
-        ax : matplotlib.axes.Axes or pair of them, default=None
-            As in `plot`.
-
-        Returns
-        -------
-        display : Head2ToePathDisplay
-
-        Raises
-        ------
-        TypeError
-            If ``estimator_cv`` is something else.
-        NotFittedError
-            If ``estimator_cv`` is not fitted.
-        ValueError, ImportError
-            As `plot`.
-        """
+        """Plot the search of a fitted Head2ToeClassifierCV, within the normalization and target size it chose."""
         if not isinstance(estimator_cv, Head2ToeClassifierCV):
             raise TypeError(f"estimator_cv must be a Head2ToeClassifierCV, got {type(estimator_cv).__name__}.")
         check_is_fitted(estimator_cv)
-        results, best, scoring = estimator_cv.cv_results_, estimator_cv.best_params_, estimator_cv.scoring or "accuracy"
-        shown = [index for index, params in enumerate(results["params"]) if _search(params) == _search(best)]
-        candidates = [results["params"][index] for index in shown]
-        alphas = sorted({params["alpha"] for params in candidates}, reverse=True)
-        kept = _without_other_single_layers(results, shown, best, list(dict.fromkeys(map(_kept, candidates))))
-        over_C = _best_over_C(results, shown, alphas, kept)
+        results, best = estimator_cv.cv_results_, estimator_cv.best_params_
+        scoring, alphas = estimator_cv.scoring or "accuracy", estimator_cv.alphas_
+        scope, lines = _lines(estimator_cv)
+        names = [name for name in estimator_cv.layer_names_ if name in scope]
+        over_C = np.array([[line.get(alpha, line.get(None)) for alpha in alphas] for line in lines.values()])
+        title = f"Best C at each point, normalization={best['normalization']!r}"
+        if len(names) < len(estimator_cv.layer_names_):
+            title += f", layers {_shorten(names[0])} to {_shorten(names[-1])}"
         return cls(
-            alphas=np.array(alphas),
-            kept=kept,
+            alphas=alphas,
+            labels=[_label(fraction, [name for name in names if name in layers], scope) for fraction, layers in lines],
             mean_scores=results["mean_test_score"][over_C],
             std_scores=results["std_test_score"][over_C],
             n_features=results["mean_n_features"][over_C],
+            best_line=list(lines).index((best["keep_fraction"], frozenset(best.get("layers", names)))),
             best_params=best,
-            best_score=estimator_cv.best_score_,
+            best_score=float(results["mean_test_score"][estimator_cv.best_index_]),
             best_n_features=float(results["mean_n_features"][estimator_cv.best_index_]),
             score_name=scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"),
+            title=title,
         ).plot(ax=ax)
 
     def plot(self, ax: Any = None) -> Self:
-        """Draw both panels.
-
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes or pair of them, default=None
-            None makes a figure. One Axes is divided among the two panels, as in scikit-learn's
-            PartialDependenceDisplay. A pair takes the score and the number of features.
-
-        Returns
-        -------
-        display : Head2ToePathDisplay
-
-        Raises
-        ------
-        ValueError
-            If ``ax`` is neither None, nor one Axes, nor two.
-        ImportError
-            If matplotlib is not installed: ``pip install 'head2toe[plot]'``.
-        """
+        """Draw both panels: into a new figure, into a pair of matplotlib axes, or into one that is divided."""
         matplotlib = _matplotlib(type(self).__name__)
         self.ax_ = _panels(matplotlib, ax)
         score, count = self.ax_
         self.figure_ = score.get_figure()
+        logs = np.log10(self.alphas)
+        decades = float(np.ptp(logs)) or 0.5  # one alpha gets some room too
         for panel in self.ax_:
-            _alpha_axis(panel, np.asarray(self.alphas, dtype=float))
-        _count_axis(count, np.asarray(self.n_features))
-        for index, aside in enumerate(self._offsets(matplotlib)):
+            _alpha_axis(panel, self.alphas, 0.07 * decades)
+        _count_axis(count, self.n_features)
+        apart = min(0.008 * decades, 0.6 * -np.diff(logs).max(initial=-np.inf) / len(self.labels))
+        for index in range(len(self.labels)):
+            # Moved on the paper, not in the data.
+            aside = matplotlib.transforms.Affine2D().translate(apart * ((len(self.labels) - 1) / 2 - index), 0)
             self._draw_line(index, aside)
         score.set_ylabel(f"{self.score_name}\n(mean ± std over folds)")
-        normalization, target_size = _search(self.best_params)
-        chosen = "" if target_size is None else f", target_size={target_size}"
-        _head(score, f"Best C at each point, normalization={normalization!r}{chosen}", 3)
+        _head(score, self.title, 3)
         return self
-
-    def _offsets(self, matplotlib: Any) -> list[Any]:
-        """Transforms that set the lines apart sideways, the first to the left, without changing their data."""
-        n_lines, alphas = len(self.kept), np.log10(self.alphas)
-        gaps = -np.diff(alphas)
-        step = min(0.008 * _decades(alphas), 0.6 * gaps.min(initial=np.inf) / n_lines)
-        return [
-            matplotlib.transforms.Affine2D().translate(step * ((n_lines - 1) / 2 - index), 0)
-            for index in range(n_lines)
-        ]
 
     def _draw_line(self, index: int, aside: Any) -> None:
         score, count = self.ax_
@@ -309,30 +210,81 @@ class Head2ToePathDisplay:
         colour, marker = _STYLES[index % len(_STYLES)]
         dashes = _DASHES[index // len(_STYLES) % len(_DASHES)]
         style: dict[str, Any] = dict(color=colour, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.2)
-        label = _keep_label(*self.kept[index])
         means, spread = self.mean_scores[index], self.std_scores[index]
-        score.errorbar(self.alphas, means, yerr=spread, label=label, elinewidth=0.8, transform=over, **style)
+        score.errorbar(
+            self.alphas, means, yerr=spread, label=self.labels[index], elinewidth=0.8, transform=over, **style
+        )
         count.plot(self.alphas, self.n_features[index], transform=under, **style)
-        if self.kept[index] == _kept(self.best_params):
+        if index == self.best_line:
             star: dict[str, Any] = dict(marker="*", markersize=13, color=colour, markeredgecolor="black", zorder=5)
-            alpha = self.best_params["alpha"]
+            alpha = self.best_params.get("alpha", self.alphas[0])
             score.plot([alpha], [self.best_score], transform=over, **star)
             count.plot([alpha], [self.best_n_features], transform=under, **star)
-            _annotate_above(score, self._chosen_text(), (alpha, self.best_score), over, self._score_range())
+            self._name_best((alpha, self.best_score), over)
 
-    def _chosen_text(self) -> str:
-        best = self.best_params
-        return (
+    def _name_best(self, point: tuple[float, float], transform: Any) -> None:
+        """Text with a line to the point, in a strip kept free above everything that is drawn."""
+        ax, best = self.ax_[0], self.best_params
+        alpha = f"alpha={best['alpha']:.3g}, " if "alpha" in best else ""
+        text = (
             f"best single: {self.best_score:.3g} with {self.best_n_features:.4g} features\n"
-            f"alpha={best['alpha']:.3g}, {_keep_label(*_kept(best))}, C={best['C']:.3g}"
+            f"{alpha}{self.labels[self.best_line]}, C={best['C']:.3g}"
+        )
+        low = min(np.nanmin(self.mean_scores - self.std_scores), self.best_score)
+        high = max(np.nanmax(self.mean_scores + self.std_scores), self.best_score)
+        span = high - low or 0.1
+        strip = min(0.5, 40 / _height(ax))
+        ax.set_ylim(low - 0.06 * span, high + span * strip / (1 - strip))
+        ticks = ax.get_yticks()
+        # No ticks in the strip: an accuracy of 1.2 does not exist.
+        ax.set_yticks(ticks[(ticks >= ax.get_ylim()[0]) & (ticks <= high + (ticks[1] - ticks[0]) / 2)])
+        across = ax.transAxes.inverted().transform(transform.transform(point))[0]
+        ax.annotate(
+            text,
+            xy=point,
+            xycoords=transform,
+            xytext=(float(np.clip(across, 0.02, 0.98)), 0.97),
+            textcoords="axes fraction",
+            ha="left" if across < 0.5 else "right",
+            va="top",
+            fontsize=9,
+            arrowprops=dict(arrowstyle="-", color="0.3", linewidth=0.8, shrinkA=1, shrinkB=6),
         )
 
-    def _score_range(self) -> tuple[float, float]:
-        means, spread = np.asarray(self.mean_scores), np.asarray(self.std_scores)
-        return (
-            float(min(np.nanmin(means - spread), self.best_score)),
-            float(max(np.nanmax(means + spread), self.best_score)),
-        )
+
+def _lines(search: Head2ToeClassifierCV) -> tuple[frozenset[str], dict[_Kept, dict[float | None, int]]]:
+    """The layers that the best candidate chose from, and the candidates with the best C by what they keep and alpha.
+
+    Of single layers the last and the best one are shown: a line for each would hide the others.
+    """
+    results, best, every = search.cv_results_, search.best_params_, search.layer_names_.tolist()
+    means = np.nan_to_num(results["mean_test_score"], nan=-np.inf)
+    layers = [frozenset(params.get("layers", every)) for params in results["params"]]
+    widest = [some for some in dict.fromkeys(layers) if not any(some < other for other in set(layers))]
+    scope = next(some for some in widest if layers[search.best_index_] <= some)
+    lines: dict[_Kept, dict[float | None, int]] = {}
+    for index, params in enumerate(results["params"]):
+        if params["normalization"] == best["normalization"] and layers[index] <= scope:
+            line, alpha = lines.setdefault((params["keep_fraction"], layers[index]), {}), params.get("alpha")
+            if means[index] > means[line.setdefault(alpha, index)]:
+                line[alpha] = index
+    last = frozenset([[name for name in every if name in scope][-1]])
+    single = [kept for kept in lines if len(kept[1]) == 1 and kept[1] not in (last, scope)]
+    single.sort(key=lambda kept: (kept[1] != layers[search.best_index_], -means[lines[kept][None]]))
+    return scope, {kept: line for kept, line in lines.items() if kept not in single[1:]}
+
+
+def _label(keep_fraction: float | None, names: list[str], scope: frozenset[str]) -> str:
+    """How a line's candidates keep features."""
+    if len(names) < len(scope):
+        return f"layer{'s' * (len(names) > 1)} {' and '.join(_shorten(name) for name in names)}"
+    if keep_fraction is None:
+        return "nonzero weights"
+    return "all features" if keep_fraction == 1 else f"top {100 * keep_fraction:g} %"
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
 
 
 def _matplotlib(display: str) -> Any:
@@ -350,94 +302,22 @@ def _height(ax: Any) -> float:
     return float(72 * ax.get_window_extent().height / ax.get_figure().dpi)
 
 
-def _despine(ax: Any) -> None:
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-
-
-def _percent(parts: NDArray[Any]) -> NDArray[np.float64]:
-    return np.asarray(100 * parts / (parts.sum() or 1), dtype=np.float64)
-
-
-def _rows_figure(matplotlib: Any, names: list[str]) -> tuple[Any, float]:
-    """Axes of a new figure that is high enough for a row per name and wide enough for the names; points per row."""
-    row = float(np.clip(8.6 / len(names), 0.155, 0.36))
-    width = 4.4 + 0.55 * _row_fontsize(72 * row) / 72 * max(len(name) for name in names)
-    _, ax = matplotlib.pyplot.subplots(figsize=(width, 1.15 + row * len(names)), layout="constrained")
-    return ax, 72 * row
-
-
 def _row_fontsize(row: float) -> float:
     """Size that fits rows this many points high, but stays legible."""
     return float(np.clip(0.75 * row, 6, 9))
 
 
-def _name_rows(ax: Any, names: list[str], n_selected: NDArray[np.int64], row: float) -> None:
-    size = _row_fontsize(row)
-    written = range(0, len(names), math.ceil(1.1 * size / row))
-    ax.set_yticks(written, labels=[names[index] for index in written], fontsize=size)
-    ax.tick_params(axis="y", length=0)
-    for index, label in zip(written, ax.get_yticklabels(), strict=True):
-        label.set_color("black" if n_selected[index] else _MUTED)
+def _finish(ax: Any) -> None:
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _head(ax: Any, title: str, n_columns: int) -> None:
     """Legend above the axes, where it hides nothing, and the title above the legend."""
-    legend = ax.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=n_columns,
-        frameon=False,
-        fontsize=9,
-        borderaxespad=0.1,
-        borderpad=0.2,
-        columnspacing=1.5,
-    )
+    room = dict(borderaxespad=0.1, borderpad=0.2, columnspacing=1.5)
+    legend = ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=n_columns, frameon=False, fontsize=9, **room)
     n_rows = math.ceil(len(legend.get_texts()) / n_columns)
     ax.set_title(title, loc="left", fontsize=10, pad=8 + 14 * n_rows)
-
-
-def _best_over_C(
-    results: dict[str, Any], shown: Sequence[int], alphas: Sequence[float], kept: Sequence[Kept]
-) -> NDArray[np.int64]:
-    """Positions in ``cv_results_`` of the candidates with the best C among those shown, (n_kept, n_alphas)."""
-    best: dict[tuple[Any, Any], int] = {}
-    means = np.nan_to_num(results["mean_test_score"], nan=-np.inf)
-    for index in shown:
-        point = _kept(results["params"][index]), results["params"][index]["alpha"]
-        if means[index] > means[best.setdefault(point, index)]:
-            best[point] = index
-    return np.array([[best[keep, alpha] for alpha in alphas] for keep in kept])
-
-
-def _without_other_single_layers(
-    results: dict[str, Any], shown: Sequence[int], best_params: dict[str, Any], kept: Sequence[Kept]
-) -> list[Kept]:
-    """Of the layers that were tried alone the best one: a line for each would hide the others."""
-    means, layer = np.nan_to_num(results["mean_test_score"], nan=-np.inf), best_params["layer"]
-    single = [index for index in shown if results["params"][index]["layer"] is not None]
-    if layer is None and single:
-        layer = results["params"][max(single, key=lambda index: means[index])]["layer"]
-    return [keep for keep in kept if keep[2] in (None, layer)]
-
-
-def _search(params: dict[str, Any]) -> tuple[str | None, int | None]:
-    """What shares a path."""
-    return params["normalization"], params["target_size"]
-
-
-def _kept(params: dict[str, Any]) -> Kept:
-    return params["keep_fraction"], params["last_layers"], params["layer"]
-
-
-def _keep_label(keep_fraction: float | None, last_layers: int | None, layer: int | None) -> str:
-    if layer is not None:
-        return f"layer {layer} alone"
-    if last_layers is not None:
-        return "last layer" if last_layers == 1 else f"last {last_layers} layers"
-    if keep_fraction is None:
-        return "nonzero weights"
-    return "all features" if keep_fraction == 1 else f"top {100 * keep_fraction:g} %"
 
 
 def _panels(matplotlib: Any, ax: Any) -> NDArray[Any]:
@@ -459,35 +339,24 @@ def _panels(matplotlib: Any, ax: Any) -> NDArray[Any]:
     return np.array([score, count], dtype=object)
 
 
-def _decades(log_alphas: NDArray[np.float64]) -> float:
-    """Width of the alpha axis in powers of ten; one alpha gets some room too."""
-    return float(np.ptp(log_alphas)) or 0.5
-
-
-def _alpha_axis(panel: Any, alphas: NDArray[np.float64]) -> None:
+def _alpha_axis(panel: Any, alphas: NDArray[np.float64], margin: float, fontsize: float = 9) -> None:
+    """Logarithmic, from strong to weak, with as many alphas written below as fit."""
     logs = np.log10(alphas)
-    margin = 0.07 * _decades(logs)
     panel.set_xscale("log")
     panel.set_xlim(10 ** (logs[0] + margin), 10 ** (logs[-1] - margin))
     panel.minorticks_off()
-    _name_alphas(panel, alphas)
-    panel.set_xlabel("alpha, from strong to weak (fraction of alpha_max)")
-    panel.grid(color="0.9", linewidth=0.5)
-    panel.set_axisbelow(True)
-    _despine(panel)
-
-
-def _name_alphas(panel: Any, alphas: NDArray[np.float64], fontsize: float = 9) -> None:
-    """Write as many alphas below the axis as fit."""
     names = [f"{alpha:.2g}" for alpha in alphas]
-    at = panel.transData.transform(np.stack([alphas, np.ones_like(alphas)], axis=1))[:, 0]
-    at = 72 * at / panel.get_figure().dpi
+    places = panel.transData.transform(np.stack([alphas, np.ones_like(alphas)], axis=1))[:, 0]
+    places *= 72 / panel.get_figure().dpi
     written = [0]
     for index in range(1, len(alphas)):
-        last = written[-1]
-        if at[index] - at[last] >= 0.65 * fontsize * (len(names[index]) + len(names[last])) / 2 + 4:
+        letters = (len(names[index]) + len(names[written[-1]])) / 2
+        if places[index] - places[written[-1]] >= 0.65 * fontsize * letters + 4:
             written.append(index)
     panel.set_xticks(alphas[written], labels=[names[index] for index in written], fontsize=fontsize)
+    panel.set_xlabel("alpha, from strong to weak (fraction of alpha_max)")
+    panel.grid(color="0.9", linewidth=0.5)
+    _finish(panel)
 
 
 def _count_axis(panel: Any, n_features: NDArray[np.float64]) -> None:
@@ -505,29 +374,3 @@ def _count_axis(panel: Any, n_features: NDArray[np.float64]) -> None:
     panel.set_yticks(ticks, labels=[f"{tick}" for tick in ticks])
     panel.minorticks_off()
     panel.set_ylim(low, high)
-
-
-def _annotate_above(
-    ax: Any, text: str, point: tuple[float, float], transform: Any, spread: tuple[float, float]
-) -> None:
-    """Text with a line to the point, in a strip kept free above everything that is drawn."""
-    low, high = spread
-    span = high - low or 0.1
-    strip = min(0.5, 40 / _height(ax))
-    ax.set_ylim(low - 0.06 * span, high + span * strip / (1 - strip))
-    ticks = ax.get_yticks()
-    # No ticks in the strip: an accuracy of 1.2 does not exist.
-    ax.set_yticks(ticks[(ticks >= ax.get_ylim()[0]) & (ticks <= high + (ticks[1] - ticks[0]) / 2)])
-    across = ax.transAxes.inverted().transform(transform.transform(point))[0]
-    side = "left" if across < 0.5 else "right"
-    ax.annotate(
-        text,
-        xy=point,
-        xycoords=transform,
-        xytext=(float(np.clip(across, 0.02, 0.98)), 0.97),
-        textcoords="axes fraction",
-        ha=side,
-        va="top",
-        fontsize=9,
-        arrowprops=dict(arrowstyle="-", color="0.3", linewidth=0.8, shrinkA=1, shrinkB=6),
-    )

@@ -1,9 +1,9 @@
-"""Stored features in memory: read once, for a fit that goes through them several times."""
+"""Stored features held in memory: read once, for a fit that goes through them several times."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,62 +15,39 @@ from numpy.typing import NDArray
 from estimators.device import memory_limit, resolve_device
 from estimators.features import FeatureMatrix, is_feature_matrix
 from estimators.group_lasso.operators import dense_bytes, storage_dtype
-from estimators.paths import PathOptions
 from estimators.training import Training
 
 _BLOCK_BYTES = 2**20
 _LOCAL = ("loky", "multiprocessing")
 
+Memory = int | str | None
 Index = NDArray[np.int64] | None
 
 
-@dataclass
-class _Values:
-    """All values of a matrix, once they were needed."""
-
-    stored: FeatureMatrix
-    array: NDArray[Any] | None = None
-
-    def load(self) -> NDArray[Any]:
-        if self.array is None:
-            self.array = np.asarray(self.stored)
-        return self.array
-
-
 class HeldFeatures:
-    """A FeatureMatrix whose values stay in memory once all of them were read.
-
-    Rows and columns of it share the values. Until then, rows and columns are read from where they are stored. Names,
-    layers, norms and all else are those of the stored matrix.
-
-    Parameters
-    ----------
-    stored : FeatureMatrix
-    """
+    """A FeatureMatrix whose values stay in memory once all of them were read; its rows and columns share them."""
 
     ndim = 2
 
-    def __init__(self, stored: FeatureMatrix) -> None:
-        self._stored, self._values = stored, _Values(stored)
-        self._rows: Index = None
-        self._columns: Index = None
+    def __init__(
+        self, stored: FeatureMatrix, whole: HeldFeatures | None = None, rows: Index = None, columns: Index = None
+    ) -> None:
+        self._stored, self._rows, self._columns = stored, rows, columns
+        self._whole = self if whole is None else whole
+        self._values: NDArray[Any] | None = None
+        self.shape, self.dtype = stored.shape, stored.dtype
 
-    def load(self) -> None:
-        """Read what is not in memory yet."""
-        self._values.load()
+    def load(self) -> NDArray[Any]:
+        """All values of the whole matrix, read if they are not in memory yet."""
+        whole = self._whole
+        if whole._values is None:
+            whole._values = np.asarray(whole._stored)
+        return whole._values
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._stored, name)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._stored.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self._stored.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -80,11 +57,10 @@ class HeldFeatures:
         if len(getattr(stored, "shape", ())) != 2:
             return stored
         rows, columns = key if isinstance(key, tuple) else (key, ...)
-        n_rows, n_columns = self._values.stored.shape
-        taken = HeldFeatures(stored)
-        taken._values = self._values
-        taken._rows, taken._columns = _of(self._rows, rows, n_rows), _of(self._columns, columns, n_columns)
-        return taken
+        n_rows, n_columns = self._whole.shape
+        return HeldFeatures(
+            stored, self._whole, _composed(self._rows, rows, n_rows), _composed(self._columns, columns, n_columns)
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         values = self._held()
@@ -93,7 +69,6 @@ class HeldFeatures:
         return np.array(self._take(values, slice(None)), dtype, copy=copy)
 
     def column_blocks(self, max_bytes: int) -> Iterator[tuple[Any, NDArray[Any]]]:
-        """Blocks of whole columns, as the stored matrix gives them."""
         values = self._held()
         if values is None:
             yield from self._stored.column_blocks(max_bytes)
@@ -109,45 +84,46 @@ class HeldFeatures:
 
     def _held(self) -> NDArray[Any] | None:
         """All values, where they were read before or are wanted now."""
-        whole = self._rows is None and self._columns is None
-        return self._values.load() if whole else self._values.array
+        everything = self._rows is None and self._columns is None
+        return self.load() if everything else self._whole._values
 
     def _take(self, values: NDArray[Any], part: slice) -> NDArray[Any]:
         block = values[:, part] if self._columns is None else np.take(values, self._columns[part], axis=1)
         return block if self._rows is None else block[self._rows]
 
 
-def hold(training: Training, options: PathOptions, copies: int = 1, n_fits: int = 1) -> tuple[Training, PathOptions]:
-    """A training set whose stored features are read once, where memory allows it, and options for what is left of it.
+def _composed(chosen: Index, key: Any, size: int) -> Index:
+    """What ``key`` takes of the rows or columns chosen before; None for all, in order."""
+    if key is Ellipsis or (isinstance(key, slice) and key == slice(None)):
+        return chosen
+    index: NDArray[np.int64] = (np.arange(size) if chosen is None else chosen)[key]
+    return None if np.array_equal(index, np.arange(size)) else index
 
-    They are held where they take no more than half of the memory and keep no solver from holding its own copy.
 
-    Parameters
-    ----------
-    training : Training
-    options : PathOptions
-    copies : int, default=1
-        How many there will be, besides those of the solvers.
-    n_fits : int, default=1
-        How many solvers work at the same time, on about as many rows as there are.
+def hold(
+    training: Training, max_memory: Memory, device: str | torch.device, copies: int = 1, n_fits: int = 1
+) -> tuple[Training, Memory]:
+    """The training set with its stored features held, where that leaves memory for solvers, and the memory left.
+
+    ``copies`` of them will be held, for ``n_fits`` solvers at the same time.
     """
     features = training.features
     if not is_feature_matrix(features) or isinstance(features, HeldFeatures):
-        return training, options
+        return training, max_memory
     size = features.shape[0] * features.shape[1] * np.dtype(features.dtype).itemsize
-    limit = memory_limit(options.max_memory, torch.device("cpu"))
+    limit = memory_limit(max_memory, torch.device("cpu"))
     left = limit - copies * size
+    # Not held either where a solver could hold its own copy only without this one.
     if left < n_fits * size or left < n_fits * dense_bytes(*features.shape, storage_dtype(features, None)) <= limit:
-        return training, options
-    if resolve_device(options.device).type == "cpu":
-        options = replace(options, max_memory=left)
-    return replace(training, features=HeldFeatures(features)), options
+        return training, max_memory
+    held = replace(training, features=HeldFeatures(features))
+    return held, left if resolve_device(device).type == "cpu" else max_memory
 
 
 def hold_for_folds(
-    training: Training, options: PathOptions, n_jobs: int | None, n_folds: int
-) -> tuple[Training, PathOptions, PathOptions]:
-    """The same for folds of a training set that joblib works on, and options for each of them.
+    training: Training, max_memory: Memory, device: str | torch.device, n_jobs: int | None, n_folds: int
+) -> tuple[Training, Memory, Memory]:
+    """The same for folds that joblib works on, and what memory is left in total and for each fold.
 
     Processes on this machine share one more copy, which joblib maps into their memory. Workers that may be elsewhere
     get the address of what is stored, and read their folds themselves.
@@ -156,19 +132,10 @@ def hold_for_folds(
     n_fits = min(effective_n_jobs(n_jobs), n_folds)
     processes = n_fits > 1 and not getattr(backend, "supports_sharedmem", False)
     if processes and type(backend) not in map(BACKENDS.get, _LOCAL):
-        return training, options, options
-    training, options = hold(training, options, 2 if processes else 1, n_fits)
+        return training, max_memory, max_memory
+    training, left = hold(training, max_memory, device, 2 if processes else 1, n_fits)
     if isinstance(training.features, HeldFeatures):
         training.features.load()
     if n_fits == 1:
-        return training, options, options
-    limit = memory_limit(options.max_memory, resolve_device(options.device))
-    return training, options, replace(options, max_memory=max(1, limit // n_fits))
-
-
-def _of(chosen: Index, key: Any, size: int) -> Index:
-    """What ``key`` takes of the rows or columns chosen before; None for all, in order."""
-    if key is Ellipsis or (isinstance(key, slice) and key == slice(None)):
-        return chosen
-    index: NDArray[np.int64] = (np.arange(size) if chosen is None else chosen)[key]
-    return None if np.array_equal(index, np.arange(size)) else index
+        return training, left, left
+    return training, left, max(1, memory_limit(left, resolve_device(device)) // n_fits)

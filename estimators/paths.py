@@ -1,7 +1,7 @@
 """The path as the estimators ask for it: at given fractions of alpha_max, the same whatever else was asked before.
 
-A chain of fractions 0.85^k, each starting from the one before, is the same for everyone. A fraction between two of
-them branches off the one above. So a path may be solved in parts, by several processes, and kept on disk.
+All share one chain of fractions, 0.85^k, each solved from the one before. A fraction between two of them branches off
+the one above. So a path may be solved in parts, by several processes, and kept on disk.
 """
 
 from __future__ import annotations
@@ -18,24 +18,14 @@ from estimators.cache import Arrays, Codec, cache_place, cached, fingerprint, pr
 from estimators.group_lasso.path import group_lasso_path, warn_unconverged
 from estimators.group_lasso.progress import PathProgress
 from estimators.group_lasso.result import GroupLassoPath
-from estimators.scaling import LayerScaled, inverse_layer_norms, scales_layers, standardizes
+from estimators.head.kept import KeptFeatures
+from estimators.scaling import scales_layers, standardizes
 from estimators.training import Training
 
 # Products, unlike powers, are the same to the last bit on every machine.
 _CHAIN = np.multiply.accumulate(np.append(1.0, np.full(499, 0.85)))
 _SAME = 1e-9
-
-
-@dataclass(frozen=True)
-class SolvedRatios:
-    """Solutions for some fractions of alpha_max, both in decreasing order."""
-
-    ratios: NDArray[np.float64]
-    path: GroupLassoPath
-
-    def join(self, other: SolvedRatios) -> SolvedRatios:
-        ratios = np.concatenate([self.ratios, other.ratios])
-        return SolvedRatios(np.sort(ratios)[::-1], self.path.join(other.path))
+_LISTS = ("active", "standardized_coefs")
 
 
 @dataclass(frozen=True)
@@ -54,9 +44,25 @@ class PathOptions:
 
     @classmethod
     def of(cls, estimator: Any, **others: Any) -> PathOptions:
-        """Those an estimator has as parameters of the same names."""
-        given = {name: others.get(name, getattr(estimator, name, None)) for name in cls.__dataclass_fields__}
-        return cls(**{**given, "label": others.get("label", "")})
+        """The parameters of an estimator with these names, ``others`` in their place."""
+        names = [field.name for field in fields(cls) if field.name not in {"label", *others}]
+        return cls(**{name: getattr(estimator, name) for name in names}, **others)
+
+
+@dataclass(frozen=True)
+class SolvedRatios:
+    """Solutions for some fractions of alpha_max, both in decreasing order."""
+
+    ratios: NDArray[np.float64]
+    path: GroupLassoPath
+
+    def at(self, ratios: NDArray[np.float64]) -> GroupLassoPath:
+        """The solutions for those of ``ratios`` that are there."""
+        return self.path.take(np.flatnonzero(np.isin(self.ratios, ratios)).tolist())
+
+    def join(self, other: SolvedRatios) -> SolvedRatios:
+        ratios = np.concatenate([self.ratios, other.ratios])
+        return SolvedRatios(np.sort(ratios)[::-1], self.path.join(other.path))
 
 
 def chain_to(ratio: float) -> NDArray[np.float64]:
@@ -67,21 +73,7 @@ def chain_to(ratio: float) -> NDArray[np.float64]:
 
 
 def solve_path(training: Training, ratios: Sequence[float], options: PathOptions) -> list[GroupLassoPath]:
-    """For each fraction of alpha_max the path down to it, along the chain.
-
-    Labels are replaced by ``training.codes``.
-
-    Parameters
-    ----------
-    training : Training
-    ratios : sequence of float in (0, 1]
-    options : PathOptions
-
-    Returns
-    -------
-    list of GroupLassoPath
-        Ending at each of ``ratios``, in their order.
-    """
+    """For each fraction of alpha_max the path that ends there. Its classes are ``training.codes``."""
     wanted = [chain_to(ratio) for ratio in ratios]
     together = np.unique(np.concatenate(wanted))[::-1]
     fresh = False
@@ -97,27 +89,23 @@ def solve_path(training: Training, ratios: Sequence[float], options: PathOptions
     place = cache_place(options.memory)
     solved = solve(None) if place is None else cached(place, _key(training, options), _CODEC, enough, solve)
     if not fresh:
-        known = solved.path.take(np.flatnonzero(np.isin(solved.ratios, together)).tolist())
-        warn_unconverged(known, options.tol, options.max_iter)
-    return [solved.path.take(np.flatnonzero(np.isin(solved.ratios, chain)).tolist()) for chain in wanted]
+        warn_unconverged(solved.at(together), options.tol, options.max_iter)
+    return [solved.at(chain) for chain in wanted]
 
 
 def _complete(
     training: Training, ratios: NDArray[np.float64], options: PathOptions, solved: SolvedRatios | None
 ) -> SolvedRatios:
-    """Solve for the fractions that are not there yet: the chain onward in one sweep, then branches from higher up."""
+    """Solve what is missing: the chain onward in one sweep, then the fractions that branch off higher up."""
     missing = ratios if solved is None else ratios[~np.isin(ratios, solved.ratios)]
     lowest = np.inf if solved is None else solved.ratios[np.isin(solved.ratios, _CHAIN)][-1]
     onward, above = missing[missing < lowest], missing[missing > lowest]
-    parts = [onward] if len(onward) else []
-    parts += [np.array([ratio]) for ratio in above]
-    features = training.features
-    scaled: Any = features
+    features: Any = training.features
     if scales_layers(options.normalization):
-        scaled = LayerScaled(features, training.layers, inverse_layer_norms(features, training.layers))
-    for part in parts:
+        features = KeptFeatures(features, np.arange(len(training.layers)), training.layers, "whole", max_bytes=0)
+    for part in ([onward] if len(onward) else []) + [np.array([ratio]) for ratio in above]:
         path = group_lasso_path(
-            scaled,
+            features,
             training.codes,
             alpha_ratios=part,
             branch=~np.isin(part, _CHAIN),
@@ -128,7 +116,7 @@ def _complete(
             max_iter=options.max_iter,
             device=options.device,
             max_memory=options.max_memory,
-            warm_start=None if solved is None else _chain_part(solved),
+            warm_start=None if solved is None else solved.at(_CHAIN),
             callback=PathProgress(len(part), options.label) if options.verbose else None,
         )
         found = SolvedRatios(part, path)
@@ -137,19 +125,12 @@ def _complete(
     return solved
 
 
-def _chain_part(solved: SolvedRatios) -> GroupLassoPath:
-    return solved.path.take(np.flatnonzero(np.isin(solved.ratios, _CHAIN)).tolist())
-
-
 def _key(training: Training, options: PathOptions) -> str:
     # Only ratios matter; twelve digits of them are the same whatever the weights were multiplied with.
     weight = np.round(training.sample_weight / training.sample_weight.max(), 12)
     layers = training.layers if scales_layers(options.normalization) else np.zeros(0, dtype=np.int64)
     settings = f"{options.normalization} {float(options.l1_ratio)!r} {float(options.tol)!r} {int(options.max_iter)}"
     return problem_key(fingerprint(training.features), training.codes, weight, layers, settings)
-
-
-_LISTS = ("active", "standardized_coefs")
 
 
 def _pack(solved: SolvedRatios) -> Arrays:

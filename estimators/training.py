@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from sklearn.utils.validation import assert_all_finite, validate_data
 
 from estimators.features import FeatureMatrix, as_host_array, is_feature_matrix
 from estimators.labels import as_labels, check_sample_weight
-from estimators.scaling import columns_by_size, layer_index, layer_names
+from estimators.layers import layer_index, layer_names, matching_layers
 
 _DTYPES = [np.float64, np.float32, np.float16]
 
@@ -35,8 +36,6 @@ class Training:
         ``classes[codes]`` are the labels.
     sample_weight : ndarray of shape (n_samples,), float64
         Class weights contained.
-    sizes : dict of int to ndarray of int64
-        Columns of each target size that the features hold.
     """
 
     features: FeatureMatrix | NDArray[Any]
@@ -45,27 +44,19 @@ class Training:
     classes: NDArray[Any]
     codes: NDArray[np.int64]
     sample_weight: NDArray[np.float64]
-    sizes: dict[int, NDArray[np.int64]]
 
-    def of_size(self, target_size: int | None) -> Training:
-        """With the features of one target size alone; all for None.
+    def columns_of(self, layers: str | Sequence[str] | None) -> NDArray[np.int64]:
+        """Columns of the layers whose name matches any of the globs, sorted; all for None."""
+        if layers is None:
+            return np.arange(len(self.layers))
+        return np.flatnonzero(np.isin(self.layers, matching_layers(self.layer_names, layers)))
 
-        Raises
-        ------
-        ValueError
-            If the features hold no such size.
-        """
-        if target_size is None:
+    def take(self, columns: NDArray[np.int64]) -> Training:
+        """With these columns alone, which are sorted."""
+        if len(columns) == len(self.layers):
             return self
-        if target_size not in self.sizes:
-            held = f"X has all layers at {', '.join(map(str, self.sizes))}"
-            raise ValueError(
-                f"target_size={target_size}: {held if self.sizes else 'X has no size for all its layers'}."
-            )
-        columns = self.sizes[target_size]
         present, layers = np.unique(self.layers[columns], return_inverse=True)
-        names = self.layer_names[present]
-        return replace(self, features=self.features[:, columns], layers=layers, layer_names=names, sizes={})
+        return replace(self, features=self.features[:, columns], layers=layers, layer_names=self.layer_names[present])
 
 
 def check_training(
@@ -106,8 +97,7 @@ def check_training(
         raise ValueError(
             f"y must hold at least two classes with positive weight, got {len(learned)} class: {classes[learned]}."
         )
-    layers, names = layer_index(features), layer_names(features)
-    training = Training(features, layers, names, classes, codes, weight, columns_by_size(features))
+    training = Training(features, layer_index(features), layer_names(features), classes, codes, weight)
     return class_weighted(training, class_weight)
 
 

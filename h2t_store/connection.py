@@ -1,4 +1,4 @@
-"""Whether a server can be reached, in seconds: what fetches from it would go on trying for most of a minute."""
+"""Check in seconds whether a server can be reached, because libraries retry for most of a minute."""
 
 import socket
 import urllib.request
@@ -10,11 +10,10 @@ _CONNECT_SECONDS = 3
 
 
 def why_unreachable(address: str) -> OSError | None:
-    """What keeps this machine from a server; None where nothing does, or a proxy would have to be asked."""
-    if urllib.request.getproxies():
-        return None
-    try:
-        socket.create_connection((urlsplit(address).hostname, 443), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        return error
+    """Connect to a server; returns the error if that fails, None if a proxy would have to be asked."""
+    if not urllib.request.getproxies():
+        try:
+            socket.create_connection((urlsplit(address).hostname, 443), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            return error
     return None

@@ -1,36 +1,21 @@
-"""The errors a user can cause or meet: each carries one line that says what was given and what is accepted."""
+"""Errors that a user can cause or meet; each message is one line that says what was given and what is accepted."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-
-__all__ = [
-    "DamagedError",
-    "DataError",
-    "H2TError",
-    "IncompleteError",
-    "ModelError",
-    "StoppedError",
-    "StoreError",
-    "TapError",
-    "UnreachableError",
-    "did_you_mean",
-    "one_line",
-]
-
 
 _LONGEST = 200
 
 
 class H2TError(ValueError):
-    """Base of everything this package raises on purpose; its message is one line, fit for a person."""
+    """Base of everything this package raises on purpose."""
 
 
 class DataError(H2TError):
-    """The images cannot be read as asked."""
+    """The images cannot be read."""
 
 
 class ModelError(H2TError):
-    """The network cannot be built or run as asked."""
+    """The network cannot be built or run."""
 
 
 class TapError(ModelError):
@@ -38,11 +23,11 @@ class TapError(ModelError):
 
 
 class StoreError(H2TError):
-    """The store does not hold what was asked for, or holds it damaged."""
+    """The store lacks an extraction, or it is damaged or differs."""
 
 
 class UnreachableError(H2TError):
-    """An object store does not answer, or refuses to: nothing is known of what it holds."""
+    """An object store does not answer, or refuses to."""
 
 
 class DamagedError(StoreError):
@@ -54,15 +39,15 @@ class IncompleteError(StoreError):
 
 
 class StoppedError(H2TError):
-    """The job was asked to stop, and did so where it can be continued."""
+    """The job was asked to stop; the same call continues."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'a' or 'b'?)"``, or nothing where no known word is close."""
+    """``" (did you mean 'a' or 'b'?)"``, or nothing if no known word is close."""
     close = get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, without line breaks and cut short; its type where it says nothing."""
+    """The message of another library's error in one line, cut short; its type if it has none."""
     return " ".join(str(error).split())[:_LONGEST] or type(error).__name__

@@ -1,5 +1,6 @@
-"""Write an extraction as one file of another kind, a block of rows at a time."""
+"""Write an extraction as one file of another format, block by block."""
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,30 +11,30 @@ from numpy.typing import NDArray
 from h2t_store.errors import H2TError, StoreError
 from h2t_store.matrix import FeatureMatrix
 
-__all__ = ["EXPORTS", "export"]
-
-_PIECE_BYTES = 64 << 20
+Blocks = Iterator[NDArray[np.float32]]
 
 
-def export(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Write features, labels and identifiers to a file.
+def export(
+    matrix: FeatureMatrix,
+    path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    block_bytes: int = 64 << 20,
+) -> None:
+    """Write features, labels and identifiers to a new file.
 
     Parameters
     ----------
     matrix : FeatureMatrix
-        What to write, as float32. Labels are written as names (``label``, empty where unlabelled) and as indices into
-        the classes (``y``, -1 where unlabelled).
+        What to write, as float32. ``label`` is the name of a label, empty if unlabelled; ``y`` is its index into the
+        classes, -1 if unlabelled.
     path : Path
-        ``.npy``: the features alone, labels and identifiers beside them in ``.csv``. ``.parquet``: a column for each
-        feature, by its name, after ``sample_id`` and ``label``. ``.safetensors``: tensors ``X`` and ``y``; metadata
-        ``sample_ids``, ``classes`` and ``feature_names`` as JSON.
+        ``.npy``: the features, with ``sample_id``, ``y`` and ``label`` in a ``.csv`` file beside them. ``.parquet``:
+        columns ``sample_id``, ``label`` and one for each feature. ``.safetensors``: tensors ``X`` and ``y``, and
+        metadata ``sample_ids``, ``classes`` and ``feature_names`` as JSON.
     progress : callable
-        Called with (rows written, rows in all).
-
-    Raises
-    ------
-    H2TError
-        Where the file exists, or its kind is another one.
+        Called with (rows written, total rows).
+    block_bytes : int
+        Size of the blocks that are read and written at a time.
     """
     path = Path(path)
     if path.suffix not in EXPORTS:
@@ -42,9 +43,15 @@ def export(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], Non
     for file in (path, labels) if path.suffix == ".npy" else (path,):
         if file.exists():
             raise H2TError(f"file {str(file)!r} exists: choose another name")
+
+    def blocks() -> Blocks:
+        for rows, block in matrix.row_blocks(block_bytes):
+            yield block.astype("<f4", copy=False)
+            progress(rows.stop, len(matrix))
+
     partial = path.with_name(f".{path.name}.partial")
     try:
-        EXPORTS[path.suffix](matrix, partial, progress)
+        EXPORTS[path.suffix](matrix, partial, blocks())
         if path.suffix == ".npy":
             _write_labels(matrix, labels)
         partial.replace(path)
@@ -54,58 +61,49 @@ def export(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], Non
         partial.unlink(missing_ok=True)
 
 
-def _pieces(matrix: FeatureMatrix, progress: Callable[[int, int], None]) -> Iterator[NDArray[np.float32]]:
-    for rows, piece in matrix.row_blocks(_PIECE_BYTES):
-        yield piece
-        progress(rows.stop, len(matrix))
-
-
-def _names(matrix: FeatureMatrix) -> list[str]:
-    """Name of each row's label; empty where unlabelled."""
+def _label_names(matrix: FeatureMatrix) -> list[str]:
     return ["" if label is None else str(label) for label in matrix.y]
 
 
-def _to_npy(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None]) -> None:
-    with open(path, "wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": matrix.shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in _pieces(matrix, progress):
-            file.write(piece.astype("<f4", copy=False).data)
-
-
 def _write_labels(matrix: FeatureMatrix, path: Path) -> None:
-    import csv
-
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["sample_id", "y", "label"])
-        writer.writerows(zip(map(str, matrix.sample_ids), matrix.codes.tolist(), _names(matrix), strict=True))
+        writer.writerows(zip(matrix.sample_ids.tolist(), matrix.codes.tolist(), _label_names(matrix), strict=True))
 
 
-def _to_parquet(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None]) -> None:
+def _write_npy(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> None:
+    with open(path, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": matrix.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(block.data)
+
+
+def _write_parquet(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> None:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise H2TError("Parquet needs pyarrow: pip install 'head2toe[table]'") from None
-    names = [str(name) for name in matrix.feature_names]
+    names = matrix.feature_names.tolist()
     schema = pa.schema([("sample_id", pa.string()), ("label", pa.string()), *((name, pa.float32()) for name in names)])
-    ids, labels, start = [str(sample_id) for sample_id in matrix.sample_ids], _names(matrix), 0
+    ids, labels, start = matrix.sample_ids.tolist(), _label_names(matrix), 0
     with pq.ParquetWriter(path, schema, use_dictionary=False, write_statistics=False) as writer:
-        for piece in _pieces(matrix, progress):
-            stop = start + len(piece)
+        for block in blocks:
+            stop = start + len(block)
             columns = [pa.array(ids[start:stop]), pa.array(labels[start:stop])]
-            columns += [pa.array(column) for column in np.ascontiguousarray(piece.T)]
+            columns += [pa.array(column) for column in np.ascontiguousarray(block.T)]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
             start = stop
 
 
-def _to_safetensors(matrix: FeatureMatrix, path: Path, progress: Callable[[int, int], None]) -> None:
+def _write_safetensors(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> None:
     y = matrix.codes.astype("<i8")
     metadata = {
-        "sample_ids": [str(sample_id) for sample_id in matrix.sample_ids],
+        "sample_ids": matrix.sample_ids.tolist(),
         "classes": list(matrix.classes),
-        "feature_names": [str(name) for name in matrix.feature_names],
+        "feature_names": matrix.feature_names.tolist(),
     }
     header = {
         "__metadata__": {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()},
@@ -116,12 +114,12 @@ def _to_safetensors(matrix: FeatureMatrix, path: Path, progress: Callable[[int, 
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded + y.tobytes())
-        for piece in _pieces(matrix, progress):
-            file.write(piece.astype("<f4", copy=False).data)
+        for block in blocks:
+            file.write(block.data)
 
 
-EXPORTS: dict[str, Callable[[FeatureMatrix, Path, Callable[[int, int], None]], None]] = {
-    ".npy": _to_npy,
-    ".parquet": _to_parquet,
-    ".safetensors": _to_safetensors,
+EXPORTS: dict[str, Callable[[FeatureMatrix, Path, Blocks], None]] = {
+    ".npy": _write_npy,
+    ".parquet": _write_parquet,
+    ".safetensors": _write_safetensors,
 }

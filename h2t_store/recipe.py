@@ -1,35 +1,25 @@
-"""How features are made, as plain JSON, and what differs between two ways.
+"""How features are made, as plain JSON, and how two recipes differ.
 
-Features can stand in for one another where weights, preprocessing, pooling and layers agree. Number formats (``dtype``,
-``amp``) and the version of the code are recorded, not compared: they round differently, but a feature means the same.
+Features of equal weights, preprocessing, pooling and layers can replace each other. ``dtype``, ``amp`` and the code's
+digest are recorded but not compared: they change the rounding, not the meaning.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from h2t_store.storage.layout import ExtractionHeader, Layer
 
-__all__ = ["recipe_differences", "recipe_of"]
-
-_NAMED = 3
+_MOST_NAMES = 3
 
 
-def recipe_of(header: ExtractionHeader, layers: Iterable[Layer]) -> dict[str, Any]:
-    """How the features of some layers are made; independent of the images, their labels and where anything lies.
-
-    Parameters
-    ----------
-    header : ExtractionHeader
-        Of the extraction.
-    layers : iterable of Layer
-        Those of its layers that are used.
+def recipe_of(header: ExtractionHeader, layers: Sequence[Layer]) -> dict[str, Any]:
+    """Recipe of some layers of an extraction, independent of its images, labels and place.
 
     Returns
     -------
     dict
-        ``model``, ``weights`` (where they come from), ``weights_sha256``, ``preprocessing``, ``cls_token``, ``layers``
-        (number of features, shape of the activation and target sizes of each), ``dtype``, ``amp`` and ``code_sha256``.
-        What the extraction does not say is None.
+        ``model``, ``weights`` (their origin), ``weights_sha256``, ``preprocessing``, ``cls_token``, ``layers`` (number
+        of features, shape and target sizes of each), ``dtype``, ``amp`` and ``code_sha256``; None if not recorded.
     """
     inputs = header.provenance["inputs"]
     preprocessing = inputs.get("preprocessing")
@@ -37,7 +27,7 @@ def recipe_of(header: ExtractionHeader, layers: Iterable[Layer]) -> dict[str, An
         "model": inputs.get("model"),
         "weights": _origin(header.provenance["environment"].get("arguments") or {}),
         "weights_sha256": inputs.get("weights_sha256"),
-        # Extractions that do not name a rule were made by code that ignored orientation tags.
+        # Without a recorded rule, orientation tags were ignored.
         "preprocessing": preprocessing and {"orientation": "ignored", **preprocessing},
         "cls_token": inputs.get("cls_token"),
         "layers": {
@@ -55,7 +45,7 @@ def recipe_of(header: ExtractionHeader, layers: Iterable[Layer]) -> dict[str, An
 
 
 def _origin(arguments: dict[str, Any]) -> str | None:
-    """Where the weights come from, as far as an extraction's arguments say."""
+    """Where the weights come from, by the arguments of an extraction."""
     if "model" not in arguments:
         return None
     if arguments.get("checkpoint"):
@@ -68,12 +58,9 @@ def _origin(arguments: dict[str, Any]) -> str | None:
 
 
 def recipe_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What keeps two recipes apart, ``WHAT A there, B here`` each; nothing where their features mean the same.
-
-    What one of them does not say is not compared.
-    """
+    """Differences between two recipes as ``WHAT A there, B here``; what one of them lacks is not compared."""
     found = []
-    if _differ(there.get("weights_sha256"), here.get("weights_sha256")):
+    if _differ(there, here, "weights_sha256"):
         found.append(f"network {_network(there)} there, {_network(here)} here")
     before, now = there.get("preprocessing") or {}, here.get("preprocessing") or {}
     found += [
@@ -81,42 +68,36 @@ def recipe_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]
         for key in before
         if key in now and before[key] != now[key]
     ]
-    return found + _pooling_differences(there, here, explained=bool(found))
-
-
-def _pooling_differences(there: dict[str, Any], here: dict[str, Any], *, explained: bool) -> list[str]:
-    """What differs in the layers and how they are pooled, unless other differences explain it."""
     before, now = there.get("layers") or {}, here.get("layers") or {}
-    common = [name for name in before if name in now]
-    found = []
-    tokens = any(len(layers[name]["shape"]) == 2 for layers in (before, now) for name in common)
-    if tokens and _differ(there.get("cls_token"), here.get("cls_token")):
+    tokens = any(len(layer["shape"]) == 2 for name, layer in before.items() if name in now)
+    if tokens and _differ(there, here, "cls_token"):
         found.append(f"class token {there['cls_token']!r} there, {here['cls_token']!r} here")
-    elsewhere = [[name for name in one if name not in other] for one, other in ((before, now), (now, before))]
-    sizes = _sizes(before), _sizes(now)
-    wider = any(before[name]["n_features"] != now[name]["n_features"] for name in common)
-    if (wider or any(elsewhere)) and sizes[0] != sizes[1]:
-        found.append(f"target size {_listed(sizes[0])} there, {_listed(sizes[1])} here")
-    if found or explained:
-        return found
-    if any(elsewhere):
-        return [f"layers {_besides(elsewhere[0])} there, {_besides(elsewhere[1])} here"]
+    if _widths(before) != _widths(now) and _sizes(before) != _sizes(now):
+        found.append(f"target size {_sizes(before)} there, {_sizes(now)} here")
+    return found or _layer_differences(before, now)
+
+
+def _layer_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Layers that only one recipe has, or that have other shapes."""
+    if before.keys() != now.keys():
+        only_before, only_now = ([name for name in a if name not in b] for a, b in ((before, now), (now, before)))
+        return [f"layers {_listed(only_before)} there, {_listed(only_now)} here"]
     return [
         f"{what} of {name} {before[name][key]} there, {now[name][key]} here"
-        for name in common
+        for name in before
         for what, key in (("number of features", "n_features"), ("shape", "shape"))
         if before[name][key] != now[name][key]
-    ][:_NAMED]
+    ][:_MOST_NAMES]
 
 
-def _differ(before: Any, now: Any) -> bool:
+def _differ(there: dict[str, Any], here: dict[str, Any], key: str) -> bool:
+    before, now = there.get(key), here.get(key)
     return before is not None and now is not None and before != now
 
 
 def _network(recipe: dict[str, Any]) -> str:
-    weights = recipe.get("weights")
-    said = f"weights {recipe['weights_sha256'][:8]}"
-    return f"{recipe.get('model')} ({said}{f': {weights}' if weights else ''})"
+    origin = f": {recipe['weights']}" if recipe.get("weights") else ""
+    return f"{recipe.get('model')} (weights {recipe['weights_sha256'][:8]}{origin})"
 
 
 def _value(key: str, value: Any) -> str:
@@ -126,14 +107,15 @@ def _value(key: str, value: Any) -> str:
     return str(value)
 
 
-def _sizes(layers: dict[str, Any]) -> list[int]:
-    return sorted({size for layer in layers.values() for size in layer["target_sizes"]})
+def _widths(layers: dict[str, Any]) -> dict[str, int]:
+    return {name: layer["n_features"] for name, layer in layers.items()}
 
 
-def _listed(values: list[Any]) -> str:
-    return " and ".join(map(str, values)) or "none"
+def _sizes(layers: dict[str, Any]) -> str:
+    sizes = {size for layer in layers.values() for size in layer["target_sizes"]}
+    return " and ".join(map(str, sorted(sizes))) or "none"
 
 
-def _besides(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"with {', '.join(map(repr, names[:_NAMED]))}{more}" if names else "without"
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"with {', '.join(map(repr, names[:_MOST_NAMES]))}{more}" if names else "without"

@@ -1,6 +1,7 @@
 """Small problems, independent oracles in numpy and cvxpy, and a feature matrix held in memory."""
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +130,8 @@ class FakeLayer:
 class FakeFeatures:
     """The FeatureMatrix protocol over an array, recording every column whose values are read, and how often all are.
 
-    ``scattered`` gives the column blocks as index arrays in another order than the columns'.
+    Rows and columns of it record what they read in the same place. ``scattered`` gives the column blocks as index
+    arrays in another order than the columns'.
     """
 
     ndim = 2
@@ -148,7 +150,13 @@ class FakeFeatures:
         self.feature_names = [f"{layer.name}:{i}" for layer in self.layers for i in range(layer.stop - layer.start)]
         self.scattered = scattered
         self.columns_read: set[int] = set()
-        self.n_passes = 0
+        self.passes: list[None] = []
+        self._norms = np.stack([np.linalg.norm(self.values[:, v.start : v.stop], axis=1) for v in self.layers], axis=1)
+        self._columns = np.arange(values.shape[1])
+
+    @property
+    def n_passes(self) -> int:
+        return len(self.passes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -157,16 +165,29 @@ class FakeFeatures:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, key: Any) -> "FakeView":
+    def __getitem__(self, key: Any) -> "FakeFeatures":
         rows, columns = key if isinstance(key, tuple) else (key, slice(None))
-        return FakeView(self, rows, columns)
+        n, d = self.shape
+        rows, columns = np.arange(n)[rows], np.arange(d)[columns]
+        owners = np.repeat(np.arange(len(self.layers)), [layer.stop - layer.start for layer in self.layers])[columns]
+        taken = copy(self)
+        taken.values, taken._columns = self.values[rows][:, columns], self._columns[columns]
+        taken.feature_names = [self.feature_names[column] for column in columns]
+        starts = np.flatnonzero(np.diff(owners, prepend=-1)) if len(owners) else owners
+        taken.layers = [
+            FakeLayer(self.layers[owners[start]].name, int(start), int(stop), (int(stop - start), 1, 1))
+            for start, stop in zip(starts, [*starts[1:], len(columns)], strict=False)
+        ]
+        taken._norms = self._norms[rows][:, owners[starts]]
+        return taken
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self[:], dtype)
+        self.columns_read.update(self._columns.tolist())
+        return self.values.astype(dtype or np.float32)
 
     def column_blocks(self, max_bytes: int) -> Iterator[tuple[Any, NDArray[Any]]]:
-        self.columns_read.update(range(self.shape[1]))
-        self.n_passes += 1
+        self.columns_read.update(self._columns.tolist())
+        self.passes.append(None)
         if self.scattered:
             for start in (1, 0):
                 columns = np.arange(start, self.shape[1], 2)
@@ -176,26 +197,4 @@ class FakeFeatures:
             yield slice(layer.start, layer.stop), self.values[:, layer.start : layer.stop]
 
     def layer_norms(self) -> NDArray[np.float32]:
-        return np.stack([np.linalg.norm(self.values[:, v.start : v.stop], axis=1) for v in self.layers], axis=1)
-
-
-@dataclass(frozen=True)
-class FakeView:
-    source: FakeFeatures
-    rows: Any
-    columns: Any
-    dtype = np.dtype(np.float32)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        n, d = self.source.shape
-        return len(np.arange(n)[self.rows]), len(np.arange(d)[self.columns])
-
-    def __getitem__(self, key: Any) -> "FakeView":
-        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
-        n, d = self.source.shape
-        return FakeView(self.source, np.arange(n)[self.rows][rows], np.arange(d)[self.columns][columns])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        self.source.columns_read.update(np.arange(self.source.shape[1])[self.columns].tolist())
-        return self.source.values[self.rows][:, self.columns].astype(dtype or np.float32)
+        return self._norms

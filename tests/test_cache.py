@@ -33,7 +33,9 @@ def make_store(path, name="x", seed=0):
     values = np.random.default_rng(seed).normal(size=(12, 8)).astype(np.float32)
     header = ExtractionHeader(12, 12, "float32", ("a", "b"), LAYERS, {"inputs": {"seed": seed}, "environment": {}})
     extraction = FeatureStore(path, create=True).begin(name, header, np.arange(12) % 2, [f"i{i}" for i in range(12)])
-    extraction.write_block(0, np.split(values, [3], axis=1), np.ones((12, 2), dtype=np.float32))
+    extraction.write_block(
+        0, np.split(values, [3], axis=1), np.ones((12, 2), dtype=np.float32), np.zeros((12, 16), np.uint8)
+    )
     extraction.finish()
     return open_features(path, name)
 
@@ -378,7 +380,7 @@ def ask(folder, log):
         add_line(log / "solved", os.getpid())
         until = time.monotonic() + 60
         while len((log / "asked").read_text().split()) < 2 and time.monotonic() < until:
-            pass
+            time.sleep(0.005)
         return SOLUTION
 
     def enough(solution):

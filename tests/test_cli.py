@@ -99,7 +99,10 @@ def test_ls_shows_odd_names_and_damage_and_goes_on(run, folder, tmp_path):
         (["extract"], "Missing"),
         (["extract", "FOLDER", "--model", MODEL, "--store", "S"], "--name"),
         (["extract", "FOLDER", "--model", MODEL, "--store", "S", "--name", "x", "--fast"], "--fast"),
-        (["extract", "FOLDER", "--model", MODEL, "--store", "S", "--name", "x", "-b", "many"], "--batch-size"),
+        (
+            ["extract", "FOLDER", "--model", MODEL, "--store", "S", "--name", "x", "-b", "many"],
+            "batch_size 'many': accepted are whole numbers from 1 to",
+        ),
         (["extract", "no where", "--model", MODEL, "--store", "S", "--name", "x"], "data 'no where' does not exist"),
         (["extract", "EMPTY", "--model", MODEL, "--store", "S", "--name", "x"], "holds no images"),
         (["extract", "BAD", "--model", MODEL, "--store", "S", "--name", "x"], "fake.jpg: not an image"),
@@ -149,7 +152,7 @@ def test_names_with_spaces_and_unicode(run, tmp_path, images):
     assert np.isfinite(np.asarray(matrix)).all()
 
 
-def test_a_signal_says_how_to_continue_and_the_same_command_does(tmp_path, images):
+def test_a_signal_says_how_to_continue_and_the_same_command_does(run, tmp_path, images, monkeypatch):
     slow = tmp_path / "slow.py"
     slow.write_text(
         f"import os, signal, sys; sys.path.insert(0, {str(MODELS.parent)!r})\n"
@@ -167,31 +170,22 @@ def test_a_signal_says_how_to_continue_and_the_same_command_does(tmp_path, image
         "    return model\n"
     )
     (tmp_path / "p" / "a").mkdir(parents=True)
-    for i in range(600):
+    for i in range(60):
         Image.fromarray(images[i % 40]).save(tmp_path / "p" / "a" / f"{i:03d}.bmp")
-    program = "from h2t_store.cli import extract_main; extract_main()"
-    command = [sys.executable, "-c", program, str(tmp_path / "p"), "--model", f"{slow}:build", "--img-size", "8"]
-    command += ["--store", str(tmp_path / "s"), "--name", "x", "-b", "128", "-j", "0"]
-    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [tmp_path / "p", "--model", f"{slow}:build", "--img-size", 8, "--rows-per-block", 32]
+    command += ["--store", tmp_path / "s", "--name", "x", "-b", 8, "-j", 0]
+    stopped = subprocess.run(
+        [sys.executable, "-m", "h2t_store", *map(str, command)], capture_output=True, text=True, check=False
+    )
     assert stopped.returncode == 128 + signal.SIGTERM
     assert stopped.stderr.splitlines() == [
-        "stopping after the row block in hand; once more stops at once",
+        "stopping after the current row block; a second signal stops at once",
         "error: stopped: finished row blocks are stored, the same command continues",
     ]
-    assert (
-        "1 of 2 row blocks"
-        in subprocess.run(
-            [*command[:2], "from h2t_store.cli import h2t_main; h2t_main()", "ls", str(tmp_path / "s")],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
-    assert (
-        "600 images of 1 classes"
-        in subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"GO_ON": "1"}).stdout
-    )
-    assert open_features(tmp_path / "s", "x").shape[0] == 600
+    assert "1 of 2 row blocks" in run("h2t", "ls", tmp_path / "s")[1]
+    monkeypatch.setenv("GO_ON", "1")
+    assert "60 images of 1 classes" in run("extract", *command)[1]
+    assert open_features(tmp_path / "s", "x").shape[0] == 60
 
 
 def test_help_names_every_flag_with_timms_words(run):
@@ -360,7 +354,7 @@ def helps(command):
 @pytest.mark.parametrize("command", ["extract", "h2t"])
 def test_help_is_printed_as_it_is_written_brackets_too(run, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "600")
-    written = list(helps(typer.main.get_command({"extract": cli._extract_app, "h2t": cli._h2t_app}[command])))
+    written = list(helps(typer.main.get_command({"extract": cli.extract.app, "h2t": cli.store.app}[command])))
     assert command == "h2t" or any("'head2toe[s3]'" in text for text in written[0][1])
     for args, texts in written:
         code, out, _ = run(command, *args, "--help")

@@ -8,7 +8,6 @@ from conftest import MODELS
 from pretended_cuda import pretended_cuda
 
 from h2t_store import extract
-from h2t_store.engines import plan
 from h2t_store.errors import ModelError, TapError
 
 MODEL = f"{MODELS}:small_input"
@@ -63,20 +62,19 @@ def test_what_is_not_finite_is_named(tmp_path, stored):
         extracted(tmp_path, bright, model=model, dtype=stored, device="cuda", batch_size=2)
 
 
-def test_a_batch_is_as_large_as_memory_allows_and_halved_where_it_is_too_large(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 64)
+def test_a_batch_is_as_large_as_memory_allows_and_halved_where_it_is_too_large(tmp_path, images):
     rows = np.tile(images, (2, 1, 1, 1))
     results = []
     for memory in (2**33, 2**18):
         with pretended_cuda(memory) as gpu:
-            X = extracted(tmp_path / f"{memory}", rows, device="cuda")
+            X = extracted(tmp_path / f"{memory}", rows, device="cuda", rows_per_block=64)
             assert gpu.peak[CARD] <= memory
             results.append(X)
     sizes = [X.provenance["environment"]["arguments"]["batch_size"] for X in results]
     assert sizes[0] == 256
     assert 1 <= sizes[1] < 80
     with pretended_cuda(2**18):
-        results.append(extracted(tmp_path / "halved", rows, device="cuda", batch_size=64))
+        results.append(extracted(tmp_path / "halved", rows, device="cuda", batch_size=64, rows_per_block=64))
     for X in results[1:]:
         np.testing.assert_allclose(np.asarray(X), np.asarray(results[0]), rtol=2e-3, atol=1e-4)
 

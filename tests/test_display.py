@@ -16,7 +16,7 @@ from estimators.display import Head2ToeLayersDisplay, Head2ToePathDisplay
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-ALPHAS, KEPT = (0.2, 1.0, 0.6, 0.05), (None, 0.25, 1.0)
+ALPHAS, KEPT = (0.3, 1.0, 0.6, 0.15), (None, 0.25, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,7 @@ def problem():
 @pytest.fixture(scope="module")
 def search(problem):
     X, y = make_problem(0, n=60, d=12)[:2]
+    X = X.astype(np.float32)
     return Head2ToeClassifierCV(
         alphas=ALPHAS, keep_fractions=KEPT, Cs=(0.001, 0.1), normalizations=("layer", "standard"), cv=3, device="cpu"
     ).fit(X, y)
@@ -103,7 +104,7 @@ def test_layers_are_in_network_order_from_the_top_and_empty_ones_keep_a_grey_row
     assert labels[0].get_color() == labels[2].get_color() != labels[1].get_color()
 
 
-@pytest.mark.parametrize("n_layers", [1, 5, 60, 150])
+@pytest.mark.parametrize("n_layers", [1, 5, 60, 110])
 def test_every_layer_has_a_name_of_its_own_figure_and_nothing_overlaps(n_layers):
     names = [f"layer{i}.{i % 7}.conv2:in" for i in range(n_layers)]
     display = Head2ToeLayersDisplay.from_estimator(Fitted(names, [3] * n_layers, [2] * n_layers))
@@ -141,8 +142,10 @@ def test_nothing_selected_is_an_empty_plot():
 
 
 def at(search, name, alpha, keep_fraction):
-    """Values of cv_results_ over C, by a plain loop."""
-    wanted = {"alpha": alpha, "keep_fraction": keep_fraction, "normalization": search.best_params_["normalization"]}
+    """Values of cv_results_ over C, by a plain loop; what keeps all features has no alpha."""
+    wanted = {"keep_fraction": keep_fraction, "normalization": search.best_params_["normalization"]}
+    if keep_fraction != 1.0:
+        wanted["alpha"] = alpha
     results = search.cv_results_
     return [results[name][i] for i, params in enumerate(results["params"]) if wanted.items() <= params.items()]
 
@@ -182,12 +185,13 @@ def test_the_best_C_is_not_always_the_first(search):
 
 
 def check_chosen(search, score, count):
-    best, alpha = search.best_params_, search.best_params_["alpha"]
-    assert stars(score) == [[[alpha, search.best_score_]]]
+    best, alpha = search.best_params_, search.best_params_.get("alpha", search.alphas_[0])
+    mean = search.cv_results_["mean_test_score"][search.best_index_]
+    assert stars(score) == [[[alpha, mean]]]
     assert stars(count) == [[[alpha, search.cv_results_["mean_n_features"][search.best_index_]]]]
     (text,) = score.texts
-    assert f"{search.best_score_:.3g}" in text.get_text()
-    assert f"alpha={alpha:g}, " in text.get_text()
+    assert f"best single: {mean:.3g} with" in text.get_text()
+    assert (f"alpha={alpha:g}, " in text.get_text()) == ("alpha" in best)
     assert f"C={best['C']:g}" in text.get_text()
 
 
@@ -247,7 +251,8 @@ def test_the_text_hides_no_line(search):
 )
 def test_one_alpha_and_another_score(scoring, name):
     X, y, _ = make_problem(0, n=60, d=12)
-    search = Head2ToeClassifierCV(alphas=[0.2], Cs=[0.1, 1.0], cv=2, scoring=scoring, device="cpu").fit(X, y)
+    search = Head2ToeClassifierCV(alphas=[0.4], Cs=[0.1, 1.0], cv=2, scoring=scoring, device="cpu")
+    search.fit(X.astype(np.float32), y)
     display = Head2ToePathDisplay.from_estimator(search)
     display.figure_.canvas.draw()
     score, count = display.ax_
@@ -260,10 +265,20 @@ def test_one_alpha_and_another_score(scoring, name):
 
 
 def test_many_alphas_have_labels_that_do_not_overlap():
-    X, y, _ = make_problem(0, n=40, d=6)
-    alphas = np.geomspace(0.9, 0.01, 40)
-    search = Head2ToeClassifierCV(alphas=alphas, keep_fractions=(None,), Cs=[0.1], cv=2, device="cpu").fit(X, y)
-    display = Head2ToePathDisplay.from_estimator(search)
+    alphas, line = np.geomspace(0.9, 0.01, 40), np.linspace(0.5, 0.9, 40)[None]
+    display = Head2ToePathDisplay(
+        alphas=alphas,
+        labels=["nonzero weights"],
+        mean_scores=line,
+        std_scores=0.1 * line,
+        n_features=100 * line,
+        best_line=0,
+        best_params={"alpha": alphas[-1], "C": 1.0},
+        best_score=0.9,
+        best_n_features=90,
+        score_name="accuracy",
+        title="many alphas",
+    ).plot()
     labels = display.ax_[1].get_xticklabels()
     assert len(labels) > 5
     boxes = extents(display.figure_, labels)
@@ -335,14 +350,32 @@ def test_a_missing_matplotlib_is_named_with_its_extra(search, monkeypatch):
             draw()
 
 
-def test_last_layers_are_lines_of_their_own():
+def test_layers_are_level_lines_under_their_names():
     X, y, _ = make_problem(4, n=60, d=12)
     search = Head2ToeClassifierCV(alphas=(0.5, 0.2), keep_fractions=(None,), Cs=(1.0,), cv=2, device="cpu")
     display = Head2ToePathDisplay.from_estimator(search.fit(FakeFeatures(X, (5, 4, 3)), y))
     score, count = display.ax_
     labels = [text.get_text() for text in score.get_legend().get_texts()]
-    assert labels[:3] == ["nonzero weights", "last layer", "last 2 layers"]
+    assert labels[:3] == ["nonzero weights", "layer net.2", "layers net.1 and net.2"]
     means, params = search.cv_results_["mean_test_score"], search.cv_results_["params"]
-    best = {layer: max(m for m, p in zip(means, params, strict=True) if p["layer"] == layer) for layer in (0, 1)}
-    assert labels[3:] == [f"layer {max(best, key=best.get)} alone"]
+    best = {}
+    for layer in ("net.0", "net.1"):
+        best[layer] = max(m for m, p in zip(means, params, strict=True) if p.get("layers") == [layer])
+    assert labels[3:] == [f"layer {max(best, key=best.get)}"]
     assert [list(line.get_ydata()) for line in lines(count)[1:3]] == [[3, 3], [7, 7]]
+
+
+def test_a_layer_that_is_best_has_its_star_where_its_line_begins():
+    y = np.arange(60) % 5
+    X = np.random.default_rng(0).normal(size=(60, 16))
+    X[:, 9:13] += 4 * np.eye(5, 4)[y]
+    names = "backbone." * 4 + "blocks"
+    search = Head2ToeClassifierCV(alphas=(0.99, 0.98), keep_fractions=(None,), Cs=(0.1,), cv=2, device="cpu")
+    search.fit(FakeFeatures(X, (4, 5, 4, 3), name=names), y)
+    assert search.best_params_["layers"] == [f"{names}.2"]
+    score, count = Head2ToePathDisplay.from_estimator(search).ax_
+    mean = search.cv_results_["mean_test_score"][search.best_index_]
+    assert stars(score) == [[[0.99, mean]]]
+    assert stars(count) == [[[0.99, 4.0]]]
+    # Long names are shortened.
+    assert score.texts[0].get_text().splitlines()[1] == f"layer …{names[-21:]}.2, C=0.1"

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +19,6 @@ import torch
 from conftest import MODELS
 
 from h2t_store import cli, extract, open_features
-from h2t_store.engines import plan
 from h2t_store.errors import H2TError, IncompleteError, StoppedError, StoreError
 from h2t_store.repairing import repair
 from h2t_store.storage.layout import ExtractionHeader, Layer
@@ -27,16 +27,14 @@ from h2t_store.storage.verify import verify
 
 MODEL = f"{MODELS}:small_input"
 FORK = multiprocessing.get_context("fork")
-CALLS = ("open", "writev", "rename", "replace", "link", "unlink", "mkdir", "fsync")
+CALLS = ("open", "write", "rename", "replace", "link", "unlink", "mkdir", "fsync")
 ROWS = 16
 MOMENTS = int(os.environ.get("H2T_TEST_MOMENTS", "8"))  # of each kind of work; 1000000 for every one
 LAYERS = (Layer("stem", 0, 5, (5, 2, 2)), Layer("layer1.0.conv2:in", 5, 1105, (1100,)))
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several row blocks out of few images; no process is left behind."""
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", ROWS)
+def no_process_is_left_behind():
     yield
     while Child.started:
         Child.started.pop().kill()
@@ -88,14 +86,16 @@ def run(work, *args):
 def job(store: Path, name: str = "x", n: int = 160, **settings):
     """Extract so many random images."""
     images = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
-    extract((images, np.arange(n) % 4), model=MODEL, store=store, name=name, batch_size=8, **settings)
+    extract(
+        (images, np.arange(n) % 4), model=MODEL, store=store, name=name, batch_size=8, rows_per_block=ROWS, **settings
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file but what a crash may leave of one that was never finished."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    passing = (".locks", ".trash")
-    files = {name: path for name, path in files.items() if not name.startswith(passing) and path.suffix != ".partial"}
+    passing = re.compile(r"(^|/)\.(locks|trash)|\.partial$")
+    files = {name: path for name, path in files.items() if not passing.search(name)}
     return {name: path.read_bytes() for name, path in files.items()}
 
 
@@ -205,26 +205,26 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path, workers):
     assert not (tmp_path / "s/.locks/x").exists()
 
 
-@pytest.mark.parametrize("written", [0, 8, 30])
+@pytest.mark.parametrize("written", [0, 16, 60])
 def test_a_full_disk_is_one_line_and_the_same_call_goes_on_later(tmp_path, monkeypatch, written):
     job(tmp_path / "whole")
-    real, calls = os.writev, []
+    real, calls = os.write, []
 
-    def full(file: int, parts) -> int:
+    def full(file: int, part) -> int:
         calls.append(file)
         if len(calls) > written:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(file, parts)
+        return real(file, part)
 
-    monkeypatch.setattr(os, "writev", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises((StoreError, OSError), match="No space left on device") as caught:
         job(tmp_path / "s")
     assert "\n" not in str(caught.value)
     if written:
         committed = FeatureStore(tmp_path / "s").open("x").committed()
         assert not committed.all()
-        assert committed.any() == (written == 30)
-    monkeypatch.setattr(os, "writev", real)
+        assert committed.any() == (written == 60)
+    monkeypatch.setattr(os, "write", real)
     again = []
     write = Extraction.write_block
     monkeypatch.setattr(
@@ -252,7 +252,6 @@ def test_the_command_says_in_one_line_that_a_file_cannot_grow(tmp_path):
             if stop.code:
                 raise StoreError(f"exit {stop.code}") from None
 
-    plan._ROWS_OF_FEW = 512  # undone by the fixture
     kind, message = Child(limited, 100_000, tmp_path / "log").result()
     assert (kind, message) == ("StoreError", "exit 1")
     lines = (tmp_path / "log").read_text().splitlines()
@@ -281,24 +280,24 @@ def test_what_a_power_failure_took_is_computed_again(tmp_path, caplog):
     assert tree(tmp_path / "s/x") == tree(tmp_path / "whole/x")
 
 
-def test_a_disk_that_fails_while_an_extension_takes_its_place_loses_nothing(tmp_path, monkeypatch):
+def test_a_disk_that_fails_during_an_extension_loses_nothing(tmp_path, monkeypatch):
     job(tmp_path / "s", n=40)
-    before, real = read(tmp_path / "s"), Path.rename
-
-    def rename(self, target):
-        if self.name.startswith(".append-"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
+    before, real = read(tmp_path / "s"), os.write
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     more = np.concatenate([images, images[::-1]])
-    common = dict(model=MODEL, store=tmp_path / "s", name="x", batch_size=8, append=True)
+    common = dict(model=MODEL, store=tmp_path / "s", name="x", batch_size=8, rows_per_block=ROWS, append=True)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "write", fail)
     with pytest.raises(StoreError, match="x cannot be written: Input/output error"):
         extract((more, np.arange(80) % 4), **common)
     assert equal(read(tmp_path / "s"), before)
-    monkeypatch.setattr(Path, "rename", real)
-    assert len(extract((more, np.arange(80) % 4), **common)) == 80
+    monkeypatch.setattr(os, "write", real)
+    after = np.asarray(extract((more, np.arange(80) % 4), **common))
+    assert np.array_equal(after[:40], before[0])
+    assert len(after) == 80
 
 
 def test_a_store_that_cannot_be_written_is_read_and_says_so(tmp_path, monkeypatch):
@@ -330,7 +329,7 @@ def test_a_store_that_cannot_be_written_is_read_and_says_so(tmp_path, monkeypatc
 
 
 def header(n: int) -> ExtractionHeader:
-    provenance = {"inputs": {"model": "m", "n": n}, "environment": {}}
+    provenance = {"inputs": {"model": "m", "data": {"n": n}}, "environment": {}}
     return ExtractionHeader(n, ROWS, "float16", ("a", "b"), LAYERS, provenance)
 
 
@@ -338,26 +337,26 @@ def begin(store: Path, name: str = "x", n: int = 40) -> Extraction:
     return FeatureStore(store, create=True).begin(name, header(n), np.arange(n) % 2, list(map(str, range(n))))
 
 
-def values(n: int) -> tuple[list[np.ndarray], np.ndarray]:
-    features = np.random.default_rng(0).normal(size=(60, 1105)).astype(np.float16)[:n]
+def values(n: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, 1105)).astype(np.float16)[:n]
+    digests = rng.integers(0, 256, (60, 16), dtype=np.uint8)[:n]
     parts = np.split(features, [5], axis=1)
-    return parts, np.stack([np.linalg.norm(part.astype(np.float32), axis=1) for part in parts], axis=1)
+    return parts, np.stack([np.linalg.norm(part.astype(np.float32), axis=1) for part in parts], axis=1), digests
 
 
-def write_missing(extraction: Extraction, before: Extraction | None = None) -> None:
-    n, known = extraction.header.n_samples, before.header.n_samples if before else 0
-    parts, norms = values(n)
+def write_missing(extraction: Extraction, seen: list[tuple[int, int]] | None = None) -> None:
+    """Row blocks that are missing, without rows that are known; samples 3 and 41 are skipped."""
+    n = extraction.header.n_samples
+    parts, norms, digests = values(n)
     for block in np.flatnonzero(~extraction.committed()).tolist():
-        start, stop = block * ROWS, min(block * ROWS + ROWS, n)
-        first = max(start, min(known, stop))
-        failures = {} if first > 3 or stop <= 3 else {3 - first: "not an image"}
-        extraction.write_block(
-            block,
-            [part[first:stop] for part in parts],
-            norms[first:stop],
-            failures,
-            before=before if first > start else None,
-        )
+        known = extraction.known_rows(block)
+        first, stop = block * ROWS + known, min(block * ROWS + ROWS, n)
+        failures = {row - first: "not an image" for row in (3, 41) if first <= row < stop}
+        rows = slice(first, stop)
+        extraction.write_block(block, [part[rows] for part in parts], norms[rows], digests[rows], failures, known=known)
+        if seen is not None:
+            seen.append((block, known))
 
 
 def filling(store: Path) -> None:
@@ -369,17 +368,18 @@ def filling(store: Path) -> None:
             extraction.finish()
 
 
-def appending(store: Path) -> None:
-    opened = FeatureStore(store)
+def appending(store: Path) -> list[tuple[int, int]]:
+    opened, seen = FeatureStore(store), []
     with opened.lock("a/x"):
-        before = opened.open("a/x")
-        if before.header.n_samples == 60:
-            return
-        staged = opened.stage("a/x", header(60), np.arange(60) % 2, list(map(str, range(60))))
-        if not staged.complete:
-            write_missing(staged, before)
-            staged.finish()
-        opened.replace("a/x")
+        extraction = opened.open("a/x")
+        if extraction.header.n_samples == 40:
+            extraction = opened.extend("a/x", header(60), np.arange(60) % 2, list(map(str, range(60))))
+        else:
+            extraction = begin(store, "a/x", 60)
+        if not extraction.complete:
+            write_missing(extraction, seen)
+            extraction.finish()
+    return seen
 
 
 def reopening(store: Path) -> None:
@@ -405,9 +405,8 @@ def dying(work, store: Path, at: int) -> int:
             nonlocal count
             count += 1
             if count == at:
-                if name == "writev":
-                    data = b"".join(args[1])
-                    os.write(args[0], data[: len(data) // 2])
+                if name == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
                 os._exit(0)
             return real(*args, **kwargs)
 
@@ -430,8 +429,7 @@ def test_stopped_before_any_call_it_is_the_old_or_can_be_continued(tmp_path, wor
     total = run(dying, work, new, 0)
     after = None if work is removing else read(new, "a/x")
     expected = tree(new)
-    step = max(1, total // MOMENTS)
-    for at in sorted({*range(1, total + 1, step), *range(max(1, total - 3), total + 1)}):
+    for at in moments(total):
         store = tmp_path / f"{at}"
         shutil.copytree(old, store)
         kind, message = Child(dying, work, store, at).result()
@@ -444,19 +442,90 @@ def test_stopped_before_any_call_it_is_the_old_or_can_be_continued(tmp_path, wor
         shutil.rmtree(store)
 
 
+def moments(total: int) -> list[int]:
+    """Numbers of calls, spread evenly, and the last ones."""
+    step = max(1, total // MOMENTS)
+    return sorted({*range(1, total + 1, step), *range(max(1, total - 3), total + 1)})
+
+
+def test_a_kill_amid_an_extension_costs_no_stored_row_and_earlier_readers_see_right_rows_or_an_error(tmp_path):
+    """The third row block grows from 8 rows to 16; readers have read some of it, all of it or nothing before."""
+    old = tmp_path / "old"
+    filling(old)
+    known = read(old, "a/x")
+    shutil.copytree(old, tmp_path / "count")
+    total, expected = run(dying, appending, tmp_path / "count", 0), tree(tmp_path / "count")
+    for at in moments(total):
+        store = tmp_path / f"{at}"
+        shutil.copytree(old, store)
+        readers = [open_features(store, "a/x") for _ in range(3)]
+        np.asarray(readers[0]), readers[0].layer_norms(), np.asarray(readers[1][:, :5])
+        Child(dying, appending, store, at).result()
+        for _ in range(2):
+            for reader in readers:
+                for i, ask in enumerate((np.asarray, lambda X: X.y, lambda X: X.sample_ids, lambda X: X.layer_norms())):
+                    with contextlib.suppress(StoreError):
+                        assert np.array_equal(ask(reader), known[i]), at
+            seen = run(appending, store)
+            assert {number for number, _ in seen} <= {2, 3}
+            assert all(rows == 8 for number, rows in seen if number == 2), (at, seen)
+        assert tree(store) == expected, at
+        assert list(verify(FeatureStore(store), "a/x")) == []
+        shutil.rmtree(store)
+
+
+def test_an_extension_that_is_given_up_at_any_moment_is_followed_by_another(tmp_path):
+    """The images that were to be added are others when it is tried again."""
+    old = tmp_path / "old"
+    filling(old)
+    direct = tmp_path / "direct"
+    shutil.copytree(old, direct)
+    run(appending, direct)
+
+    def another(store: Path) -> None:
+        """To 50 other rows, then not at all."""
+        opened = FeatureStore(store)
+        extraction = opened.open("a/x")
+        if extraction.header.n_samples == 40:
+            extraction = opened.extend("a/x", header(50), np.arange(50) % 2, list(map(str, range(50))))
+        write_missing(extraction)
+        opened.open("a/x").roll_back()
+
+    total = run(dying, another, shutil.copytree(old, tmp_path / "count"), 0)
+    for at in moments(total):
+        store = tmp_path / f"{at}"
+        shutil.copytree(old, store)
+        Child(dying, another, store, at).result()
+
+        def finish(store: Path) -> None:
+            opened = FeatureStore(store)
+            if opened.open("a/x").header.n_samples == 50:
+                opened.open("a/x").roll_back()
+            extraction = opened.begin("a/x", header(40), np.arange(40) % 2, list(map(str, range(40))))
+            if not extraction.complete:
+                write_missing(extraction)
+                extraction.finish()
+            assert list(verify(opened, "a/x")) == []
+            appending(store)
+
+        run(finish, store)
+        assert tree(store) == tree(direct), at
+        shutil.rmtree(store)
+
+
 def test_an_interrupted_repair_continues(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     settings = dict(data=(images, None))
-    job_of = lambda store: extract((images, None), model=MODEL, store=store, name="x")  # noqa: E731
+    job_of = lambda store: extract((images, None), model=MODEL, store=store, name="x", rows_per_block=ROWS)  # noqa: E731
     run(lambda: job_of(tmp_path / "s") and None)
     sound = tree(tmp_path / "s")
-    for path in ("zarr.json", "x/zarr.json", "x/features/head/zarr.json", "x/features/head/c/1/0", "x/y/c/0"):
+    for path in ("zarr.json", "x/features/zarr.json", "x/features/head/zarr.json", "x/features/head/c/1/0", "x/y/c/0"):
         content = (tmp_path / "s" / path).read_bytes()
         (tmp_path / "s" / path).write_bytes(content[:-3])
     fix = lambda store: repair(store, "x", **settings) and None  # noqa: E731
     shutil.copytree(tmp_path / "s", tmp_path / "count")
     total = run(dying, fix, tmp_path / "count", 0)
-    for at in range(1, total + 1, max(1, total // MOMENTS)):
+    for at in moments(total):
         store = tmp_path / f"{at}"
         shutil.copytree(tmp_path / "s", store)
         assert Child(dying, fix, store, at).result()[0] in ("killed", "done")

@@ -4,38 +4,47 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import MODELS
 from safetensors import safe_open
+from tiny_stores import write_store
 
-from h2t_store import export as exporting
-from h2t_store import extract
-from h2t_store.engines import plan
+from h2t_store import FeatureMatrix, open_features
 from h2t_store.errors import H2TError
-from h2t_store.export import export
+from h2t_store.export import EXPORTS, export
+from h2t_store.storage.layout import Layer
+
+LAYERS = (Layer("stem", 0, 6, (6, 4, 4)), Layer("head", 6, 11, (5,)))
+SMALL = {"block_bytes": 1000}  # three blocks of rows
 
 
-@pytest.fixture
-def matrix(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(exporting, "_PIECE_BYTES", 4 << 10)  # several pieces
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
-    labels = [["ant", "bée"][i % 2] for i in range(40)]
-    return extract((images, labels), model=f"{MODELS}:small_input", store=tmp_path / "s", name="x", target_size=8)
+def stored(path, y, classes) -> FeatureMatrix:
+    values = np.random.default_rng(0).normal(size=(40, 11)).astype(np.float16)
+    return open_features(write_store(path, LAYERS, values, y, classes=classes), "x")
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    return stored(tmp_path_factory.mktemp("store") / "s.zarr", np.arange(40) % 2, ("ant", "bée"))
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory):
+    return stored(tmp_path_factory.mktemp("store") / "s.zarr", np.full(40, -1), ())
 
 
 def test_npy_with_labels_beside_it(tmp_path, matrix):
-    export(matrix, tmp_path / "out.npy")
+    export(matrix, tmp_path / "out.npy", **SMALL)
     values = np.load(tmp_path / "out.npy")
     assert values.dtype == np.float32
     np.testing.assert_array_equal(values, np.asarray(matrix))
     with open(tmp_path / "out.csv", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["sample_id", "y", "label"]
-    assert rows[2] == ["array/1", "1", "bée"]
+    assert rows[2] == ["i1", "1", "bée"]
     assert len(rows) == 41
 
 
 def test_parquet_has_a_column_for_each_feature(tmp_path, matrix):
-    export(matrix, tmp_path / "out.parquet")
+    export(matrix, tmp_path / "out.parquet", **SMALL)
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.column_names == ["sample_id", "label", *matrix.feature_names]
     assert table["label"].to_pylist() == ["ant", "bée"] * 20
@@ -44,19 +53,18 @@ def test_parquet_has_a_column_for_each_feature(tmp_path, matrix):
 
 
 def test_safetensors(tmp_path, matrix):
-    export(matrix, tmp_path / "out.safetensors")
+    export(matrix, tmp_path / "out.safetensors", **SMALL)
     with safe_open(tmp_path / "out.safetensors", "numpy") as file:
         np.testing.assert_array_equal(file.get_tensor("X"), np.asarray(matrix))
         np.testing.assert_array_equal(file.get_tensor("y"), matrix.codes)
         assert json.loads(file.metadata()["classes"]) == ["ant", "bée"]
         assert json.loads(file.metadata()["feature_names"]) == matrix.feature_names.tolist()
-        assert json.loads(file.metadata()["sample_ids"])[3] == "array/3"
+        assert json.loads(file.metadata()["sample_ids"])[3] == "i3"
 
 
-@pytest.mark.parametrize("suffix", exporting.EXPORTS)
-def test_selections_and_unlabelled_rows(tmp_path, images, suffix):
-    matrix = extract((images, None), model=f"{MODELS}:small_input", store=tmp_path / "s", name="u")
-    view, path, steps = matrix[5:9].select_layers("head"), tmp_path / f"out{suffix}", []
+@pytest.mark.parametrize("suffix", EXPORTS)
+def test_selections_and_unlabelled_rows(tmp_path, unlabelled, suffix):
+    view, path, steps = unlabelled[5:9].select_layers("head"), tmp_path / f"out{suffix}", []
     export(view, path, lambda *step: steps.append(step))
     assert steps[-1] == (4, 4)
     if suffix == ".npy":
@@ -85,4 +93,4 @@ def test_a_failed_export_leaves_nothing(tmp_path, matrix):
 
     with pytest.raises(KeyboardInterrupt):
         export(matrix, tmp_path / "out.npy", failing)
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 import contextlib
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,20 +10,16 @@ from conftest import MODELS
 from PIL import Image
 from torch import nn
 
-from h2t_store import extract, open_features
-from h2t_store.engines import local, plan, preparation
+import h2t_store
+from h2t_store import open_features
+from h2t_store.engines import plan, preparation
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError, TapError
-from h2t_store.images import source
+from h2t_store.images import Source
 from h2t_store.storage import chunks
 from h2t_store.storage.store import Extraction
 
 MODEL = f"{MODELS}:small_input"
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several row blocks out of few images."""
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
+extract = partial(h2t_store.extract, rows_per_block=16)  # several row blocks out of few images
 
 
 def change(path, content: bytes) -> None:
@@ -63,7 +60,7 @@ def test_folders_and_arrays_of_the_same_images_give_the_same_features(tmp_path, 
 
 def test_a_second_call_computes_nothing(tmp_path, folder, monkeypatch, caplog):
     first = np.asarray(extract(folder, model=MODEL, store=tmp_path / "s", name="x"))
-    monkeypatch.setattr(local, "run", lambda *args, **kwargs: pytest.fail("computed again"))
+    monkeypatch.setattr(Extraction, "write_block", lambda *args, **kwargs: pytest.fail("computed again"))
     with caplog.at_level("INFO", logger="h2t_store"):
         again = extract(folder, model=MODEL, store=tmp_path / "s", name="x")
     np.testing.assert_array_equal(np.asarray(again), first)
@@ -73,7 +70,7 @@ def test_a_second_call_computes_nothing(tmp_path, folder, monkeypatch, caplog):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_a_picture_that_changes_before_it_is_decoded_leaves_no_row(tmp_path, folder, monkeypatch, workers, limit):
-    monkeypatch.setattr(source, "_MAX_DIGESTED_BYTES", limit)
+    monkeypatch.setattr(Source, "max_digested_bytes", limit)
 
     def overwrite(done, total, size):
         path = folder / "d" / "39.png"
@@ -88,7 +85,7 @@ def test_a_picture_that_changes_before_it_is_decoded_leaves_no_row(tmp_path, fol
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_beyond_what_is_digested_a_picture_that_changed_in_place_is_noticed(tmp_path, folder, monkeypatch, finished):
-    monkeypatch.setattr(source, "_MAX_DIGESTED_BYTES", 0)
+    monkeypatch.setattr(Source, "max_digested_bytes", 0)
     common = dict(model=MODEL, store=tmp_path / "s", name="x", workers=0)
     with contextlib.nullcontext() if finished else pytest.raises(StoppedError):
         extract(folder, stopped=lambda: not finished, **common)
@@ -132,13 +129,14 @@ def test_an_interrupted_extraction_continues_to_the_same_bits(tmp_path, images, 
     whole = np.asarray(extract((images, labels), name="whole", **common))
     write, calls = Extraction.write_block, []
 
-    def crashing(self, block, features, norms, failures, *, before):
+    def crashing(self, block, *rest, **others):
         calls.append(block)
         if len(calls) < crash_at:
-            return write(self, block, features, norms, failures, before=before)
+            return write(self, block, *rest, **others)
         if when == "before the commit":
-            path = self.chunk_file(f"features/{self.header.layers[0].name}", block, 0)
-            chunks.write_chunk(path, np.full((16, self.header.layers[0].width), 7, np.float16))
+            path = f"features/{self.header.layers[0].name}"
+            sevens = np.full((16, self.header.layers[0].width), 7, np.float16)
+            chunks.write_chunk(self.chunk_file(path, block), sevens, self.specs[path])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Extraction, "write_block", crashing)
@@ -167,7 +165,7 @@ def test_a_crash_after_the_last_block_leaves_only_the_finish(tmp_path, images, m
     with pytest.raises(IncompleteError, match="3 of 3"):
         open_features(tmp_path / "s", "x")
     monkeypatch.setattr(Extraction, "finish", finish)
-    monkeypatch.setattr(Extraction, "write_block", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(Extraction, "write_block", lambda *args, **kwargs: pytest.fail("computed again"))
     assert extract((images, None), model=MODEL, store=tmp_path / "s", name="x").shape[0] == 40
 
 
@@ -245,7 +243,7 @@ def test_what_was_begun_with_another_version_is_not_finished_here(tmp_path, imag
     monkeypatch.setattr(Extraction, "finish", finish)
     real = preparation.version
     monkeypatch.setattr(preparation, "version", lambda package: "0.0" if package == "torch" else real(package))
-    with pytest.raises(StoreError, match=r"was begun elsewhere \(torch was .*, now 0\.0\)"):
+    with pytest.raises(StoreError, match=r"was begun in another environment \(torch was .*, now 0\.0\)"):
         extract((images, None), **common)
     monkeypatch.setattr(preparation, "version", real)
     extract((images, None), **common)
@@ -335,8 +333,7 @@ def test_the_size_of_a_block_does_not_grow_with_the_number_of_images():
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 40, 513, 1062, 10_000])
 @pytest.mark.parametrize("row_bytes", [20, 40_000, 10**7, 10**9])
-def test_blocks_cover_every_row_once_with_little_padding(monkeypatch, n, row_bytes):
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 512)
+def test_blocks_cover_every_row_once_with_little_padding(n, row_bytes):
     rows = plan.rows_per_block(n, row_bytes)
     assert rows % 16 == 0
     assert rows <= 512

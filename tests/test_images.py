@@ -11,10 +11,10 @@ from conftest import as_png, raises_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from h2t_store.errors import DataError
-from h2t_store.images import arrange, open_source
-from h2t_store.images import source as source_module
+from h2t_store.images import Source, arrange, open_source
 from h2t_store.images.names import as_names
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -342,7 +342,7 @@ def test_the_description_is_of_the_content_and_not_of_the_place(folder, images):
 
 @pytest.fixture(params=[1 << 30, 0], ids=["digested", "beyond the limit"])
 def limit(request, monkeypatch):
-    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", request.param)
+    monkeypatch.setattr(Source, "max_digested_bytes", request.param)
 
 
 def changed(content: bytes) -> bytes:
@@ -370,15 +370,18 @@ def opened(kind, root, contents):
     if kind == "list":
         (root / "list.txt").write_text("data/train/a/1.png x\ndata/train/a/2.png x\n")
         return open_source(root / "list.txt"), path
-    if kind == "hfds":
-        pytest.importorskip("datasets")
-        return open_source(f"hfds/{root / 'data'}", data_dir=root / "cache"), path
+    if kind == "table":
+        datasets = pytest.importorskip("datasets")
+        table = datasets.Dataset.from_dict({"image": [str(path), str(path.with_name("2.png"))]})
+        return open_source(table.cast_column("image", datasets.Image())), path
+    if kind == "torchvision":
+        return open_source(ImageFolder(path.parents[1])), path
     with tarfile.open(root / "x.tar", "w") as archive:
         archive.add(path.parent, "a")
     return open_source(root / "x.tar") if kind == "tar" else open_source(f"wds/{root}", "x.tar"), root / "x.tar"
 
 
-KINDS = ["folder", "list", "tar", "wds", "hfds"]
+KINDS = ["folder", "list", "tar", "wds", "table", "torchvision"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -416,7 +419,7 @@ def test_a_picture_that_changes_after_it_was_described_is_not_read(tmp_path, kin
 
 
 def test_beyond_the_limit_the_description_is_of_sizes_and_times(folder, monkeypatch):
-    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", 5000)
+    monkeypatch.setattr(Source, "max_digested_bytes", 5000)
     source = open_source(folder)
     assert "paths_sizes_and_times_sha256" in source.description
     assert "contents_sha256" in source.take(np.arange(3)).description
@@ -429,7 +432,7 @@ def test_beyond_the_limit_the_description_is_of_sizes_and_times(folder, monkeypa
 
 def test_beyond_the_limit_a_table_that_was_written_again_is_another_one(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(source_module, "_MAX_DIGESTED_BYTES", 0)
+    monkeypatch.setattr(Source, "max_digested_bytes", 0)
     path = tmp_path / "p" / "train.parquet"
 
     def described(pixels, time, cache):
@@ -483,8 +486,8 @@ def test_labels_are_described_by_their_names(images):
 
 def test_each_image_is_digested_once(folder, monkeypatch):
     source, read = open_source(folder), []
-    content = type(source).content
-    monkeypatch.setattr(type(source), "content", lambda self, row: read.append(row) or content(self, row))
+    reader, real = type(source.reader), type(source.reader).read
+    monkeypatch.setattr(reader, "read", lambda self, number, where: read.append(number) or real(self, number, where))
     first = source.take(np.arange(10)).description
     assert len(read) == 10
     _ = source.description
@@ -579,12 +582,14 @@ def test_arrays_that_are_not_images_are_refused(images):
     for labels, message in (
         (np.zeros(3, int), "labels of shape (3,) for 40 images"),
         (np.full(40, -2), "labels from -2"),
-        (np.zeros(40), "labels of dtype float64"),
+        (np.zeros(40), "labels of type float"),
     ):
         with raises_with(message):
             open_source((images, labels))
-    for wrong in (images, [images, None], 3):
+    for wrong in (images, 3):
         with raises_with("'digits' and a tuple (images, labels)"):
             open_source(wrong)
+    with raises_with("data: list[0] is of type ndarray; accepted are (image, label)"):
+        open_source([images, None])
     with raises_with("a tuple of 3"):
         open_source((images, None, None))

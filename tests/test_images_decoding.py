@@ -407,9 +407,9 @@ def test_images_of_pil_are_taken_as_if_read_from_files():
     source = open_source(([sideways, clear], ["a", "b"]))
     for row in range(2):
         np.testing.assert_array_equal(np.asarray(source.image(row)), np.rot90(PIXELS, -1))
-    assert source.notes == [f"1 images {TRANSPARENT}: array/1"]
-    with raises_with("images of several shapes"):
-        open_source(([sideways, Image.new("RGB", (3, 3))], None))
+    assert [source.picture(row).remarks for row in range(2)] == [[], [TRANSPARENT]]
+    sizes = open_source(([sideways, Image.new("RGB", (3, 3))], None))
+    assert [sizes.image(row).size for row in range(2)] == [(24, 31), (3, 3)]
 
 
 @pytest.mark.parametrize("content", [b"just text", b"", b"\xff\xd8\xff\xe0 and no more", b"GIF89a", b"\0" * 1000])

@@ -7,12 +7,13 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import xxhash
 from conftest import as_png, raises_with
 from PIL import Image
 from timm.data import create_dataset
 
 from h2t_store.errors import DataError
-from h2t_store.images import FolderSource, arrange, open_source
+from h2t_store.images import arrange, open_source
 
 datasets = pytest.importorskip("datasets")
 
@@ -147,7 +148,8 @@ def test_places365_is_read_by_its_lists(tmp_path, images, monkeypatch):
     assert list(source.sample_ids) == ["val_large/1.png", "val_large/0.png"]
     np.testing.assert_array_equal(np.asarray(source.image(0)), images[1])
     test = open_source("torch/places365", "test", data_dir=tmp_path)
-    assert isinstance(test, FolderSource)
+    file = tmp_path / "test_large" / "1.png"
+    assert test.picture(0).digest == xxhash.xxh3_128_digest(file.read_bytes())
     assert test.y.tolist() == [-1, -1]
     assert test.classes == ()
 
@@ -163,52 +165,38 @@ def image_folder(tmp_path, images):
 
 
 def test_a_local_image_folder_is_read_by_split(image_folder, images, tmp_path):
-    source = open_source(f"hfds/{image_folder}", data_dir=tmp_path / "cache")
-    assert sorted(source.sample_ids) == sorted(f"train/{'ab'[i % 2]}/{i:02d}.png" for i in range(20))
+    source = open_source(f"hfds/{image_folder}", "train", data_dir=tmp_path / "cache")
+    assert list(source.sample_ids) == sorted(f"{'ab'[i % 2]}/{i:02d}.png" for i in range(20))
     assert source.classes == ("a", "b")
     for row, name in enumerate(source.sample_ids):
-        assert source.classes[source.y[row]] == name[6]
-        np.testing.assert_array_equal(np.asarray(source.image(row)), images[int(name[8:10])])
+        assert source.classes[source.y[row]] == name[0]
+        np.testing.assert_array_equal(np.asarray(source.image(row)), images[int(name[2:4])])
     assert source.notes == []
+    assert source.description == open_source(image_folder, "train").description
     test = open_source(f"hfds/{image_folder}", "test", data_dir=tmp_path / "cache")
     assert len(test) == 4
     first = test.sample_ids[::-1]
     assert list(arrange(test, first, ("b", "a")).sample_ids) == list(first)
-    with raises_with("Unknown split"):
+    with raises_with("split 'nowhere'"):
         open_source(f"hfds/{image_folder}", "nowhere", data_dir=tmp_path / "cache")
-
-
-def test_files_that_datasets_leaves_out_are_named(image_folder, images, tmp_path):
-    (image_folder / "train" / "a" / "x.svg").write_text("")
-    (image_folder / "train" / "a" / ".hidden.png").write_text("")
-    (image_folder / "README.md").write_text("")
-    (image_folder / "more" / "a").mkdir(parents=True)
-    Image.fromarray(images[0]).save(image_folder / "more" / "a" / "99.png")
-    source = open_source(f"hfds/{image_folder}", data_dir=tmp_path / "cache")
-    assert len(source) == 20
-    assert source.notes == [
-        "1 files were left out: SVG is not read: draw it as PNG (rsvg-convert): train/a/x.svg",
-        "1 files are read in no split: more/a/99.png",
-        "1 hidden files and folders were left out: train/a/.hidden.png",
-    ]
-
-
-def test_folders_that_datasets_would_merge_are_an_error(image_folder, images, tmp_path):
-    shutil.rmtree(image_folder / "test")
-    (image_folder / "train").rename(image_folder / "x")
-    (image_folder / "train").mkdir()
-    (image_folder / "x").rename(image_folder / "train" / "x")
-    (image_folder / "train" / "y" / "a").mkdir(parents=True)
-    Image.fromarray(images[30]).save(image_folder / "train" / "y" / "a" / "30.png")
-    with raises_with("'train/x/a' and 'train/y/a' would be one class; name the folder itself"):
+    with raises_with("named like splits, test, train, which are not read together"):
         open_source(f"hfds/{image_folder}", data_dir=tmp_path / "cache")
+    (image_folder / "train" / "metadata.csv").write_text("file_name,label\na/00.png,3\n")
+    with raises_with("its metadata is not read: write a list file"):
+        open_source(f"hfds/{image_folder}", "train", data_dir=tmp_path / "cache")
 
 
-def test_an_image_that_cannot_be_read_is_not_replaced_by_the_next(image_folder, tmp_path):
+def test_what_datasets_would_leave_out_merge_or_replace_is_told_apart_or_named(image_folder, images, tmp_path):
+    shutil.rmtree(image_folder / "test")
+    (image_folder / "train" / "b" / "x.svg").write_text("")
+    (image_folder / "train" / "y" / "b").mkdir(parents=True)
+    Image.fromarray(images[30]).save(image_folder / "train" / "y" / "b" / "30.png")
     (image_folder / "train" / "a" / "00.png").write_bytes(b"broken")
-    source = open_source(f"hfds/{image_folder}", data_dir=tmp_path / "cache")
+    source = open_source(f"hfds/{image_folder}", "train", data_dir=tmp_path / "cache")
+    assert source.classes == ("a", "b", "y/b")
+    assert source.notes == ["1 files were left out: SVG is not read: draw it as PNG (rsvg-convert): b/x.svg"]
     with raises_with("train/a/00.png: not an image"):
-        source.image(list(source.sample_ids).index("train/a/00.png"))
+        source.image(0)
 
 
 def parquet(path, columns, features):
@@ -227,9 +215,11 @@ def test_parquet_is_read_with_its_names(tmp_path, images):
     assert list(source.sample_ids) == [f"{i}.png" for i in range(4)]
     assert source.classes == ("cat", "dog", "eel")
     assert source.y.tolist() == [1, 0, 1, -1]
-    assert source.stamps()[:, 0].tolist() == [len(file["bytes"]) for file in files]
+    assert [source.read(row) for row in range(4)] == [file["bytes"] for file in files]
     for row in range(4):
         np.testing.assert_array_equal(np.asarray(source.image(row)), images[row])
+    with raises_with("Unknown split"):
+        open_source(name, "nowhere", data_dir=tmp_path / "cache")
     copy = pickle.loads(pickle.dumps(source))
     assert copy.take(np.array([2])).description == source.take(np.array([2])).description
 
@@ -304,9 +294,8 @@ def test_scripts_and_pickles_in_a_dataset_are_never_run(image_folder, tmp_path, 
     script = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n"
     (image_folder / "train.pkl").write_bytes(pickle.dumps(Exploit()))
     (image_folder / "train.py").write_text(script)
-    source = open_source(f"hfds/{image_folder}", data_dir=tmp_path / "cache")
+    source = open_source(f"hfds/{image_folder}", "train", data_dir=tmp_path / "cache")
     assert len(source) == 20
-    assert source.notes == ["2 files are read in no split: train.pkl, train.py"]
     (image_folder / f"{image_folder.name}.py").write_text(script)
     with raises_with("scripts are no longer supported"):
         open_source(f"hfds/{image_folder}", data_dir=tmp_path / "cache")

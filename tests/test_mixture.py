@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from estimators.mixture import drawn, mixture_weights, share_to_predict
+from estimators.mixture import drawn, held_out_scores, mixture_weights, share_to_predict
 
 RATE = 5.0
 
@@ -179,10 +179,9 @@ def test_models_that_are_almost_the_same_share_what_one_would_have(apart):
 
 
 def test_few_of_very_many_held_out_predictions_are_used():
-    assert share_to_predict(300, 1000, 100) == 1
-    share = share_to_predict(300, 100_000, 1000)
+    assert share_to_predict(300 * 1000 * 100) == 1
+    share = share_to_predict(300 * 100_000 * 1000)
     assert 300 * share * 100_000 * 1000 * 8 == pytest.approx(2**28)
-    assert share_to_predict(0, 10, 3) == 1
 
 
 def test_samples_are_drawn_whatever_pattern_their_labels_follow():
@@ -195,3 +194,54 @@ def test_samples_are_drawn_whatever_pattern_their_labels_follow():
     assert len(np.unique(labels[few])) > 35
     np.testing.assert_array_equal(drawn(rows, 1 / 20), few)
     np.testing.assert_array_equal(drawn(rows, 1.0), rows)
+
+
+def held_out_problem(seed=4, n_folds=4):
+    log_probabilities, codes, sample_weight = predictions(seed)
+    return [log_probabilities, frequencies(codes), codes, sample_weight], np.arange(80) % n_folds
+
+
+def test_scores_of_a_fold_do_not_depend_on_its_own_labels():
+    problem, folds = held_out_problem()
+    scores = held_out_scores(*problem, np.arange(80), folds)
+    own = folds == 2
+    problem[2] = np.where(own, (problem[2] + 1) % 3, problem[2])
+    again = held_out_scores(*problem, np.arange(80), folds)
+    np.testing.assert_array_equal(again[own], scores[own])
+    assert np.abs(again[~own] - scores[~own]).max() > 1e-3
+    (log_probabilities, base, codes, sample_weight), rest = held_out_problem()[0], ~own
+    weights = mixture_weights(log_probabilities[:, rest], base[rest], codes[rest], sample_weight[rest])
+    mixed = base[own] + np.tensordot(weights, log_probabilities[:, own] - base[own], 1)
+    np.testing.assert_allclose(log_softmax(scores[own], axis=1), log_softmax(mixed, axis=1), atol=1e-12)
+
+
+def test_a_sample_held_out_twice_has_no_say_in_its_own_scores():
+    """As in repeated cross-validation."""
+    problem, folds = held_out_problem()
+    samples = np.where(np.arange(80) < 20, np.arange(80), np.arange(80) + 100)
+    samples[40:60] = samples[:20]
+    folds[:20], folds[20:40], folds[40:60], folds[60:] = 0, 1, 2, 3
+    scores = held_out_scores(*problem, samples, folds)
+    problem[2] = np.where(np.isin(samples, samples[:20]), (problem[2] + 1) % 3, problem[2])
+    np.testing.assert_array_equal(held_out_scores(*problem, samples, folds)[:20], scores[:20])
+
+
+def test_an_only_fold_is_scored_by_its_halves():
+    problem, _ = held_out_problem()
+    scores = held_out_scores(*problem, np.arange(80), np.zeros(80, dtype=int))
+    different = []
+    for sample in range(6):
+        changed = [*problem[:2], problem[2].copy(), problem[3]]
+        changed[2][sample] = (changed[2][sample] + 1) % 3
+        again = held_out_scores(*changed, np.arange(80), np.zeros(80, dtype=int))
+        np.testing.assert_array_equal(again[sample], scores[sample])
+        different.append((again != scores).any(axis=1).sum())
+    assert different == [40] * 6
+
+
+def test_a_class_that_was_not_there_to_be_learned_stays_out():
+    problem, folds = held_out_problem()
+    problem[1][folds == 0, 2] = problem[0][:, folds == 0, 2] = -np.inf
+    scores = held_out_scores(*problem, np.arange(80), folds)
+    assert np.isneginf(scores[folds == 0, 2]).all()
+    assert np.isfinite(scores[folds != 0]).all()

@@ -16,10 +16,9 @@ from sklearn.model_selection import GridSearchCV
 
 from estimators import GroupLassoPath, Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector, paths
 from estimators.paths import PathOptions, chain_to, solve_path
-from estimators.switches import cpu_threads
 from estimators.training import check_training
 
-RATIOS = [0.3, 0.85**4, 0.1, 0.6, 0.31, 1.0]
+RATIOS = [0.45, 0.85**3, 0.3, 0.7, 0.46, 1.0]
 WIDTHS = (12, 1, 17)
 # What a path takes of time and of passes over X depends on where it was cut.
 COSTS = ("seconds", "n_passes")
@@ -85,7 +84,7 @@ def test_a_path_is_the_same_to_the_bit_whatever_was_asked_before(tmp_path, norma
     chosen = options(normalization=normalization, max_memory=max_memory)
     together = dict(zip(RATIOS, map(bits, solve_path(training, RATIOS, chosen)), strict=True))
     assert solve_in_order(training, RATIOS, chosen) == together
-    for number in range(3):
+    for number in range(2):
         kept = replace(chosen, memory=tmp_path / str(number))
         order = np.random.default_rng(number).permutation(RATIOS).tolist()
         assert solve_in_order(training, order, kept) == together
@@ -151,9 +150,9 @@ def test_what_comes_from_the_disk_is_what_was_put_there(tmp_path, solved_ratios)
 def test_a_search_solves_every_alpha_of_every_fold_once(tmp_path, solved_ratios):
     X, y, _ = problem(4)
     grid = {
-        "alpha": [0.5, 0.1, 0.2],
+        "alpha": [0.6, 0.3, 0.5],
         "keep_fraction": [None, 0.2],
-        "C": [0.1, 1.0],
+        "C": [1.0],
         "head": ["ridge", "path"],
     }
     kept = GridSearchCV(Head2ToeClassifier(memory=tmp_path), grid, cv=2, refit=False, error_score="raise").fit(X, y)
@@ -163,7 +162,7 @@ def test_a_search_solves_every_alpha_of_every_fold_once(tmp_path, solved_ratios)
     assert sorted(solved) == sorted([*wanted, *wanted])
     solved_ratios.clear()
     fresh = GridSearchCV(Head2ToeClassifier(), grid, cv=2, refit=False, error_score="raise").fit(X, y)
-    assert sum(map(len, solved_ratios)) > 8 * len(solved)
+    assert sum(map(len, solved_ratios)) > 6 * len(solved)
     for name, value in kept.cv_results_.items():
         if not name.endswith("_time"):
             np.testing.assert_array_equal(value, fresh.cv_results_[name], err_msg=name)
@@ -182,26 +181,6 @@ def test_fits_with_memory_equal_those_without(tmp_path):
                 np.testing.assert_array_equal(kept.intercept_, expected.intercept_)
                 np.testing.assert_array_equal(kept.feature_scores_, expected.feature_scores_)
                 assert (kept.n_iter_, kept.duality_gap_) == (expected.n_iter_, expected.duality_gap_)
-
-
-def test_heads_on_all_features_are_not_mixed_up(tmp_path):
-    X, y, weight = problem(6)
-    variants = [
-        dict(),
-        dict(C=0.1),
-        dict(normalization=None),
-        dict(normalization="layer"),
-        dict(normalization="layer+standard"),
-        dict(class_weight="balanced"),
-    ]
-    for repeat in range(2):
-        for variant in variants:
-            for features in (FakeFeatures(X, WIDTHS), FakeFeatures(X, (10, 20))):
-                for labels in (y, (y + 1) % 3):
-                    model = Head2ToeClassifier(keep_fraction=1.0, alpha=0.85, **variant)
-                    expected = model.fit(features, labels, sample_weight=weight).coef_
-                    model.set_params(memory=tmp_path).fit(features, labels, sample_weight=weight)
-                    np.testing.assert_array_equal(model.coef_, expected, err_msg=f"{repeat} {variant}")
 
 
 def key_of(keys, X, y, weight=None, memory=None, estimator=None, **params):
@@ -251,11 +230,9 @@ def test_what_does_not_decide_a_path_leaves_its_key(tmp_path, keys):
         dict(keep_fraction=0.3),
         dict(C=7.0),
         dict(head="path"),
-        dict(solver="adam", head="adam", keep_fraction=0.5, max_iter=1000, random_state=3, learning_rate=0.1),
         dict(device="cpu"),
         dict(device=torch.device("cpu")),
         dict(max_memory="20MB"),
-        dict(n_jobs=1),
         dict(verbose=1),
         dict(memory=str(tmp_path)),
         dict(tol=np.float64(1e-3), l1_ratio=1, max_iter=np.int64(1000)),
@@ -291,8 +268,8 @@ class Relayered(FakeFeatures):
     """The blocks of one matrix with the layers of another."""
 
     def __init__(self, source, layered):
-        super().__init__(source.values, WIDTHS)
-        self._blocks, self.layers = source, layered.layers
+        super().__init__(source.values, tuple(layer.stop - layer.start for layer in layered.layers))
+        self._blocks = source
 
     def column_blocks(self, max_bytes):
         return self._blocks.column_blocks(max_bytes)
@@ -305,7 +282,7 @@ class Interrupt(KeyboardInterrupt):
 def test_an_interrupted_search_goes_on_where_it_was(tmp_path, monkeypatch, solved_ratios):
     X, y, _ = problem(10)
     search = Head2ToeClassifierCV(
-        alphas=(0.5, 0.2), keep_fractions=(None,), Cs=(1.0,), cv=3, refit="best", memory=tmp_path, verbose=1
+        alphas=(0.5, 0.2), keep_fractions=(None,), Cs=(1.0,), cv=3, refit="best", memory=tmp_path, verbose=2
     )
     points, report = [], paths.PathProgress.__call__
 
@@ -352,42 +329,6 @@ def test_an_unconverged_path_warns_again_when_it_comes_from_the_disk(tmp_path, s
         with pytest.warns(ConvergenceWarning, match=r"did not reach tol=1e-12 within max_iter=1"):
             model.fit(X, y)
     assert len(solved_ratios) == 1
-
-
-def test_threads_are_set_for_a_while_and_given_back_on_errors_too():
-    before = torch.get_num_threads()
-    other = before + 1
-    with cpu_threads(other):
-        assert torch.get_num_threads() == other
-        with cpu_threads(None):
-            assert torch.get_num_threads() == other
-    assert torch.get_num_threads() == before
-    with pytest.raises(ZeroDivisionError), cpu_threads(other):
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == before
-    with cpu_threads(-1):
-        everything = torch.get_num_threads()
-    with cpu_threads(-everything - 50):
-        assert torch.get_num_threads() == 1
-
-
-@pytest.mark.parametrize("estimator", [Head2ToeClassifier, Head2ToeSelector])
-def test_a_fit_computes_on_the_threads_asked_for_and_gives_them_back(monkeypatch, estimator):
-    X, y, _ = problem(13)
-    before, seen, solver = torch.get_num_threads(), [], paths.group_lasso_path
-
-    def noted(*args, **kwargs):
-        seen.append(torch.get_num_threads())
-        return solver(*args, **kwargs)
-
-    monkeypatch.setattr(paths, "group_lasso_path", noted)
-    estimator(alpha=0.85, n_jobs=before + 1).fit(X, y)
-    assert seen == [before + 1]
-    assert torch.get_num_threads() == before
-    X[3, 3] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinity in column 3"):
-        estimator(alpha=0.85, n_jobs=before + 1).fit(X, y)
-    assert torch.get_num_threads() == before
 
 
 LINE = re.compile(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector, group_lasso_path
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToeSelector, PublishedHead2Toe, group_lasso_path
 
 NORMALIZATIONS = ("standard", "layer", "layer+standard")
 
@@ -161,7 +161,7 @@ def test_the_published_training_standardises_before_it_rounds(offset):
     X, y = features(8, offset, 60, np.float32)
     exact = X.astype(np.float64)
     Z = (exact - exact.mean(axis=0)) / exact.std(axis=0)
-    model = Head2ToeClassifier(solver="adam", head="adam", keep_fraction=0.3, max_iter=100, random_state=0)
+    model = PublishedHead2Toe(coef=0.01, keep_fraction=0.3, normalization="standard", max_iter=100, random_state=0)
     np.testing.assert_allclose(model.fit(X, y).predict_proba(X), model.fit(Z, y).predict_proba(Z), atol=2e-3)
 
 

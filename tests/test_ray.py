@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,19 @@ from conftest import MODELS, files_below
 from object_server import serving
 from PIL import Image
 
-from h2t_store import extract
-from h2t_store.engines import plan
+import h2t_store
+from h2t_store.engines import open_engine
+from h2t_store.engines.plan import Plan
 from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
+from h2t_store.settings import Settings
 from h2t_store.storage.places import open_place
 from h2t_store.storage.store import FeatureStore
 
 ray = pytest.importorskip("ray")
+from h2t_store.engines.ray import RayEngine  # noqa: E402
 
 MODEL = f"{MODELS}:small_input"
+extract = partial(h2t_store.extract, rows_per_block=16)  # several row blocks out of few images
 MORTAL = """
 import os
 import signal
@@ -57,7 +62,17 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).pa
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def s3():
+    """An S3 server that everything here can ask, as workers have the environment of the node that they are on."""
+    pytest.importorskip("moto")
+    with serving() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster(s3):
     """Two nodes with a core each."""
     from ray.cluster_utils import Cluster
 
@@ -67,11 +82,6 @@ def cluster():
     yield nodes
     ray.shutdown()
     nodes.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
 
 
 def tree(store: Path, name: str) -> dict[str, bytes]:
@@ -160,22 +170,18 @@ def test_workers_that_die_are_replaced(cluster, tmp_path, folder):
     assert tree(tmp_path / "local", "x") == tree(tmp_path / "ray", "x")
 
 
-def test_a_network_that_always_dies_is_an_error(cluster, tmp_path, folder, monkeypatch):
-    from h2t_store.engines import ray as engine
-
-    monkeypatch.setattr(engine, "_DEATHS_OF_EACH", 1)
-    with pytest.raises(H2TError, match="2 Ray workers died in a row"):
-        extract(
-            folder, model=mortal(tmp_path, 9), batch_size=4, store=tmp_path / "s", name="x", engine="ray", workers=1
-        )
+def test_a_network_that_always_dies_is_an_error(cluster, tmp_path, folder):
+    with RayEngine(1, deaths_of_each=1) as engine:
+        job = engine.prepare(Settings(data=folder, model=mortal(tmp_path, 9), batch_size=4))
+        store = FeatureStore(tmp_path / "s", create=True)
+        extraction = store.begin("x", job.header(), job.source.y, job.source.sample_ids)
+        with pytest.raises(H2TError, match="2 Ray workers died in a row"):
+            engine.run(job, extraction, Plan(40, extraction.header.rows_per_block))
 
 
 def test_a_node_that_dies_is_done_without(cluster, tmp_path, folder):
-    from h2t_store.engines import ray as engine
-
     node = cluster.add_node(num_cpus=1)
-    while len(engine._resources()) < 3:
-        pass
+    cluster.wait_for_nodes()
 
     def remove_node(done: int, *_: int) -> None:
         nonlocal node
@@ -202,22 +208,20 @@ def test_what_one_engine_began_the_other_finishes(cluster, tmp_path, folder, fir
     assert tree(tmp_path / "s", "x") == tree(tmp_path / "whole", "x")
 
 
-def test_a_driver_that_is_killed_leaves_what_can_be_finished(tmp_path, folder):
+def test_a_driver_that_is_killed_leaves_what_can_be_finished(cluster, tmp_path, folder):
     common = dict(model=MODEL, batch_size=4, name="x")
-    on_ray = dict(store=str(tmp_path / "s"), engine="ray", ray_address="local", workers=1)
+    on_ray = dict(store=str(tmp_path / "s"), engine="ray", ray_address=cluster.address, workers=1)
     script = f"""
 import os, signal
 from h2t_store import extract
-from h2t_store.engines import plan
-plan._ROWS_OF_FEW = 16
 def kill(done, *_):
     if done:
         os.kill(os.getpid(), signal.SIGKILL)
-extract({str(folder)!r}, progress=kill, **{common | on_ray!r})
+extract({str(folder)!r}, progress=kill, rows_per_block=16, **{common | on_ray!r})
 """
     killed = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL
-    extract(folder, store=tmp_path / "s", **common)
+    here(folder, tmp_path / "s", **common)
     here(folder, tmp_path / "whole", **common)
     assert tree(tmp_path / "s", "x") == tree(tmp_path / "whole", "x")
 
@@ -245,17 +249,14 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, folder, monkeypatch, 
 
 
 def test_a_connection_ends_when_the_last_who_uses_it_has_left(monkeypatch):
-    from h2t_store.engines import ray as engine
-
     calls = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: calls.append("init"))
     monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
-    monkeypatch.setattr(engine, "_resources", list)
     for order in ((0, 1), (1, 0)):
         stacks = [ExitStack(), ExitStack()]
         for stack in stacks:
-            stack.enter_context(engine.cluster("local"))
+            stack.enter_context(open_engine("ray", ray_address="local"))
         stacks[order[0]].close()
         assert calls == ["init"]
         stacks[order[1]].close()
@@ -263,28 +264,10 @@ def test_a_connection_ends_when_the_last_who_uses_it_has_left(monkeypatch):
         calls.clear()
 
 
-@pytest.fixture
-def s3(monkeypatch):
-    """An S3 server some of whose requests fail."""
-    pytest.importorskip("moto")
-    with serving() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
-
-
-def test_workers_write_into_a_bucket_whose_requests_fail(s3, tmp_path, folder):
-    """In a cluster that starts here, as workers have the environment of the node that they are on."""
+def test_workers_write_into_a_bucket_whose_requests_fail(cluster, s3, tmp_path, folder):
     common = dict(model=mortal(tmp_path, lives=1), batch_size=4, name="x")
-    on_ray = dict(store="s3://bucket/s", engine="ray", ray_address="local", workers=1)
     s3.rate = 0.05
-    script = f"""
-from h2t_store import extract
-from h2t_store.engines import plan
-plan._ROWS_OF_FEW = 16
-extract({str(folder)!r}, **{common | on_ray!r})
-"""
-    subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT | s3.environment, check=True, timeout=600)
+    extract(folder, store="s3://bucket/s", engine="ray", workers=1, **common)
     s3.rate = 0.0
     here(folder, tmp_path / "whole", **common)
     place = open_place("s3://bucket/s/x")

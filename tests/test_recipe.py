@@ -45,10 +45,13 @@ def model(request, made):
     return clone(request.param).fit(made(), made().y)
 
 
-def questions(model):
+def answers(model):
     names = ("predict", "predict_proba", "predict_log_proba", "decision_function", "transform")
-    asked = [getattr(model, name) for name in names if hasattr(model, name)]
-    return [*asked, lambda X: model.score(X, X.y)] if hasattr(model, "score") else asked
+    return [getattr(model, name) for name in names if hasattr(model, name)]
+
+
+def questions(model):
+    return [*answers(model), lambda X: model.score(X, X.y)] if hasattr(model, "score") else answers(model)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +73,14 @@ def test_features_of_another_recipe_are_refused(model, made, change, said):
 
 
 @pytest.mark.parametrize("change", [{}, {"dtype": "float32"}, {"amp": True}, {"batch_size": 5}])
+@pytest.mark.filterwarnings("ignore:X does not have valid feature names")
 def test_other_images_classes_and_number_formats_are_welcome(model, made, change):
-    for ask in questions(model):
-        ask(made("test", **change))
+    other = made("test", **change)
+    for ask in answers(model):
+        answer, expected = ask(other), ask(np.asarray(other))
+        assert (answer == expected).all() if answer.dtype.kind == "U" else np.allclose(answer, expected)
+    if hasattr(model, "score"):
+        assert model.score(other, other.y) == np.mean(model.predict(other) == other.y)
 
 
 def test_arrays_have_no_recipe(model, made):

@@ -6,30 +6,31 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+import zarr
 from conftest import MODELS
 from PIL import Image
+from xxhash import xxh3_128_digest
 
-from h2t_store import extract, open_features
-from h2t_store.engines import local, plan
+import h2t_store
+from h2t_store import open_features
+from h2t_store.engines.loading import load_batch
+from h2t_store.engines.local import seconds_per_image
 from h2t_store.engines.preparation import prepare
 from h2t_store.errors import DataError, H2TError, IncompleteError, ModelError, StoppedError, StoreError
-from h2t_store.extracting import expected_seconds, extract_job
-from h2t_store.images import ArraySource
+from h2t_store.images import Source
+from h2t_store.settings import Settings
 from h2t_store.storage.store import FeatureStore
 from h2t_store.storage.verify import verify
 
 MODEL = f"{MODELS}:small_input"
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(plan, "_ROWS_OF_FEW", 16)
+extract = partial(h2t_store.extract, rows_per_block=16)  # several row blocks out of few images
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -56,12 +57,27 @@ def test_skipped_images_keep_their_row_and_are_masked(tmp_path, folder, workers)
     assert extract(folder, name="x", **common).shape[0] == 29
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_row_has_the_digest_of_its_file(tmp_path, folder, workers):
+    (folder / "a/04.png").write_text("no image")
+    matrix = extract(
+        folder, model=MODEL, store=tmp_path / "s", name="x", workers=workers, batch_size=4, on_error="skip"
+    )
+    assert dict(matrix.failures).keys() == {"a/04.png"}
+    digests = zarr.open_array(tmp_path / "s/x/digests")[:]
+    files = sorted(folder.glob("*/*.png"))
+    assert len(digests) == len(files) == 40
+    for file, digest in zip(files, digests, strict=True):
+        expected = bytes(16) if file.name == "04.png" else xxh3_128_digest(file.read_bytes())
+        assert digest.tobytes() == expected
+
+
 def test_an_image_that_cannot_be_prepared_is_one_that_cannot_be_read(tmp_path, folder):
     def fails(image):
         raise MemoryError("no room")
 
-    images = local._Images(prepare(folder, model=MODEL).source, fails)
-    assert images[1].image == f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"
+    batch = load_batch(prepare(Settings(data=folder, model=MODEL)).source, fails, [1])
+    assert batch.failed == {0: f"{folder}/a/04.png: 8 x 8 pixels cannot be prepared: no room"}
     assert len(extract(folder, model=MODEL, store=tmp_path / "s", name="x", workers=0)) == 40
 
 
@@ -108,18 +124,19 @@ def test_an_extraction_without_any_image_is_an_error(tmp_path, folder):
 
 
 def test_a_worker_that_is_killed_is_not_blamed_on_the_network_or_a_picture(tmp_path, images, monkeypatch):
-    real = ArraySource.picture
+    real = Source.picture
 
     def picture(self, row):
-        if row == 20:  # as the system does with one that is too large for the memory
+        if row == 39:  # as the system does with one that is too large for the memory
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, row)
 
-    monkeypatch.setattr(ArraySource, "picture", picture)
-    job = prepare((images, None), model=MODEL, batch_size=4)
+    monkeypatch.setattr(Source, "picture", picture)
     with pytest.raises(DataError, match=r"^a process that decodes images failed: .*fewer workers"):
-        extract_job(job, FeatureStore(tmp_path / "s", create=True), "x", workers=1)
-    assert FeatureStore(tmp_path / "s").open("x").committed().tolist() == [True, False, False]
+        extract((images, None), model=MODEL, store=tmp_path / "s", name="x", batch_size=4, workers=1)
+    committed = FeatureStore(tmp_path / "s").open("x").committed()
+    assert committed[0]
+    assert not committed[2]
 
 
 def test_a_batch_size_left_open_is_the_one_it_was_begun_with(tmp_path, images):
@@ -181,10 +198,9 @@ def test_the_batch_that_memory_sufficed_for_is_on_record_and_is_gone_on_with(tmp
 
 def test_an_image_that_does_not_fit_alone_is_an_error(tmp_path, images):
     model = tiny_models.Greedy(2)
-    job = prepare((images, None), model=model, batch_size=4)
-    model.most = 0
+    common = dict(model=model, store=tmp_path / "s", name="x", batch_size=4)
     with pytest.raises(ModelError, match=r"the network failed on a batch of .*out of memory"):
-        extract_job(job, FeatureStore(tmp_path / "s", create=True), "x")
+        extract((images, None), progress=lambda *_: setattr(model, "most", 0), **common)
 
 
 def test_stopping_finishes_the_block_in_hand(tmp_path, images):
@@ -198,19 +214,16 @@ def test_stopping_finishes_the_block_in_hand(tmp_path, images):
     np.testing.assert_array_equal(np.asarray(matrix), np.asarray(whole))
 
 
-def test_torchrun_shares_the_blocks_and_gives_the_same_bits(tmp_path, images):
-    (tmp_path / "p" / "a").mkdir(parents=True)
-    for i in range(1400):
-        Image.fromarray(np.roll(images[i % 40], i, axis=0)).save(tmp_path / "p" / "a" / f"{i:04}.bmp")
-    args = [str(tmp_path / "p"), "--model", MODEL, "--store", str(tmp_path / "s"), "--device", "cpu", "-j", "0"]
+def test_torchrun_shares_the_blocks_and_gives_the_same_bits(tmp_path, folder):
+    args = [str(folder), "--model", MODEL, "--store", str(tmp_path / "s"), "--device", "cpu", "-j", "0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "h2t_store", *args, "--name", "shared", "--engine", "torchrun"],
+        [*torchrun, "-m", "h2t_store", *args, "--rows-per-block", "16", "--name", "shared", "--engine", "torchrun"],
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "1400 images" in done.stdout
-    alone = extract(tmp_path / "p", model=MODEL, store=tmp_path / "s", name="alone", workers=0, device="cpu")
+    assert "40 images" in done.stdout
+    alone = extract(folder, model=MODEL, store=tmp_path / "s", name="alone", workers=0, device="cpu")
     shared = open_features(tmp_path / "s", "shared")
     assert shared.sample_ids.tolist() == alone.sample_ids.tolist()
     np.testing.assert_allclose(np.asarray(shared), np.asarray(alone), rtol=2e-3, atol=1e-4)
@@ -250,7 +263,7 @@ def test_torchrun_as_the_engine_without_torchrun_is_one_line(tmp_path, images, m
     for name in INHERITED:
         monkeypatch.delenv(name, raising=False)
     common = dict(model=MODEL, store=tmp_path / "s", name="x", engine="torchrun")
-    with pytest.raises(H2TError, match=r"did not start this process \(RANK, WORLD_SIZE, .*: run torchrun --nproc"):
+    with pytest.raises(H2TError, match=r"torchrun did not start this process \(RANK, WORLD_SIZE, .*: run torchrun"):
         extract((images, None), **common)
     for name, value in (INHERITED | {"RANK": "many"}).items():
         monkeypatch.setenv(name, value)
@@ -274,12 +287,12 @@ def test_several_target_sizes_are_one_pass_with_nothing_twice(tmp_path, images):
 
 
 def test_what_is_to_be_expected_is_what_comes(tmp_path, images):
-    job = prepare((images, None), model=MODEL, target_size=[4, 100])
+    job = prepare(Settings(data=(images, None), model=MODEL, target_size=[4, 100], rows_per_block=16))
     matrix = extract((images, None), model=MODEL, target_size=[4, 100], store=tmp_path / "s", name="x")
     stored = sum(path.stat().st_size for path in (tmp_path / "s/x/features").rglob("c/*/*"))
-    assert job.expected_bytes() == stored
+    assert sum(map(job.layer_bytes, job.layers)) == stored
     assert job.layers == matrix.layers
-    assert expected_seconds(job) > 0
+    assert seconds_per_image(job.forward, job.source, job.batch_size) > 0
 
 
 def test_provenance_says_how_to_do_it_again(tmp_path, folder, monkeypatch):

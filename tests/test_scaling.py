@@ -4,13 +4,9 @@ import numpy as np
 import pytest
 from _estimator_data import FakeFeatures, make_problem
 
-from estimators.scaling import (
-    LayerScaled,
-    inverse_layer_norms,
-    inverse_norms,
-    layer_index,
-    weighted_moments,
-)
+from estimators.head import KeptFeatures
+from estimators.layers import layer_index
+from estimators.scaling import inverse_layer_norms
 
 
 def scale_layers(X, widths):
@@ -20,13 +16,14 @@ def scale_layers(X, widths):
     return np.hstack([part / np.where(length > 0, length, 1) for part, length in zip(parts, lengths, strict=True)])
 
 
+@pytest.mark.parametrize("max_bytes", [0, np.inf])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_layers_are_scaled_to_unit_length_and_zero_stays_zero(scattered):
+def test_layers_are_scaled_to_unit_length_and_zero_stays_zero(scattered, max_bytes):
     X, _, _ = make_problem(0)
     X[3, 4:6] = 0
     features = FakeFeatures(X, (4, 2, 4), scattered=scattered)
     layers = layer_index(features)
-    scaled = LayerScaled(features, layers, inverse_layer_norms(features, layers))
+    scaled = KeptFeatures(features, np.arange(10), layers, "whole", max_bytes)
     filled = np.full(X.shape, np.nan, dtype=np.float32)
     for columns, block in scaled.column_blocks(10**6):
         assert block.dtype == np.float32
@@ -37,7 +34,7 @@ def test_layers_are_scaled_to_unit_length_and_zero_stays_zero(scattered):
 
 def test_a_plain_array_is_one_layer_and_keeps_its_precision():
     X, _, _ = make_problem(1)
-    scaled = LayerScaled(X, layer_index(X), inverse_layer_norms(X, layer_index(X)))
+    scaled = KeptFeatures(X, np.arange(10), layer_index(X), "whole")
     filled = np.hstack([block for _, block in scaled.column_blocks(320 * 3)])
     assert filled.dtype == np.float64
     np.testing.assert_allclose(filled, X / np.linalg.norm(X, axis=1, keepdims=True), rtol=1e-12)
@@ -61,22 +58,10 @@ def test_stored_norms_are_used_without_reading_features():
 def test_kept_parts_are_scaled_by_themselves():
     X, _, _ = make_problem(4)
     kept = np.array([0, 3, 5, 8, 9])
-    layers = np.array([0, 0, 1, 2, 2])
     X[3, [0, 3]] = 0
-    scaled = LayerScaled(X[:, kept], layers, inverse_norms(X[:, kept], layers))
+    scaled = KeptFeatures(X, kept, np.repeat([0, 1, 2], [4, 2, 4]), "kept")
     (_, block), *_ = scaled.column_blocks()
     np.testing.assert_allclose(block, scale_layers(X[:, kept], (2, 1, 2)), rtol=1e-12)
-
-
-def test_moments_are_weighted_and_constant_columns_get_zero():
-    X, _, weight = make_problem(5)
-    X[:, 2] = 0.1
-    mean, inverse = weighted_moments(X, weight, np.finfo(float).eps)
-    p = weight / weight.sum()
-    np.testing.assert_allclose(mean, p @ X, rtol=1e-12)
-    expected = np.sqrt(p @ (X - p @ X) ** 2)
-    np.testing.assert_allclose(np.delete(inverse, 2), 1 / np.delete(expected, 2), rtol=1e-12)
-    assert inverse[2] == 0
 
 
 def test_layers_with_gaps_are_refused():

@@ -16,10 +16,11 @@ from sklearn.metrics import accuracy_score, get_scorer, log_loss, make_scorer
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSplit, StratifiedKFold, cross_validate
 from sklearn.utils.estimator_checks import check_estimator
 
-from estimators import Head2ToeClassifier, Head2ToeClassifierCV, search
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV
+from estimators import search as module
 from estimators.mixture import drawn, mixture_weights
 
-SMALL = dict(alphas=(0.5, 0.2), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
+SMALL = dict(alphas=(0.6, 0.4), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
 N = 60
 
 
@@ -65,13 +66,13 @@ def best_by_the_rule(model):
 
 
 class Scripted:
-    """A scorer that gives the next number of a script, whatever was predicted."""
+    """A scorer that gives the next number of a script, whatever was predicted; 0.5 for what comes after it."""
 
     def __init__(self, *folds):
         self.numbers = [number for fold in folds for number in fold]
 
     def __call__(self, estimator, X, y):
-        return self.numbers.pop(0)
+        return self.numbers.pop(0) if self.numbers else 0.5
 
 
 def scripted(alphas, *folds, **params):
@@ -88,7 +89,7 @@ def scripted(alphas, *folds, **params):
 
 def test_scikit_learns_common_checks_pass():
     results = check_estimator(
-        Head2ToeClassifierCV(alphas=(0.1,), keep_fractions=(None,), cv=2), on_fail=None, on_skip=None
+        Head2ToeClassifierCV(alphas=(0.4,), keep_fractions=(None,), Cs=(1.0,), cv=2), on_fail=None, on_skip=None
     )
     assert [(r["check_name"], r["exception"]) for r in results if r["status"] not in ("passed", "skipped")] == []
     assert sum(r["status"] == "passed" for r in results) > 50
@@ -104,6 +105,7 @@ def test_it_finds_what_a_grid_search_finds(k, scoring):
         normalizations=["standard", None],
         cv=StratifiedKFold(3, shuffle=True, random_state=1),
         scoring=scoring,
+        refit="best",
     ).fit(X, y)
     search = searched(model).fit(X, y)
     assert len(model.cv_results_["params"]) == 16
@@ -198,12 +200,7 @@ def test_the_mixture_makes_the_held_out_labels_most_likely():
     X, y, weight = problem(5)
     folds = StratifiedKFold(3)
     model = Head2ToeClassifierCV(**{**SMALL, "cv": folds}).fit(X, y, sample_weight=weight)
-    held_out, base = np.empty((8, N, 3)), np.empty((N, 3))
-    for number, params in enumerate(model.cv_results_["params"]):
-        for train, test in folds.split(X, y):
-            alone = Head2ToeClassifier(**params).fit(X[train], y[train], sample_weight=weight[train])
-            held_out[number, test] = alone.predict_log_proba(X[test])
-            base[test] = np.log(np.bincount(y[train], weight[train]) / weight[train].sum())
+    held_out, base = by_hand(model, X, y, weight, folds)
 
     def objective(mixture):
         mixed = log_softmax(base + np.tensordot(mixture, held_out - base, 1), axis=1)
@@ -219,8 +216,7 @@ def test_the_mixture_makes_the_held_out_labels_most_likely():
     assert objective(mixture) > max(map(objective, others)) - 2e-3
 
 
-@pytest.mark.parametrize("scored", ["mixture", "best"])
-def test_weights_need_not_see_every_held_out_sample(monkeypatch, scored):
+def test_weights_need_not_see_every_held_out_sample(monkeypatch):
     """Where there are too many: here a third of each fold."""
     X, y, _ = problem(5, n=120)
     asked = []
@@ -235,11 +231,64 @@ def test_weights_need_not_see_every_held_out_sample(monkeypatch, scored):
         assert log_probabilities.shape == (8, 42, 3)
         return mixture_weights(log_probabilities, log_frequencies, codes, sample_weight)
 
-    monkeypatch.setattr(search, "share_to_predict", third)
-    monkeypatch.setattr(search, "mixture_weights", weights_of)
-    model = Head2ToeClassifierCV(**SMALL, refit=scored).fit(X, y)
-    assert asked == [(8 if scored == "mixture" else 0, 120, 3)]
+    monkeypatch.setattr(module, "share_to_predict", third)
+    monkeypatch.setattr(module, "mixture_weights", weights_of)
+    model = Head2ToeClassifierCV(**SMALL).fit(X, y)
+    assert asked == [(8 * 120 * 3,)]
     assert model.score(X, y) > 0.6
+
+
+def by_hand(model, X, y, weight, folds):
+    """Log-probabilities of held-out samples, (n_candidates, n_samples, n_classes), and of the class frequencies."""
+    held_out, base = np.empty((len(model.cv_results_["params"]), N, 3)), np.empty((N, 3))
+    for train, test in folds.split(X, y):
+        base[test] = np.log(np.bincount(y[train], weight[train]) / weight[train].sum())
+        for number, params in enumerate(model.cv_results_["params"]):
+            alone = Head2ToeClassifier(**params).fit(X[train], y[train], sample_weight=weight[train])
+            held_out[number, test] = alone.predict_log_proba(X[test])
+    return held_out, base
+
+
+def test_the_score_of_a_mixture_has_weights_from_other_folds():
+    X, y, weight = problem(5)
+    folds = StratifiedKFold(3)
+    model = Head2ToeClassifierCV(**{**SMALL, "cv": folds}, scoring="neg_log_loss").fit(X, y, sample_weight=weight)
+    held_out, base = by_hand(model, X, y, weight, folds)
+    expected = []
+    for others, test in folds.split(X, y):
+        weights = mixture_weights(held_out[:, others], base[others], y[others], weight[others])
+        mixed = softmax(base[test] + np.tensordot(weights, held_out[:, test] - base[test], 1), axis=1)
+        expected.append(-log_loss(y[test], mixed, sample_weight=weight[test], labels=[0, 1, 2]))
+    np.testing.assert_allclose(model.fold_scores_, expected, atol=5e-3)
+    assert model.best_score_ == model.fold_scores_.mean()
+    assert model.best_score_ != model.cv_results_["mean_test_score"][model.best_index_]
+
+
+@pytest.mark.parametrize("refit", ["best", "one_standard_error"])
+def test_the_score_of_one_candidate_is_its_mean_over_the_folds(refit):
+    X, y, _ = problem(5)
+    model = Head2ToeClassifierCV(**SMALL, refit=refit).fit(X, y)
+    folds = [model.cv_results_[f"split{number}_test_score"][model.best_index_] for number in range(3)]
+    assert model.fold_scores_.tolist() == folds
+    assert model.best_score_ == model.cv_results_["mean_test_score"][model.best_index_]
+
+
+@pytest.mark.filterwarnings("ignore:No candidate predicts held-out samples better")
+def test_the_score_of_a_mixture_is_that_of_chance_where_nothing_can_be_learned():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(200, 40)).astype(np.float32), np.arange(200) % 2
+    grid = dict(alphas=(0.9, 0.7, 0.5), keep_fractions=(None, 0.1, 0.5), Cs=(0.01, 1.0))
+    model = Head2ToeClassifierCV(**grid, cv=4).fit(X, y)
+    assert model.cv_results_["mean_test_score"].max() > 0.52
+    assert model.best_score_ == pytest.approx(0.5, abs=0.08)
+
+
+def test_an_only_fold_is_scored_by_halves():
+    X, y, _ = problem(5)
+    (split,) = ShuffleSplit(1, test_size=30, random_state=0).split(X)
+    model = Head2ToeClassifierCV(**{**SMALL, "cv": [split]}).fit(X, y)
+    assert model.fold_scores_.shape == (1,)
+    assert 0.4 < model.best_score_ <= 1
 
 
 @pytest.mark.parametrize("case", ["constant", "noise"])
@@ -254,11 +303,38 @@ def test_where_nothing_can_be_learned_predictions_are_the_class_frequencies(coun
     np.testing.assert_allclose(model.predict_proba(X), np.tile(counts / len(y), (len(y), 1)), atol=0.15)
 
 
-def test_candidates_that_keep_whole_layers_are_mixed_once_for_all_alphas():
+def test_candidates_that_keep_whole_layers_are_tried_once_for_all_alphas():
     X, y, _ = problem(5)
-    model = Head2ToeClassifierCV(alphas=(0.5, 0.3, 0.1), keep_fractions=(1.0,), Cs=(0.1, 1.0), cv=3).fit(X, y)
-    kept = [(estimator.keep_fraction, estimator.C) for estimator in model.estimators_]
+    model = Head2ToeClassifierCV(alphas=(0.5, 0.3), keep_fractions=(None, 1.0), Cs=(0.1, 1.0), cv=3).fit(X, y)
+    tried = [(params.get("alpha"), params["keep_fraction"], params["C"]) for params in model.cv_results_["params"]]
+    assert tried == [
+        *((alpha, None, C) for alpha in (0.5, 0.3) for C in (0.1, 1.0)),
+        *((None, 1.0, C) for C in (0.1, 1.0)),
+    ]
+    assert model.cv_results_["param_alpha"].mask.tolist() == [False] * 4 + [True] * 2
+    kept = [(estimator.keep_fraction, estimator.C) for estimator in model.estimators_ if estimator.keep_fraction]
     assert len(set(kept)) == len(kept)
+
+
+def test_the_default_tries_no_candidate_twice():
+    X, y, _ = make_problem(3, n=40, d=22, k=2)
+    model = Head2ToeClassifierCV(cv=2, refit="best").fit(FakeFeatures(X, (1,) * 22), y)
+    params = model.cv_results_["params"]
+    assert len(params) == len({repr(sorted(one.items())) for one in params}) == 141
+    # Seven strengths with four fractions, all features, two linear probes, sixteen layers; three penalties each.
+    assert sum("alpha" in one for one in params) == 7 * 4 * 3
+    assert sum(one["keep_fraction"] == 1.0 for one in params) == (1 + 2 + 16) * 3
+    assert [one["layers"] for one in params if len(one.get("layers", [])) == 2] == [["net.20", "net.21"]] * 3
+
+
+def test_numbers_of_alphas_and_Cs_are_spread_on_a_log_scale():
+    X, y, _ = problem(5)
+    model = Head2ToeClassifierCV(alphas=3, keep_fractions=(None,), Cs=2, cv=2, refit="best").fit(X, y)
+    np.testing.assert_allclose(model.alphas_, [0.7, np.sqrt(0.7 * 0.02), 0.02])
+    np.testing.assert_allclose(model.Cs_, [1e-4, 1e4])
+    assert [(params["alpha"], params["C"]) for params in model.cv_results_["params"]] == [
+        (alpha, C) for alpha in model.alphas_ for C in model.Cs_
+    ]
 
 
 def test_the_best_may_predict_alone():
@@ -270,7 +346,8 @@ def test_the_best_may_predict_alone():
     np.testing.assert_allclose(alone.decision_function(X), alone.best_estimator_.decision_function(X), rtol=1e-12)
     np.testing.assert_array_equal(alone.selected_features_, alone.best_estimator_.selected_features_)
     np.testing.assert_array_equal(alone.feature_scores_, alone.best_estimator_.feature_scores_)
-    assert (mixed.best_params_, mixed.best_score_) == (alone.best_params_, alone.best_score_)
+    assert mixed.best_params_ == alone.best_params_
+    assert mixed.cv_results_["mean_test_score"][mixed.best_index_] == alone.best_score_
     # Fitted after others, its head has another start.
     np.testing.assert_allclose(
         mixed.best_estimator_.predict_proba(X), alone.best_estimator_.predict_proba(X), atol=1e-3
@@ -335,7 +412,7 @@ def test_scorers_see_the_rows_and_labels_of_the_fold():
         return 0.0
 
     names = np.array(["c", "a", "b"])[y]
-    Head2ToeClassifierCV(**SMALL, scoring=scorer).fit(X, names)
+    Head2ToeClassifierCV(**SMALL, scoring=scorer, refit="best").fit(X, names)
     for fold, (_, test) in enumerate(splits):
         of_fold = seen[fold * len(seen) // 3]
         np.testing.assert_array_equal(of_fold[0], X[test])
@@ -629,24 +706,31 @@ def test_a_search_with_memory_solves_nothing_twice(tmp_path, solved_ratios):
     for fitted in (model, again):
         np.testing.assert_array_equal(fitted.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"])
         np.testing.assert_allclose(fitted.decision_function(X), expected.decision_function(X), atol=1e-4)
-    more = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.5, 0.2, 0.15)}, memory=tmp_path).fit(X, y)
-    assert max(ratio for call in solved_ratios for ratio in call) < 0.2
-    fresh = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.5, 0.2, 0.15)}).fit(X, y)
+    more = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.6, 0.4, 0.3)}, memory=tmp_path).fit(X, y)
+    assert max(ratio for fold in solved_ratios[:3] for ratio in fold) < 0.4
+    fresh = Head2ToeClassifierCV(**{**SMALL, "alphas": (0.6, 0.4, 0.3)}).fit(X, y)
     np.testing.assert_array_equal(more.cv_results_["mean_test_score"], fresh.cv_results_["mean_test_score"])
 
 
-def test_verbose_lines_name_the_fold(capsys):
+def test_verbose_prints_two_lines_per_fold_and_at_2_every_alpha(capsys):
     X, y, _ = problem(24)
-    Head2ToeClassifierCV(**SMALL, verbose=1, refit="best").fit(X, y)
+    model = Head2ToeClassifierCV(**SMALL, verbose=1).fit(X, y)
     lines = capsys.readouterr().out.splitlines()
-    alphas = re.compile(r"(fold \d/3|all samples), alpha \d+/\d+ = .* alphas/s, .* left")
-    candidates = re.compile(r"(fold \d/3|all samples), (\d+)/(\d+) candidates: .* candidates/s, .* left")
-    found = [(alphas.fullmatch(line), candidates.fullmatch(line)) for line in lines]
-    assert all(any(pair) for pair in found), lines
-    for label, total in (("fold 1/3", 8), ("fold 2/3", 8), ("fold 3/3", 8), ("all samples", 1)):
-        assert any(path and path[1] == label for path, _ in found)
-        done = [int(match[2]) for _, match in found if match and match[1] == label]
-        assert done == list(range(1, total + 1))
+    labels = [line.split(", ")[0] for line in lines]
+    assert labels == [*(f"fold {fold}/3" for fold in (1, 2, 3) for _ in range(2)), "all samples", "all samples"]
+    path, judged = (
+        re.compile(r".*, path to alpha=0\.4 solved: \d+ features, .* s"),
+        re.compile(r".*, 8 candidates judged, .* s"),
+    )
+    assert all(path.fullmatch(line) for line in lines[:6:2])
+    assert all(judged.fullmatch(line) for line in lines[1:6:2])
+    assert f"cross-validated score {model.best_score_:.4g}, " in lines[-1]
+    model.set_params(verbose=2).fit(X, y)
+    more = capsys.readouterr().out.splitlines()
+    alphas = [
+        line for line in more if re.fullmatch(r"(fold \d/3|all samples), alpha \d+/\d+ = .* alphas/s, .* left", line)
+    ]
+    assert len(alphas) == len(more) - len(lines) > 20
 
 
 @pytest.mark.parametrize(
@@ -659,7 +743,11 @@ def test_verbose_lines_name_the_fold(capsys):
         ("alphas", (0.5, 0.0), r"'alphas' parameter of Head2ToeClassifierCV must be .* Got 0\.0"),
         ("alphas", (np.nan,), r"'alphas' parameter of Head2ToeClassifierCV must be .* Got nan"),
         ("alphas", (None,), r"'alphas' parameter of Head2ToeClassifierCV must be .* Got None"),
-        ("alphas", 0.5, r"'alphas' parameter of Head2ToeClassifierCV must be an array-like\. Got 0\.5"),
+        ("alphas", 0.5, r"'alphas' parameter of Head2ToeClassifierCV must be an array-like or an int .* Got 0\.5"),
+        ("alphas", 0, r"'alphas' parameter of Head2ToeClassifierCV must be an array-like or an int .* Got 0"),
+        ("Cs", -3, r"'Cs' parameter of Head2ToeClassifierCV must be an array-like or an int .* Got -3"),
+        ("last_layers", (1, 0), r"'last_layers' parameter of Head2ToeClassifierCV must be an int .* Got 0"),
+        ("n_jobs", 0, r"'n_jobs' parameter of Head2ToeClassifierCV must be .* Got 0"),
         ("keep_fractions", (None, 2), r"'keep_fractions' parameter of Head2ToeClassifierCV must be .* Got 2"),
         ("Cs", (1.0, -1.0), r"'Cs' parameter of Head2ToeClassifierCV must be .* Got -1\.0"),
         ("normalizations", ("foo",), "'normalizations' parameter of Head2ToeClassifierCV must be .* Got 'foo'"),
@@ -735,21 +823,53 @@ def test_a_fold_without_weight_is_predicted_by_chance():
     assert np.isfinite(model.best_score_)
 
 
+@pytest.fixture(scope="module")
+def layered():
+    """A matrix of four layers whose third one says most, and its labels."""
+    y = np.arange(60) % 5
+    X = np.random.default_rng(0).normal(size=(60, 16))
+    X[:, 9:13] += 4 * np.eye(5, 4)[y]
+    return FakeFeatures(X, (4, 5, 4, 3)), y
+
+
 @pytest.mark.parametrize(
     ("number", "last_layers", "tried"), [(0, (1,), []), (2, (1,), [0, 2]), (2, (), [0, 3]), (9, (1, 2), [0, 1, 2])]
 )
-def test_single_layers_are_spread_over_the_network(number, last_layers, tried):
-    X, y, _ = make_problem(3, n=60, d=16)
-    search = Head2ToeClassifierCV(
+def test_single_layers_are_spread_over_the_network(layered, number, last_layers, tried):
+    X, y = layered
+    model = Head2ToeClassifierCV(
         alphas=(0.5,), keep_fractions=(1.0,), Cs=(0.1,), last_layers=last_layers, single_layers=number, cv=2
-    ).fit(FakeFeatures(X, (4, 5, 4, 3)), y)
-    layers = [params["layer"] for params in search.cv_results_["params"]]
-    assert [layer for layer in layers if layer is not None] == tried
-    widths = dict(zip(layers, search.cv_results_["mean_n_features"], strict=True))
-    assert all(widths[layer] == (4, 5, 4, 3)[layer] for layer in tried)
+    ).fit(X, y)
+    kept = [params.get("layers") for params in model.cv_results_["params"]]
+    probes = [["net.3"], ["net.2", "net.3"]][: len(last_layers)]
+    assert kept == [None, *probes, *([f"net.{layer}"] for layer in tried)]
+    widths = [sum((4, 5, 4, 3)[int(name[-1])] for name in names) for names in kept[1:]]
+    assert model.cv_results_["mean_n_features"].tolist() == [16, *widths]
+
+
+@pytest.mark.parametrize("normalization", ["standard", "layer"])
+def test_the_best_layers_are_named_as_the_classifier_takes_them(layered, normalization):
+    X, y = layered
+    model = Head2ToeClassifierCV(
+        alphas=(0.99,), keep_fractions=(None,), Cs=(0.1, 1.0), normalizations=(normalization,), cv=3, refit="best"
+    ).fit(X, y)
+    assert model.best_params_ == {
+        "C": model.best_params_["C"],
+        "keep_fraction": 1.0,
+        "layers": ["net.2"],
+        "normalization": normalization,
+    }
+    alone = Head2ToeClassifier(**model.best_params_).fit(X, y)
+    np.testing.assert_array_equal(model.best_estimator_.selected_features_, np.arange(9, 13))
+    np.testing.assert_allclose(model.predict_proba(X), alone.predict_proba(X), atol=1e-6)
+    np.testing.assert_allclose(model.best_estimator_.feature_scores_, alone.feature_scores_, rtol=1e-6)
+    assert set(vars(model.best_estimator_)) == set(vars(alone))
+    layers = model.cv_results_["param_layers"]
+    assert layers[model.best_index_] == ["net.2"]
+    assert layers.mask.tolist() == ["layers" not in params for params in model.cv_results_["params"]]
 
 
 def test_an_only_layer_is_not_tried_alone():
     X, y, _ = make_problem(3, n=60, d=6)
-    search = Head2ToeClassifierCV(alphas=(0.5,), keep_fractions=(1.0,), Cs=(0.1,), cv=2).fit(X, y)
-    assert len(search.cv_results_["params"]) == 1
+    model = Head2ToeClassifierCV(alphas=(0.5,), keep_fractions=(1.0,), Cs=(0.1,), cv=2).fit(X, y)
+    assert len(model.cv_results_["params"]) == 1

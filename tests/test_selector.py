@@ -41,13 +41,18 @@ def stored(tmp_path_factory):
     norms = np.stack([np.linalg.norm(X[:, layer.start : layer.stop], axis=1) for layer in LAYERS], axis=1)
     for block in range(3):
         rows = slice(20 * block, 20 * block + 20)
-        extraction.write_block(block, np.split(X[rows], [layer.start for layer in LAYERS[1:]], axis=1), norms[rows])
+        extraction.write_block(
+            block,
+            np.split(X[rows], [layer.start for layer in LAYERS[1:]], axis=1),
+            norms[rows],
+            np.zeros((len(X[rows]), 16), np.uint8),
+        )
     extraction.finish()
     return open_features(path, "x"), X, y
 
 
 def test_scikit_learns_common_checks_pass():
-    results = check_estimator(Head2ToeSelector(), on_fail=None, on_skip=None)
+    results = check_estimator(Head2ToeSelector(alpha=0.3), on_fail=None, on_skip=None)
     assert [(r["check_name"], r["exception"]) for r in results if r["status"] not in ("passed", "skipped")] == []
     assert sum(r["status"] == "passed" for r in results) > 45
 
@@ -65,6 +70,7 @@ def test_scikit_learns_common_checks_pass():
         dict(normalization=None, alpha=0.4),
         dict(class_weight="balanced", tol=1e-5),
         dict(class_weight={0: 1.0, 1: 5.0, 2: 0.0}),
+        dict(layers="net.2", keep_fraction=0.3),
     ],
 )
 def test_it_selects_what_the_classifier_selects(params):
@@ -83,7 +89,7 @@ def test_it_selects_what_the_classifier_selects(params):
 
 def test_its_parameters_are_the_classifiers_with_the_same_defaults():
     ours, theirs = (inspect.signature(cls).parameters for cls in (Head2ToeSelector, Head2ToeClassifier))
-    assert set(theirs) - set(ours) >= {"solver", "head", "C", "learning_rate", "random_state"}
+    assert set(theirs) - set(ours) == {"head", "C"}
     assert {name: parameter.default for name, parameter in ours.items()} == {
         name: theirs[name].default for name in ours
     }
@@ -253,7 +259,7 @@ def test_nothing_selected_warns_and_gives_no_columns():
         ("tol", 0.0),
         ("max_iter", 0),
         ("device", 3),
-        ("n_jobs", 0),
+        ("layers", 3),
         ("max_memory", 0),
     ],
 )

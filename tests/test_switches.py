@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from estimators import Head2ToeClassifier, group_lasso_path
+from estimators import group_lasso_path
 from estimators.switches import cpu_threads, full_precision
 from h2t_store import extract
 from h2t_store.network import load_backbone
@@ -211,18 +211,6 @@ def test_threads_have_the_number_of_cpu_threads_that_each_asked_for():
         threads[i].submit(stacks[i].close).result()
         assert counts() == expected
     assert (torch.get_num_threads(), in_a_new_thread()) == (mine, default)
-
-
-def test_a_fit_beside_another_leaves_the_number_of_threads(monkeypatch):
-    rng = np.random.default_rng(1)
-    X, y = rng.normal(size=(30, 8)), np.arange(30) % 2
-    mine = torch.get_num_threads()
-    with ThreadPoolExecutor(2) as pool:
-        fits = [pool.submit(Head2ToeClassifier(alpha=0.5, n_jobs=n).fit, X, y) for n in (1, 3)]
-        for fit in fits:
-            fit.result()
-    with ThreadPoolExecutor(1) as new:
-        assert new.submit(torch.get_num_threads).result() == mine
 
 
 def test_protected_memory_is_read_without_a_warning(recwarn):

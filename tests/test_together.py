@@ -8,7 +8,8 @@ from conftest import MODELS
 from sklearn.model_selection import GridSearchCV, cross_val_predict
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV, Head2ToePathDisplay
-from estimators.scaling import inverse_layer_norms, layer_index
+from estimators.layers import layer_index
+from estimators.scaling import inverse_layer_norms
 from h2t_store import extract
 
 
@@ -132,13 +133,13 @@ def test_a_fitted_model_holds_no_store(stored):
     [
         {},
         {"normalization": "layer", "keep_fraction": 0.2},
-        {"layer": 1},
+        {"keep_fraction": 1.0},
         {"head": "path", "alpha": 0.2},
-        {"solver": "adam", "head": "adam", "keep_fraction": 0.3, "max_iter": 20, "random_state": 0},
     ],
 )
 def test_a_target_size_among_several_is_that_size_alone(both, params):
-    model = Head2ToeClassifier(target_size=4, **params).fit(both, both.y)
+    names = [layer.name for layer in both.layers if 4 in layer.target_sizes]
+    model = Head2ToeClassifier(layers=names, **params).fit(both, both.y)
     pooled, columns = both.select_target_size(4), columns_of(both, 4)
     alone = Head2ToeClassifier(**params).fit(pooled, both.y)
     assert 0 < len(columns) < both.shape[1]
@@ -158,15 +159,30 @@ def test_a_search_tries_every_target_size_by_itself(both, solved_ratios, refit):
         alphas=(0.5, 0.1), keep_fractions=(None, 0.3), Cs=(0.01, 1.0), cv=3, refit=refit, scoring="neg_log_loss"
     )
     search = Head2ToeClassifierCV(**grid).fit(both, both.y)
-    assert len(solved_ratios) == 3 * 2 + len({one.target_size for one in [*search.estimators_, search.best_estimator_]})
-    apart = [Head2ToeClassifierCV(**grid).fit(both.select_target_size(size), both.y) for size in (4, 64)]
-    half = len(apart[0].cv_results_["params"])
-    assert [params["target_size"] for params in search.cv_results_["params"]] == [4] * half + [64] * half
-    for name in ("mean_test_score", "mean_n_features"):
-        together = np.concatenate([one.cv_results_[name] for one in apart])
-        np.testing.assert_allclose(search.cv_results_[name], together, rtol=1e-6, err_msg=name)
-    best = max(apart, key=lambda one: one.best_score_)
-    assert search.best_params_ == {**best.best_params_, "target_size": (4, 64)[apart.index(best)]}
+    fitted = {repr(one.layers) for one in [*search.estimators_, search.best_estimator_] if one.keep_fraction != 1.0}
+    assert len(solved_ratios) == 3 * 2 + len(fitted)
+    parts = [both.select_target_size(size) for size in (4, 64)]
+    apart = [Head2ToeClassifierCV(**grid).fit(part, both.y) for part in parts]
+    expected = {}
+    for part, one in zip(parts, apart, strict=True):
+        every = [layer.name for layer in part.layers]
+        for params, *values in zip(
+            one.cv_results_["params"],
+            one.cv_results_["mean_test_score"],
+            one.cv_results_["mean_n_features"],
+            strict=True,
+        ):
+            expected[repr(sorted({"layers": every, **params}.items()))] = values
+    results = search.cv_results_
+    names = [repr(sorted(params.items())) for params in results["params"]]
+    # Layers that both sizes share are tried once.
+    assert names == list(expected)
+    together = np.array(list(expected.values()))
+    np.testing.assert_allclose(results["mean_test_score"], together[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(results["mean_n_features"], together[:, 1])
+    best = max(range(2), key=lambda i: apart[i].cv_results_["mean_test_score"][apart[i].best_index_])
+    every = [layer.name for layer in parts[best].layers]
+    assert search.best_params_ == {"layers": every, **apart[best].best_params_}
     alone = Head2ToeClassifier(**search.best_params_).fit(both, both.y)
     np.testing.assert_array_equal(search.best_estimator_.selected_features_, alone.selected_features_)
     np.testing.assert_array_equal(search.best_estimator_.feature_layers_, alone.feature_layers_)
@@ -177,46 +193,42 @@ def test_a_search_tries_every_target_size_by_itself(both, solved_ratios, refit):
     assert search.feature_scores_.shape == (both.shape[1],)
 
 
+def sizes_of(X):
+    return {layer.name: layer.target_sizes for layer in X.layers}
+
+
 def test_what_a_search_shows_is_the_target_size_it_chose(both):
     pytest.importorskip("matplotlib").use("Agg")
-    search = Head2ToeClassifierCV(alphas=(0.5, 0.1), keep_fractions=(None, 0.3), cv=3).fit(both, both.y)
+    grid = dict(alphas=(0.5, 0.3), keep_fractions=(None, 0.3), Cs=(0.01, 1.0), cv=3, refit="best")
+    search = Head2ToeClassifierCV(**grid).fit(both, both.y)
     display, best = Head2ToePathDisplay.from_estimator(search), search.best_params_
-    row = display.kept.index((best["keep_fraction"], best["last_layers"], best["layer"]))
-    assert display.mean_scores[row][[0.5, 0.1].index(best["alpha"])] == search.best_score_
-    pooled = both.select_target_size(best["target_size"])
-    alone = Head2ToeClassifierCV(alphas=(0.5, 0.1), keep_fractions=(None, 0.3), cv=3).fit(pooled, both.y)
+    column = [0.5, 0.3].index(best.get("alpha", 0.5))
+    assert display.mean_scores[display.best_line][column] == search.best_score_
+    sizes = [size for size in (4, 64) if all(size in sizes_of(both)[name] for name in best["layers"])]
+    pooled = both.select_target_size(sizes[0])
+    alone = Head2ToeClassifierCV(**grid).fit(pooled, both.y)
     np.testing.assert_allclose(display.n_features, Head2ToePathDisplay.from_estimator(alone).n_features)
-    assert f"target_size={best['target_size']}" in display.ax_[0].get_title(loc="left")
+    names = [layer.name for layer in pooled.layers]
+    assert f"layers {names[0]} to {names[-1]}" in display.ax_[0].get_title(loc="left")
 
 
 def test_sizes_that_pool_alike_are_one(extracted):
     alike = extracted(64, 65)
     assert alike.shape == extracted(64).shape
-    search = Head2ToeClassifierCV(alphas=(0.5,), cv=3).fit(alike, alike.y)
-    assert search.best_params_["target_size"] is None
-    one = Head2ToeClassifier(target_size=65).fit(alike, alike.y)
-    np.testing.assert_array_equal(one.selected_features_, Head2ToeClassifier().fit(alike, alike.y).selected_features_)
+    search = Head2ToeClassifierCV(alphas=(0.5,), keep_fractions=(None,), Cs=(1.0,), last_layers=(), cv=2)
+    search.set_params(single_layers=0).fit(alike, alike.y)
+    assert len(search.cv_results_["params"]) == 1
+    assert "layers" not in search.best_params_
 
 
 def test_a_size_that_some_layers_lack_is_not_tried(both):
     """What two sizes share is left where one of them is taken."""
     one = both.select_target_size(64)
     assert any(4 in layer.target_sizes for layer in one.layers)
-    search = Head2ToeClassifierCV(alphas=(0.5,), cv=3).fit(one, both.y)
-    assert search.best_params_["target_size"] is None
-
-
-def test_layers_are_counted_within_the_target_size(both):
-    n_layers = len(both.select_target_size(4).layers)
-    with pytest.raises(ValueError, match=f"layer={n_layers}: X has {n_layers} layers"):
-        Head2ToeClassifier(target_size=4, layer=n_layers).fit(both, both.y)
-
-
-def test_a_target_size_that_is_not_there_is_named(both):
-    with pytest.raises(ValueError, match="target_size=16: X has all layers at 4, 64"):
-        Head2ToeClassifier(target_size=16).fit(both, both.y)
-    with pytest.raises(ValueError, match="target_size=16: X has no size for all its layers"):
-        Head2ToeClassifier(target_size=16).fit(np.asarray(both), both.y)
+    search = Head2ToeClassifierCV(alphas=(0.5,), keep_fractions=(None,), Cs=(1.0,), last_layers=(), cv=2)
+    search.set_params(single_layers=0).fit(one, both.y)
+    assert len(search.cv_results_["params"]) == 1
+    assert "layers" not in search.best_params_
 
 
 def test_columns_of_several_sizes_have_names_and_norms_of_their_own(both):

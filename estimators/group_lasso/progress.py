@@ -1,4 +1,4 @@
-"""Progress as plain lines: of a path per alpha, of a search per tenth of its candidates."""
+"""Progress as plain lines: of a path per alpha, of a search per step."""
 
 from __future__ import annotations
 
@@ -33,30 +33,23 @@ class PathProgress:
 
 
 class SearchProgress:
-    """Print how many candidates are fitted at every tenth of them, with the rate and the time left.
+    """Print what a part of a search has done, and how long it took.
 
     Parameters
     ----------
-    n_candidates : int
     label : str
-        What the lines begin with.
+        What the lines begin with, such as ``"fold 2/5, "``.
+    verbose : int
+        0 prints nothing.
     """
 
-    def __init__(self, n_candidates: int, label: str = "") -> None:
-        self._n_candidates, self._label, self._done = n_candidates, label, 0
+    def __init__(self, label: str, verbose: int) -> None:
+        self._label, self._verbose = label, verbose
         self._began = time.perf_counter()
 
-    def __call__(self) -> None:
-        self._done += 1
-        done, n_candidates = self._done, self._n_candidates
-        if 10 * done // n_candidates == 10 * (done - 1) // n_candidates:
-            return
-        elapsed = max(time.perf_counter() - self._began, 1e-9)
-        print(
-            f"{self._label}{done}/{n_candidates} candidates: {done / elapsed:.2g} candidates/s, "
-            f"{duration(elapsed / done * (n_candidates - done))} left",
-            flush=True,
-        )
+    def __call__(self, done: str) -> None:
+        if self._verbose:
+            print(f"{self._label}{done}, {duration(time.perf_counter() - self._began)}", flush=True)
 
 
 def duration(seconds: float) -> str:

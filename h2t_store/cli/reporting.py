@@ -1,18 +1,20 @@
-"""What a person sees while a job runs and afterwards: progress, sizes, tables, JSON."""
+"""What commands print: progress, sizes, tables, JSON."""
 
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Meter", "duration", "facts", "json_text", "progress", "short", "size", "table"]
+__all__ = ["Meter", "facts", "json_text", "progress", "short", "table"]
 
 _PLAIN_SECONDS = 10.0
 
@@ -22,43 +24,32 @@ class Meter:
 
     def __init__(self, unit: str, show: Callable[["Meter"], None]) -> None:
         self._unit, self._show = unit, show
-        self.total = self.done = self.first = self.bytes = 0
+        self.total = self.done = self.computed = self.bytes = 0
         self.began: float | None = None
 
     def __call__(self, done: int, total: int, n_bytes: int = 0) -> None:
         if self.began is None:
-            self.began, self.first = time.perf_counter(), done
-        self.done, self.total, self.bytes = done, total, n_bytes
+            self.began, self._first = time.perf_counter(), done
+        self.done, self.total, self.bytes, self.computed = done, total, n_bytes, done - self._first
         self._show(self)
-
-    @property
-    def computed(self) -> int:
-        """Units done since the first call."""
-        return self.done - self.first
-
-    @property
-    def rate(self) -> float:
-        """Units per second; 0 until there are some."""
-        return self.computed / (time.perf_counter() - self.began) if self.began and self.computed else 0.0
 
     def __str__(self) -> str:
         parts = [f"{self.done}/{self.total} {self._unit}"]
-        if self.rate:
-            parts.append(f"{self.rate:.{0 if self.rate >= 10 else 1}f}/s")
         if self.bytes:
-            parts.append(f"{size(self.bytes)} written")
-        if self.rate:
-            parts.append(f"{duration((self.total - self.done) / self.rate)} left")
+            parts.append(f"{decimal(self.bytes)} computed")
+        if self.began and self.computed:
+            rate = self.computed / (time.perf_counter() - self.began)
+            left = timedelta(seconds=round((self.total - self.done) / rate))
+            parts += [f"{rate:.1f}/s", f"{left} left"]
         return ", ".join(parts)
 
 
 @contextmanager
 def progress(unit: str) -> Iterator[Meter]:
-    """A bar on a terminal, a plain line now and then elsewhere; both on stderr."""
+    """Show a bar on a terminal, a line every ten seconds elsewhere; both on stderr."""
     if sys.stderr.isatty():
-        with Progress(
-            BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
-        ) as bar:
+        columns = BarColumn(), TextColumn("{task.description}")
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
             yield Meter(unit, lambda m: bar.update(task, completed=m.done, total=m.total, description=str(m)))
         return
@@ -66,50 +57,34 @@ def progress(unit: str) -> Iterator[Meter]:
 
     def line(meter: Meter) -> None:
         nonlocal printed
-        if meter.rate and meter.done < meter.total and time.perf_counter() - printed >= _PLAIN_SECONDS:
+        if meter.computed and meter.done < meter.total and time.perf_counter() - printed >= _PLAIN_SECONDS:
             printed = time.perf_counter()
             print(meter, file=sys.stderr, flush=True)
 
     yield Meter(unit, line)
 
 
-def size(n: float) -> str:
-    """Bytes for a person."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person."""
-    minutes, whole = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {whole:02d} s" if minutes else f"{seconds:.{0 if seconds >= 10 else 1}f} s"
-
-
 def short(value: Any) -> str:
-    """A value of some JSON, long lists cut."""
+    """A value in one line: long lists cut, shapes as ``4 x 8 x 8``."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {short(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
         shown = [str(item) for item in value]
         return ", ".join(shown) if len(shown) <= 6 else f"{', '.join(shown[:3])}, … {shown[-1]} ({len(shown)})"
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
     return "none" if value is None else str(value)
 
 
 def facts(of: Mapping[str, Any]) -> None:
-    """Print names and values, one to a line."""
+    """Print names and values, one per line."""
     width = max(map(len, of))
     for key, value in of.items():
         print(f"{key:<{width}}  {short(value)}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; lines are not broken where output goes to a file."""
+    """Print a table; lines are not broken in a file."""
     shown = Table(*header, box=None, pad_edge=False)
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))

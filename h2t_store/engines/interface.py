@@ -1,113 +1,69 @@
-"""What the engines have in common: the network as they are given it, and how they are called."""
+"""What every engine does: prepare a job, and compute and commit row blocks."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self
 
-import torch
-from PIL import Image
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
+from h2t_store.engines.loading import OnError
 from h2t_store.engines.plan import RowBlock
+from h2t_store.engines.preparation import Job
 from h2t_store.engines.remarks import Remarks
-from h2t_store.images import Source
-from h2t_store.network import Pooled
-from h2t_store.storage.store import Extraction
+from h2t_store.settings import Settings
+from h2t_store.storage.extraction import Extraction
 
-__all__ = ["Engine", "Forward"]
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What turns images into features.
-
-    Attributes
-    ----------
-    model : nn.Module
-        In evaluation mode, on ``device``.
-    layers : sequence of Pooled
-        What is pooled, in the order of the columns.
-    transform : callable
-        From a PIL image to uint8 ``(3, height, width)``.
-    mean, std : sequence of float
-        Per channel, of values in [0, 1].
-    dtype : torch.dtype
-        As stored.
-    device : torch.device
-        Where the network runs.
-    amp : bool
-        Run the network under bfloat16 autocast.
-    compiled : bool
-        Compile the network with its pooling (``torch.compile``).
-    memory_format : torch.memory_format
-        Of the network's weights and of the images.
-    """
-
-    model: nn.Module
-    layers: Sequence[Pooled]
-    transform: Callable[[Image.Image], Tensor]
-    mean: Sequence[float]
-    std: Sequence[float]
-    dtype: torch.dtype
-    device: torch.device
-    amp: bool
-    compiled: bool
-    memory_format: torch.memory_format
+__all__ = ["Engine"]
 
 
-class Engine(Protocol):
-    """Computes and commits row blocks: `h2t_store.engines.local.run`, or `run` of a `h2t_store.engines.ray.Cluster`."""
+class Engine(ABC):
+    """Where row blocks are computed; a context manager. `h2t_store.engines.open_engine` makes one."""
 
-    def __call__(
+    leads: bool = True
+    """Whether this process does what is done once, such as creating and finishing the extraction."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        """Let go of what the engine holds."""
+        return
+
+    def share(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row blocks that are this process's."""
+        return numbers
+
+    def meet(self) -> None:
+        """Wait for the other processes; raises `H2TError` where one of them ended."""
+        return
+
+    @abstractmethod
+    def prepare(self, settings: Settings) -> Job:
+        """Find out what an extraction would compute, see `h2t_store.engines.preparation.prepare`."""
+
+    @abstractmethod
+    def run(
         self,
-        forward: Forward,
-        source: Source,
+        job: Job,
         extraction: Extraction,
-        blocks: Iterable[RowBlock],
+        plan: Iterable[RowBlock],
         *,
-        batch_size: int,
-        workers: int | None,
-        on_error: Literal["raise", "skip"],
-        before: Extraction | None,
-        stopped: Callable[[], bool],
-        progress: Callable[[int], None],
-        remark: Callable[[Remarks], None],
+        on_error: OnError = "raise",
+        stopped: Callable[[], bool] = lambda: False,
+        progress: Callable[[int], None] = lambda images: None,
+        remark: Callable[[Remarks], None] = lambda remarks: None,
     ) -> None:
-        """Compute and commit row blocks.
+        """Compute the row blocks of a plan and commit them.
 
-        Parameters
-        ----------
-        forward : Forward
-            From images to features.
-        source : Source
-            The images.
-        extraction : Extraction
-            Where blocks are written.
-        blocks : iterable of RowBlock
-            Which ones. A block that starts late has its first rows in ``before``.
-        batch_size : int
-            Images per forward pass; halved for as long as CUDA runs out of memory.
-        workers : int, optional
-            Processes that decode, or that each hold the network; by default as many as suit.
-        on_error : {"raise", "skip"}
-            What to do about images that cannot be read.
-        before : Extraction, optional
-            The extraction that this one extends.
-        stopped : callable
-            Asked after every block whether to stop.
-        progress : callable
-            Called with the number of images done since the last call; less than nothing where some are done again.
-        remark : callable
-            Called with what there is to say of images decoded since the last call.
+        The images of the job are in the order of the rows. ``stopped`` is asked after every block. ``progress`` is
+        called with the number of images done, and ``remark`` with the remarks on images, since the last call.
 
         Raises
         ------
-        DataError
-            At an image that cannot be read.
-        ModelError
-            Where the network gives values that are not finite.
-        TapError
-            Where an activation does not fit the storage dtype, or is not as expected.
+        DataError, ModelError, TapError
+            Where an image cannot be read, or the network gives what cannot be stored.
         StoppedError
             After the blocks in hand when ``stopped`` became true; everything computed is committed.
         """

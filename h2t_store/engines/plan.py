@@ -1,7 +1,7 @@
 """Which rows are computed and committed together."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,9 +27,9 @@ class RowBlock(NamedTuple):
 def rows_per_block(n_samples: int, row_bytes: int) -> int:
     """Height of a block, which is the height of every chunk: a multiple of 16.
 
-    A chunk is a file, and making one costs as much as writing a megabyte, so large sets get up to 2048 rows; sets of up
-    to 16384 images get 512, which loses less work to a crash. A block stays below 128 MiB as far as 16 rows do, which
-    bounds memory whatever the number of images. Blocks share the rows evenly, because the last chunk is stored whole.
+    Making a file costs as much as writing a megabyte, so large sets get up to 2048 rows; sets of up to 16384 images get
+    512, which loses less work to a crash. A block stays below 128 MiB as far as 16 rows do. Blocks share the rows
+    evenly, because the last chunk is stored whole.
     """
     most = _ROWS_OF_FEW if n_samples <= _FEW_SAMPLES else _ROWS_OF_MANY
     most = max(_ROW_STEP, min(most, _MAX_BYTES // row_bytes // _ROW_STEP * _ROW_STEP))
@@ -39,27 +39,17 @@ def rows_per_block(n_samples: int, row_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Row blocks in order, made while they are gone through: a billion images take no more memory than a thousand.
-
-    Attributes
-    ----------
-    n_samples, height : int
-        Rows in all, and of each block; the last block may be shorter.
-    numbers : sequence of int, optional
-        Which blocks; by default all.
-    known : int
-        Blocks leave out this many first rows, which are there already.
-    """
+    """Row blocks in order, made one at a time: a billion images take no more memory than a thousand."""
 
     n_samples: int
-    height: int
-    numbers: Sequence[int] | NDArray[np.int64] | None = None
-    known: int = 0
+    height: int  # rows of each block; the last one may be shorter
+    numbers: Sequence[int] | NDArray[np.int64] | None = None  # which blocks; by default all
+    known: Mapping[int, int] = field(default_factory=dict)  # first rows of blocks that are stored already
 
     def __iter__(self) -> Iterator[RowBlock]:
         for number in range(-(-self.n_samples // self.height)) if self.numbers is None else map(int, self.numbers):
-            stop = min((number + 1) * self.height, self.n_samples)
-            yield RowBlock(number, max(number * self.height, min(self.known, stop)), stop)
+            start, stop = number * self.height, min((number + 1) * self.height, self.n_samples)
+            yield RowBlock(number, start + self.known.get(number, 0), stop)
 
     @property
     def n_rows(self) -> int:

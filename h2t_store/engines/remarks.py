@@ -1,7 +1,7 @@
-"""What was lost or guessed in pictures while they were decoded: counted by kind, with an example of each."""
+"""What was lost or guessed when pictures were decoded: counted by kind, with an example of each."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 __all__ = ["Remarks"]
 
@@ -10,14 +10,6 @@ _log = logging.getLogger("h2t_store")
 
 class Remarks(dict[str, tuple[int, str]]):
     """How many pictures each remark is about, and which was the first; see `h2t_store.images.pictures.Picture`."""
-
-    @classmethod
-    def of(cls, pictures: Iterable[tuple[str, Iterable[str]]]) -> "Remarks":
-        """Count the remarks on pictures, by their names."""
-        remarks = cls()
-        for name, about in pictures:
-            remarks.add(dict.fromkeys(about, (1, name)))
-        return remarks
 
     def add(self, others: Mapping[str, tuple[int, str]]) -> None:
         """Count those of other pictures, too."""

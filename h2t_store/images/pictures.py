@@ -1,4 +1,4 @@
-"""Decoding: the bytes of an image file become eight-bit RGB pixels the right way up, or one line that says why not.
+"""Decoding: an image file, or pixels from Python, become eight-bit RGB the right way up, or one line that says why not.
 
 Only formats with decoders in PIL itself are tried, whatever a file is called: PIL hands EPS to Ghostscript, which would
 run what the file says.
@@ -6,25 +6,24 @@ run what the file says.
 
 import io
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from h2t_store.errors import DataError, one_line
-from h2t_store.images.colours import as_rgb, require_readable
-from h2t_store.images.depth import declared_bits
-from h2t_store.images.foreign import foreign_content, foreign_name
-from h2t_store.images.jpeg2000 import require_end
+from h2t_store.images.formats import advice_on_content, advice_on_name
 from h2t_store.images.names import shown
 from h2t_store.images.orientation import transposition
-
-__all__ = ["DECODING", "IMAGE_EXTENSIONS", "Picture", "decode", "is_image_name", "rendered"]
+from h2t_store.images.pixels import as_rgb, declared_bits, require_end_of_jpeg2000, require_readable
 
 DECODING = {"orientation": "exif", "transparency": "dropped", "depth": "declared, else 8, 12 or 16 bits by range"}
 """The rules of `decode`, for the provenance: features of pictures decoded by other rules are others."""
 
-_EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif webp tif tiff ppm pgm pbm pnm jp2 j2k jpc jpx jpf avif tga ico"
-IMAGE_EXTENSIONS = frozenset("." + extension for extension in _EXTENSIONS.split(" "))
+DIGEST_BYTES = 16
+
 _FORMATS = ["JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA"]
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _OTHER_TIFF = "a kind of TIFF that is not read, or damaged: convert it to PNG"
@@ -33,84 +32,79 @@ _SEVERAL = "have several frames or pages: the first is read"
 
 
 class Picture(NamedTuple):
-    """A decoded image file.
+    """A decoded picture."""
 
-    Attributes
-    ----------
-    image : Image
-        RGB.
-    remarks : list of str
-        What was lost or guessed, as the end of a sentence that begins with "12 images".
-    """
-
-    image: Image.Image
-    remarks: list[str]
-
-
-def is_image_name(name: str) -> bool:
-    """Whether the extension, in either case, is one of an image."""
-    dot = name.rfind(".")
-    return dot > name.rfind("/") + 1 and name[dot:].lower() in IMAGE_EXTENSIONS
+    image: Image.Image  # RGB
+    remarks: list[str]  # what was lost or guessed, as the end of a sentence that begins with "12 images"
+    digest: bytes  # 16 bytes: XXH3 of the file's bytes, or of shape and pixels where there is no file
 
 
 def decode(content: bytes, name: str) -> Picture:
-    """Decode an image file.
+    """Decode the content of an image file; its extension does not matter. Of several frames the first is taken.
 
-    Parameters
-    ----------
-    content : bytes
-        Of the file, in any of PIL's own formats; its extension does not matter. Of several frames the first is taken.
-    name : str
-        What errors call it.
-
-    Returns
-    -------
-    Picture
-        See `rendered`.
-
-    Raises
-    ------
-    DataError
-        Where it is not an image, is cut off or damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, from
-        where PIL itself warns of a decompression bomb, or is a thousand times as long as wide.
+    `DataError` where it is not an image, is cut off or damaged, has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``
+    (where PIL warns of a decompression bomb), or is a thousand times as long as wide.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so cut-off images would pass unseen: switch it off")
     if not content:
         raise DataError(f"{shown(name)}: not an image: it is empty")
-    advice = foreign_content(content) or foreign_name(name)
+    advice = advice_on_content(content) or advice_on_name(name)
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             if image.format == "TIFF" and advice:
                 raise ValueError(advice)  # PIL would read its preview
             _require_few_pixels(image)
             if image.format == "JPEG2000":
-                require_end(content)
-            return rendered(image, declared_bits(image, content))
+                require_end_of_jpeg2000(content)
+            pixels, remarks = _rendered(image, declared_bits(image, content))
     except UnidentifiedImageError:
         unknown = _OTHER_TIFF if content.startswith(_TIFF_STARTS) else "not an image"
         raise DataError(f"{shown(name)}: {advice or unknown}") from None
     except Exception as error:  # decoders raise almost anything on damaged files
         raise DataError(f"{shown(name)}: {one_line(error)}") from error
+    return Picture(pixels, remarks, digest_of(content))
 
 
-def rendered(image: Image.Image, bits: int | None) -> Picture:
-    """An image of PIL as eight-bit RGB, the right way up.
+def from_pixels(image: Any, name: str) -> Picture:
+    """The picture in an image of PIL or a uint8 array of shape (h, w, 3) or (h, w); `DataError` at anything else."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)):
+        return Picture(Image.fromarray(image).convert("RGB"), [], digest_of_pixels(image))
+    if not isinstance(image, Image.Image):
+        kind = type(image).__name__ + (f", {image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else "")
+        advice = "" if isinstance(image, np.ndarray) else " (a dataset is passed without transform to tensors)"
+        raise DataError(
+            f"{shown(name)} is of type {kind}; accepted are an image of PIL and a uint8 array (h, w, 3){advice}"
+        )
+    try:
+        pixels, remarks = _rendered(image, None if image.mode.startswith("I") else 8)
+    except Exception as error:  # files that are opened, but not read yet, may be damaged
+        raise DataError(f"{shown(name)}: {one_line(error)}") from error
+    return Picture(pixels, remarks, digest_of_pixels(np.asarray(pixels)))
 
-    Colours under transparency are kept and the transparency dropped, as in timm. Of grey values the upper eight bits
-    are taken: of the ``bits`` that the file declares, else of 8, 12 or 16, the first that hold all values. 16 bits of
-    colour are cut to their upper eight.
 
-    Raises
-    ------
-    ValueError
-        Where the pixels cannot be converted.
+def digest_of(content: bytes) -> bytes:
+    """What a picture is known by that is made of these bytes."""
+    return xxhash.xxh3_128_digest(content)
+
+
+def digest_of_pixels(pixels: NDArray[np.uint8]) -> bytes:
+    """What a picture of no file is known by; a grey one is the same as its three equal channels."""
+    rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    return digest_of(repr(rgb.shape).encode() + rgb.tobytes())
+
+
+def _rendered(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[str]]:
+    """An image of PIL as eight-bit RGB, the right way up, and remarks; `ValueError` where that cannot be done.
+
+    Colours under transparency are kept, as in timm. Of grey values the upper eight bits are taken: of the ``bits`` that
+    the file declares, else of 8, 12 or 16, the first that hold all values. 16 bits of colour are cut to their upper 8.
     """
     require_readable(image)
     several = [_SEVERAL] if image.format != "MPO" and getattr(image, "is_animated", False) else []
     turn, remarks = transposition(image)
     pixels, more = as_rgb(image, bits)
-    return Picture(pixels if turn is None else pixels.transpose(turn), [*several, *remarks, *more])
+    return pixels if turn is None else pixels.transpose(turn), [*several, *remarks, *more]
 
 
 @cache

@@ -1,106 +1,193 @@
-"""A source: images by row, with labels and with identifiers that stay the same on every run."""
+"""A source: pictures by row, with labels and with identifiers that stay the same on every run."""
 
+import hashlib
+import json
+import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from h2t_store.errors import DataError
-from h2t_store.images.fingerprint import Digests, Stamp, digest_of_rows
-from h2t_store.images.names import Classes, Names, shown
-from h2t_store.images.pictures import Picture, decode
+from h2t_store.images.names import UNLABELLED, Classes, Names, as_names, counted, shown
+from h2t_store.images.pictures import DIGEST_BYTES, Picture, decode, digest_of
 
-__all__ = ["UNLABELLED", "Source"]
+_ROWS_AT_ONCE = 10_000
+_MOST_SAMPLED = 1000
 
-UNLABELLED = -1
-_MAX_DIGESTED_BYTES = 1 << 30
+Stamp = tuple[int, int]
+"""Size in bytes, and time of the last change in nanoseconds."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Source(ABC):
-    """Images, labels and identifiers. Pickles without the images that are on disk.
+class Reader(ABC):
+    """Gives the pictures of a source by number, in any process."""
 
-    Attributes
-    ----------
-    origin : dict
-        What kind of data it is, and which part of it.
-    sample_ids : ndarray of shape (n,), StringDType
-        One per row: relative paths where there are any, else ``SPLIT/index``.
-    y : ndarray of shape (n,), int64
-        Index into ``classes``; -1 where unlabelled.
-    classes : tuple of str or of int
-        The labels themselves: names, or integers where the data has integers.
-    notes : list of str
-        What was left out, for a person to read.
-    numbers : ndarray of shape (n,), int64
-        Number of each row's image in the data as it was opened.
-    digests : Digests
-        Digests and stamps of all images as opened, shared by every selection of rows.
-    in_memory : bool
-        Whether reading an image costs nothing.
-    """
+    in_memory = False  # whether reading a picture costs nothing
+    image_size: tuple[int, int] | None = None  # height and width where all pictures share them and it is known
+    has_stamps = False  # whether size and time of change can be told without reading
 
-    origin: dict[str, Any]
-    sample_ids: Names
-    y: NDArray[np.int64]
+    @abstractmethod
+    def where(self, number: int, sample_id: str) -> str:
+        """What errors call a picture."""
+
+    @abstractmethod
+    def read(self, number: int, where: str) -> bytes | Picture:
+        """The bytes of a file, or the picture where there is no file; `DataError` where that fails."""
+
+    def digest(self, number: int, where: str) -> bytes:
+        """What a picture is known by."""
+        content = self.read(number, where)
+        return content.digest if isinstance(content, Picture) else digest_of(content)
+
+    def stamp(self, number: int, where: str) -> Stamp:
+        """Size and time of change of a picture as it is now."""
+        raise NotImplementedError
+
+
+class Known:
+    """Sixteen bytes for each of ``n`` pictures, found out when first asked for; pickles with what is known."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._rows = np.zeros((0, DIGEST_BYTES), np.uint8)
+        self._is_known = np.zeros(0, bool)
+
+    def of(self, numbers: NDArray[np.int64], find: Callable[[int], bytes]) -> NDArray[np.uint8]:
+        """Those of the pictures ``numbers``; ``find(i)`` gives that of ``numbers[i]``."""
+        if not len(self._rows):
+            self._rows, self._is_known = np.zeros((self._n, DIGEST_BYTES), np.uint8), np.zeros(self._n, bool)
+        for i in np.flatnonzero(~self._is_known[numbers]).tolist():
+            self._rows[numbers[i]] = np.frombuffer(find(i), np.uint8)
+            self._is_known[numbers[i]] = True
+        return self._rows[numbers]
+
+    def get(self, number: int) -> bytes | None:
+        """That of one picture, if it is known."""
+        return self._rows[number].tobytes() if len(self._rows) and self._is_known[number] else None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Pictures, labels and identifiers. Pickles without the pictures that are on disk."""
+
+    reader: Reader
+    origin: dict[str, Any]  # what kind of data it is, and which part of it
+    sample_ids: Names  # relative paths where there are any, else numbers
+    y: NDArray[np.int64]  # index into the classes, -1 where unlabelled
     classes: Classes
-    notes: list[str] = field(default_factory=list)
-    numbers: NDArray[np.int64] = field(repr=False)
-    digests: Digests = field(repr=False)
+    notes: list[str]  # what was left out, for a person to read
+    numbers: NDArray[np.int64]  # of each row's picture for the reader
+    digests: Known  # of all pictures, shared by every selection of rows
+    stamps: Known
 
-    in_memory: ClassVar[bool] = False
+    max_digested_bytes: ClassVar[int] = 1 << 30
+
+    @classmethod
+    def of(
+        cls,
+        reader: Reader,
+        sample_ids: Sequence[str],
+        y: NDArray[np.int64],
+        classes: Classes,
+        *,
+        origin: dict[str, Any],
+        notes: list[str] | None = None,
+        numbers: NDArray[np.int64] | None = None,
+    ) -> Self:
+        """A source as it is opened; ``numbers`` are by default all in order."""
+        numbers = np.arange(len(y)) if numbers is None else numbers
+        n = int(numbers.max()) + 1
+        return cls(reader, origin, as_names(sample_ids), y, classes, notes or [], numbers, Known(n), Known(n))
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether reading a picture costs nothing."""
+        return self.reader.in_memory
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width where all images share them and it is known."""
-        return None
+        """Height and width where all pictures share them and it is known."""
+        return self.reader.image_size
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """Goes into the provenance; equal descriptions mean equal images, identifiers and names of labels, in order.
+        """Goes into the provenance; equal descriptions mean equal pictures, identifiers and names of labels, in order.
 
-        It digests all contents up to 1 GiB in total; beyond that, where reading twice costs, identifiers, sizes and
-        times of change, so that a copy is known again if it keeps the times. Images are held against it when they are
-        decoded.
+        The pictures are known by their digests up to 1 GiB in total; beyond, where reading twice costs, by sizes and
+        times of change, so that a copy is known again if it keeps the times; where there are no times, by the digests
+        of 1000. Pictures are held against it when they are decoded.
         """
-        identity: NDArray[Any]
-        stamps = self.digests.stamps_of(self.numbers, self.stamps)
-        if self.in_memory or stamps[:, 0].sum() <= _MAX_DIGESTED_BYTES:
-            key, identity = "contents_sha256", self.digests.of(self.numbers, self.content)
-        else:
-            key, identity = "paths_sizes_and_times_sha256", stamps.astype("<i8")
-        digest = digest_of_rows(self.sample_ids, self.y, self.classes, identity)
-        return {**self.origin, "n": len(self), key: digest}
+        key, identity = self._identity()
+        names = [*map(str, self.classes), None]
+        sha = hashlib.sha256(str(len(self)).encode())
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            labels = [names[code] for code in self.y[rows].tolist()]
+            sha.update(json.dumps([self.sample_ids[rows].tolist(), labels]).encode())
+        sha.update(identity.tobytes())
+        return {**self.origin, "n": len(self), key: sha.hexdigest()}
+
+    def _identity(self) -> tuple[str, NDArray[np.uint8]]:
+        """What tells the pictures from others, and how that is called."""
+        n = len(self)
+        if self.reader.has_stamps:
+            stamps = self.stamps.of(self.numbers, self._stamp)
+            if stamps.view("<i8")[:, 0].sum() > self.max_digested_bytes:
+                return "paths_sizes_and_times_sha256", stamps
+        elif not self.in_memory and n > _MOST_SAMPLED and n * self._size(0) > self.max_digested_bytes:
+            some = np.linspace(0, n - 1, _MOST_SAMPLED).astype(np.int64)
+            return "some_contents_sha256", self.digests.of(self.numbers[some], lambda i: self._digest(int(some[i])))
+        return "contents_sha256", self.digests.of(self.numbers, self._digest)
 
     def picture(self, row: int) -> Picture:
-        """The image as RGB, with remarks; `DataError` where it cannot be read, or is not what `description` is of."""
-        content = self.content(row)
-        if not self.digests.agree(int(self.numbers[row]), content):
-            self._refuse_changed(row)
-        return self.decoded(content, row)
+        """The picture as RGB; `DataError` where it cannot be read, or is not what `description` is of."""
+        content, number = self.read(row), int(self.numbers[row])
+        found = content.digest if isinstance(content, Picture) else digest_of(content)
+        known = self.digests.get(number)
+        if known is None and (known := self.stamps.get(number)) is not None:
+            found = self._stamp(row)
+        if known not in (None, found):
+            advice = "extract again" + ("" if self.reader.has_stamps else ", from a dataset without random transforms")
+            raise DataError(f"{shown(self.where(row))}: it has changed since the extraction began: {advice}")
+        return content if isinstance(content, Picture) else decode(content, self.where(row))
 
     def image(self, row: int) -> Image.Image:
-        """`picture` without the remarks."""
+        """`picture` without remarks and digest."""
         return self.picture(row).image
 
-    def decoded(self, content: Any, row: int) -> Picture:
-        """The image that the bytes hold."""
-        return decode(content, self.where(row))
+    def where(self, row: int) -> str:
+        """What errors call the picture."""
+        return self.reader.where(int(self.numbers[row]), str(self.sample_ids[row]))
 
-    def require_stamp(self, row: int, found: Stamp) -> None:
-        """Raise `DataError` where an image changed since its stamp was taken."""
-        if not self.digests.agree_on_stamp(int(self.numbers[row]), found):
-            self._refuse_changed(row)
+    def read(self, row: int) -> bytes | Picture:
+        """The bytes of a file, or the picture where there is no file."""
+        return self.reader.read(int(self.numbers[row]), self.where(row))
 
-    def _refuse_changed(self, row: int) -> NoReturn:
-        raise DataError(f"{shown(self.where(row))}: it has changed since the extraction began: extract again")
+    def _digest(self, row: int) -> bytes:
+        try:
+            return self.reader.digest(int(self.numbers[row]), self.where(row))
+        except DataError:
+            if self.reader.has_stamps:
+                raise
+            return bytes(DIGEST_BYTES)  # one picture of a dataset, which may be skipped later on
+
+    def _size(self, row: int) -> int:
+        try:
+            content = self.read(row)
+        except DataError:
+            return self.max_digested_bytes  # unknown, so the data may be large
+        return 3 * content.image.width * content.image.height if isinstance(content, Picture) else len(content)
+
+    def _stamp(self, row: int) -> bytes:
+        return np.array(self.reader.stamp(int(self.numbers[row]), self.where(row)), "<i8").tobytes()
 
     def take(self, rows: NDArray[np.int64]) -> Self:
         """The same data, restricted to ``rows`` in the order given."""
@@ -116,17 +203,56 @@ class Source(ABC):
         if missing:
             raise DataError(f"classes: {missing[0]!r} is not among {len(classes)} classes, but the data has it")
         codes = [index.get(str(label), UNLABELLED) for label in self.classes]
-        renumbered = np.array([*codes, UNLABELLED], dtype=np.int64)
-        return replace(self, y=renumbered[self.y], classes=classes)
+        return replace(self, y=np.array([*codes, UNLABELLED], dtype=np.int64)[self.y], classes=tuple(classes))
 
-    @abstractmethod
-    def where(self, row: int) -> str:
-        """What errors call the image."""
 
-    @abstractmethod
-    def content(self, row: int) -> Any:
-        """The bytes that the image is decoded from; `DataError` where they cannot be read."""
+def arrange(source: Source, sample_ids: Sequence[str], classes: Classes) -> Source:
+    """Bring a source into the order of what was read from it before; `DataError` where rows are no longer in it.
 
-    @abstractmethod
-    def stamps(self) -> NDArray[np.int64]:
-        """Size and time of change (n, 2) of each image as it is now, see `Stamp`."""
+    Earlier rows come first, in their order (those that share an identifier, in the order of the source), then the
+    others in the order of the source; ``classes`` begin with the earlier ones.
+    """
+    earlier = _rows_of(as_names(sample_ids).tolist(), source.sample_ids.tolist())
+    is_new = np.ones(len(source), dtype=bool)
+    is_new[earlier] = False
+    known = set(map(str, classes))
+    new_classes = tuple(label for label in source.classes if str(label) not in known)
+    rows = np.concatenate([earlier, np.flatnonzero(is_new)])
+    return source.take(rows).relabelled((*classes, *new_classes))
+
+
+def _rows_of(wanted: list[str], present: list[str]) -> NDArray[np.int64]:
+    if present[: len(wanted)] == wanted:
+        return np.arange(len(wanted))
+    first: dict[str, int] = {}
+    following = np.full(len(present), -1)
+    for row in range(len(present) - 1, -1, -1):
+        following[row] = first.get(present[row], -1)
+        first[present[row]] = row
+    rows = np.full(len(wanted), -1)
+    for i, name in enumerate(wanted):
+        rows[i] = first.get(name, -1)
+        first[name] = int(following[rows[i]]) if rows[i] >= 0 else -1
+    missing = [wanted[i] for i in np.flatnonzero(rows < 0)]
+    if missing:
+        raise DataError(f"data: {counted(missing, f'of {len(wanted)} images are no longer there')}")
+    return rows
+
+
+def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
+    """A part of a file, by default all."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror}") from error
+
+
+def stamp_file(path: str) -> Stamp:
+    """Size and time of change of a file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns

@@ -3,6 +3,7 @@
 Paths here have slashes and no leading one; folders end in none, and the top is ``""``.
 """
 
+import posixpath
 import re
 import shlex
 from collections import defaultdict
@@ -11,18 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from h2t_store.errors import DataError, did_you_mean
 from h2t_store.images.names import shown
 
-__all__ = ["choose_split", "find_split"]
-
-_SYNONYMS = {
-    name: names[0]
-    for names in (
-        ("train", "training"),
-        ("val", "valid", "validation", "eval", "evaluation", "dev"),
-        ("test", "testing"),
-    )
-    for name in names
-}
-"""Names that timm takes for the same split, and ``dev``."""
+_SYNONYMS = dict.fromkeys(("val", "valid", "validation", "eval", "evaluation", "dev"), "val")  # as in timm, and dev
+_SYNONYMS |= {"train": "train", "training": "train", "test": "test", "testing": "test"}
 
 _LIKE_A_SPLIT = re.compile(
     rf"(?:(.+)[ _-])?({'|'.join(sorted(_SYNONYMS, key=len, reverse=True))})"
@@ -47,20 +38,17 @@ def find_split(split: str, folders_in: Callable[[str], Sequence[str]], where: st
         if len(found) > 1:
             raise DataError(f"split {split!r}: {where} has {_listed(found)}: name one of them")
         if found:
-            return _below(above, found[0])
+            return posixpath.join(above, found[0])
         if len(names) != 1 or _kind(names[0]) is not None:
             there = f"; it has {_listed(names)}" if names else ""
             raise DataError(f"split {split!r}: {where} has no such folder{did_you_mean(split, names) or there}")
-        above = _below(above, names[0])
+        above = posixpath.join(above, names[0])
 
 
 def choose_split(images: Iterable[str], where: str) -> tuple[str, list[str]]:
     """The folder of a split that all images lie in, ``""`` where there is none, and notes.
 
-    Raises
-    ------
-    DataError
-        Where images of several splits would be mixed, or those of a split with others.
+    `DataError` where images of several splits would be mixed, or those of a split with others.
     """
     folders_in: dict[str, set[str]] = defaultdict(set)
     with_images = {path.rpartition("/")[0] for path in images}
@@ -71,21 +59,26 @@ def choose_split(images: Iterable[str], where: str) -> tuple[str, list[str]]:
             folder = above
     fork = chosen = ""
     while len(folders_in[fork]) == 1 and fork not in with_images:
-        fork = _below(fork, next(iter(folders_in[fork])))
+        fork = posixpath.join(fork, next(iter(folders_in[fork])))
         prefix, kind = _prefix_and_kind(fork.rpartition("/")[2])
         if kind is not None and (not prefix or fork not in with_images):
             chosen = fork
     notes = [f"the folder {shown(chosen)} is read as a split"] if chosen else []
-    for folder in sorted(folders_in):
-        for names in _by_prefix(folders_in[folder]):
-            if len({_prefix_and_kind(name) for name in names}) > 1:
+    for folder, names in sorted(folders_in.items()):
+        by_prefix: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(names):
+            prefix, kind = _prefix_and_kind(name)
+            if kind is not None:
+                by_prefix[prefix].append(name)
+        for like in by_prefix.values():
+            if len({_prefix_and_kind(name) for name in like}) > 1:
                 there = where if folder == fork else f"{where}, {shown(folder)!r},"
-                raise DataError(_choose(names, there, folder == fork))
-    names = [name for name in sorted(folders_in[fork]) if _kind(name) is not None]
-    if names:
-        if any(folders_in.get(_below(fork, name)) for name in names):
-            raise DataError(_choose(names, where, True))
-        notes.append(f"{_listed(names)} are read as classes: to read one alone, name it as split")
+                raise DataError(_choose(like, there, folder == fork))
+    names_at_fork = [name for name in sorted(folders_in[fork]) if _kind(name) is not None]
+    if any(folders_in.get(posixpath.join(fork, name)) for name in names_at_fork):
+        raise DataError(_choose(names_at_fork, where, True))
+    if names_at_fork:
+        notes.append(f"{_listed(names_at_fork)} are read as classes: to read one alone, name it as split")
     return chosen, notes
 
 
@@ -107,20 +100,6 @@ def _prefix_and_kind(name: str) -> tuple[str, str | None]:
     """``("", "train")`` for ``training_set``, ``("seg", "train")`` for ``seg_train``; no kind where it is no split."""
     match = _LIKE_A_SPLIT.fullmatch(name)
     return ((match[1] or "").lower(), _SYNONYMS[match[2].lower()]) if match else ("", None)
-
-
-def _by_prefix(folders: Iterable[str]) -> list[list[str]]:
-    """Folders named like splits, those with the same prefix together."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(folders):
-        prefix, kind = _prefix_and_kind(name)
-        if kind is not None:
-            groups[prefix].append(name)
-    return list(groups.values())
-
-
-def _below(above: str, name: str) -> str:
-    return f"{above}/{name}" if above else name
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,10 +1,7 @@
-"""Which network, which of its activations, and how they are pooled.
+"""Which network, which of its activations, and how they are pooled. Importing it registers ``h2t_resnet20`` in timm."""
 
-Importing it registers ``h2t_resnet20`` with timm.
-"""
-
-from h2t_store.network.finding import PRESETS, find_taps
-from h2t_store.network.registry import Backbone, code_digest, load_backbone
+from h2t_store.network.finding_taps import PRESETS, find_taps
+from h2t_store.network.loading import Backbone, code_digest, load_backbone
 from h2t_store.network.taps import ClassTokenPolicy, Pooled, Tap, pooled_layers, tapped
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The published pooling: an activation of any shape becomes a vector of about ``target_size`` numbers.
 
-The shape after pooling follows from the shape before it, so widths are known before any image is read.
+The width after pooling follows from the shape, so it is known before any image is read.
 """
 
 import math
@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-__all__ = ["Kind", "pool", "pooled_width", "window"]
 
 Kind = Literal["map", "tokens", "vector"]
 
@@ -43,13 +41,12 @@ def pool(activation: Tensor, kind: Kind, target_size: int) -> Tensor:
     Parameters
     ----------
     activation : Tensor
-        ``(N, C, H, W)`` for a map, ``(N, C, T)`` for tokens, ``(N, C)`` for a vector; floating point.
+        ``(N, C, H, W)`` for a map, ``(N, C, T)`` for tokens, ``(N, C)`` for a vector.
     kind : {"map", "tokens", "vector"}
-        What it is. Vectors are kept whole.
+        Vectors are kept whole.
     target_size : int
-        Length aimed at, t. With C >= t maps and tokens are averaged over all positions. Otherwise a map is
-        average-pooled with window and stride ``W // isqrt(t // C)``, tokens with window and stride ``T * C // t``,
-        without padding (paper, section 3 and its published code).
+        Desired length t. With C >= t, maps and tokens are averaged over all positions. Otherwise window and stride of
+        the average pooling are ``W // isqrt(t // C)`` for maps and ``T * C // t`` for tokens, without padding.
 
     Returns
     -------

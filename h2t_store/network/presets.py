@@ -1,31 +1,21 @@
-"""The presets ``activations`` and ``blocks``, which hold for any network: what its modules are decides, not a name."""
+"""What the presets ``activations`` and ``blocks`` name in any network, decided by what its modules are."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
-from torch import Tensor, nn
+from torch import nn
 
-from h2t_store.network.watching import Content, Seen, is_linear_map
-
-__all__ = ["blocks", "canonical_name", "classifier", "linear_entrances", "preset"]
+from h2t_store.network.watching import Content, Seen, Trace, is_linear_map
 
 
-def preset(model: nn.Module, seen: Sequence[Seen], entered: set[str], image: Tensor) -> list[Content]:
-    """Contents of what enters the given modules, but for the images, of block outputs, and of the network's output."""
-    strung = blocks(model)
-    chosen = []
-    for event in seen:
-        name = event.place.module
-        if event.place.side == "in":
-            wanted = name in entered and event.content[:2] != (image.data_ptr(), image.numel())
-        else:
-            wanted = name in strung or not name
-        if wanted:
-            chosen.append(event.content)
-    return chosen
+def preset(name: str, trace: Trace) -> list[Seen]:
+    """Inputs of linear layers (``activations``) or of the classifier (``blocks``), block outputs and the output."""
+    entered = trace.entrances if name == "activations" else classifier(trace)
+    entering = [seen for seen in trace.entering(entered) if not seen.shows(trace.image)]
+    return [*entering, *trace.leaving(blocks(trace.model)), *trace.outputs]
 
 
 def blocks(model: nn.Module) -> set[str]:
-    """Modules that a Sequential or ModuleList strings together and that hold layers of their own."""
+    """Modules in a Sequential or ModuleList that hold linear layers or convolutions of their own."""
     return {
         f"{parent}.{child}".lstrip(".")
         for parent, container in model.named_modules()
@@ -35,29 +25,22 @@ def blocks(model: nn.Module) -> set[str]:
     }
 
 
-def linear_entrances(model: nn.Module, seen: Sequence[Seen]) -> set[str]:
-    """Convolutions and linear layers that ran, and modules that ran and use the weights of one that did not."""
-    ran = {event.place.module for event in seen}
-    linear = [name for name, module in model.named_modules() if is_linear_map(module)]
-    return {name if name in ran else name.rpartition(".")[0] for name in linear} & ran
+def classifier(trace: Trace) -> set[str]:
+    """The layers that compute the network's outputs, if they are convolutions or linear layers."""
+    logits = {seen.content for seen in trace.outputs}
+    return {seen.place.module for seen in trace.leaving(trace.linear_layers) if seen.content in logits}
 
 
-def classifier(model: nn.Module, seen: Sequence[Seen]) -> set[str]:
-    """The layers whose outputs are outputs of the network, if they are convolutions or linear layers."""
-    modules = dict(model.named_modules())
-    logits = {event.content for event in seen if not event.place.module and event.place.side == "out"}
-    return {
-        event.place.module
-        for event in seen
-        if event.place.side == "out" and event.content in logits and is_linear_map(modules[event.place.module])
-    }
-
-
-def canonical_name(content: Content, entrances: set[str], seen: Sequence[Seen]) -> str:
-    """First module that returns the tensor without having been given it; else the layer it enters."""
-    places = [event.place for event in seen if event.content == content]
+def canonical_name(content: Content, trace: Trace) -> str:
+    """First module that returns the tensor without having been given it; else the linear layer it enters."""
+    places = [seen.place for seen in trace.seen if seen.content == content]
     given = {(place.module, place.call) for place in places if place.side == "in"}
     makers = [place for place in places if place.side == "out" and (place.module, place.call) not in given]
-    takers = [place for place in places if place.side == "in" and place.module in entrances]
+    takers = [place for place in places if place.side == "in" and place.module in trace.entrances]
     named = [place for place in makers if place.module] or takers or makers or places
     return named[0].name
+
+
+def within(names: Collection[str], parent: str) -> list[str]:
+    """The modules among the names that are the parent or lie within it."""
+    return [name for name in names if f"{name}.".startswith(f"{parent}.")]

@@ -1,8 +1,8 @@
 """A tap is one activation of a network; a pooled tap is what is stored of it.
 
-A tap is named after the first module that makes the tensor, or, where a function made it (``F.relu``), after the
-convolution or linear layer it enters, as ``layer3.2.conv2:in``. A module called several times in one forward pass has a
-tap for each call: ``act``, ``act#2``, …; one that returns several tensors has one for each: ``lstm``, ``lstm:2``, …
+A tap is named after the first module that makes the tensor or, if a function made it (``F.relu``), after the linear
+layer it enters: ``layer3.2.conv2:in``. The second call of a module in a forward pass is ``act#2``, the second tensor
+that a module returns is ``lstm:2``.
 """
 
 from collections import defaultdict
@@ -18,39 +18,19 @@ from h2t_store.errors import TapError
 from h2t_store.network.pooling import Kind, pool, pooled_width, window
 from h2t_store.network.watching import Place, hooks
 
-__all__ = ["ClassTokenPolicy", "Pooled", "Tap", "pooled_layers", "tapped"]
-
 ClassTokenPolicy = Literal["pool", "only", "keep"]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One activation that becomes features.
-
-    Attributes
-    ----------
-    name : str
-        Module name, with ``:in`` where it is the module's input and ``#2`` where it is the second call.
-    place : Place
-        Where it is seen.
-    raw_shape : tuple of int
-        Shape of the tensor for one image.
-    channel_axis : int
-        Which axis of the tensor holds the channels.
-    batch_axis : int
-        Which axis of the tensor grows with the number of images.
-    class_token : int, optional
-        Which position holds a class token that is not pooled with the others.
-    cls_token : {"pool", "only", "keep"}
-        What happens to that token: it stands alone, or beside the pooled others.
-    """
+    """One activation that becomes features."""
 
     name: str
     place: Place
-    raw_shape: tuple[int, ...]
+    raw_shape: tuple[int, ...]  # of the tensor for one image
     channel_axis: int
     batch_axis: int = 0
-    class_token: int | None = None
+    class_token: int | None = None  # position of a class token that is not pooled with the other tokens
     cls_token: ClassTokenPolicy = "pool"
 
     @property
@@ -58,12 +38,15 @@ class Tap:
         """``map``, ``tokens`` or ``vector``."""
         if self.class_token is not None and self.cls_token == "only":
             return "vector"
-        rank = len(self.raw_shape) if self.raw_shape[self.batch_axis] == 1 else 0
-        return "vector" if rank == 2 else "map" if rank == 4 else "tokens"
+        if self.raw_shape[self.batch_axis] > 1:  # windows or slices of one image
+            return "tokens"
+        if len(self.raw_shape) == 2:
+            return "vector"
+        return "map" if len(self.raw_shape) == 4 else "tokens"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the activation of one image, channels first; a class token is among the tokens it is kept beside."""
+        """Shape of the activation of one image, channels first, with a class token that is kept."""
         channels = self.raw_shape[self.channel_axis]
         if self.kind == "vector":
             return (channels,)
@@ -73,29 +56,24 @@ class Tap:
         return channels, torch.Size(self.raw_shape).numel() // channels
 
     @property
-    def _pooled_shape(self) -> tuple[int, ...]:
-        """What is left to pool once a kept class token is taken out."""
-        if self.class_token is not None and self.cls_token == "keep":
-            return self.shape[0], self.shape[1] - 1
-        return self.shape
+    def _keeps_token(self) -> bool:
+        return self.class_token is not None and self.cls_token == "keep"
+
+    @property
+    def _shape_to_pool(self) -> tuple[int, ...]:
+        return (self.shape[0], self.shape[1] - 1) if self._keeps_token else self.shape
 
     def window(self, target_size: int) -> tuple[int, ...]:
-        """Pooling window; equal ones give equal features."""
-        return window(self.kind, self._pooled_shape, target_size)
+        """Pooling window; equal windows give equal features."""
+        return window(self.kind, self._shape_to_pool, target_size)
 
     def width(self, target_size: int) -> int:
         """Number of features after pooling."""
-        pooled = pooled_width(self.kind, self._pooled_shape, target_size)
-        return pooled + self.shape[0] if self._pooled_shape != self.shape else pooled
+        pooled = pooled_width(self.kind, self._shape_to_pool, target_size)
+        return pooled + self.shape[0] if self._keeps_token else pooled
 
     def channels_first(self, activation: Tensor, n: int) -> Tensor:
-        """The activation of ``n`` images as ``(n, channels, *positions)``; a view wherever one will do.
-
-        Raises
-        ------
-        TapError
-            Where the tensor does not consist of ``n`` equal parts of the expected shape.
-        """
+        """View the activation of ``n`` images as ``(n, channels, *positions)``; `TapError` for another shape."""
         raw, axis = self.raw_shape, self.batch_axis
         expected = (*raw[:axis], n * raw[axis], *raw[axis + 1 :])
         if tuple(activation.shape) != expected:
@@ -106,13 +84,7 @@ class Tap:
         return by_image.flatten(2)
 
     def pool(self, activation: Tensor, n: int, target_size: int) -> Tensor:
-        """Features (n, width) float32 of the activation of ``n`` images.
-
-        Raises
-        ------
-        TapError
-            Where the tensor does not consist of ``n`` equal parts of the expected shape.
-        """
+        """Features (n, width) float32 of the activation of ``n`` images; `TapError` for another shape."""
         values = self.channels_first(activation, n)
         if self.class_token is None:
             return pool(values.flatten(1) if self.kind == "vector" else values, self.kind, target_size)
@@ -126,24 +98,12 @@ class Tap:
 
 
 class Pooled(NamedTuple):
-    """One layer as stored: a tap pooled to a target size.
-
-    Attributes
-    ----------
-    tap : Tap
-        The activation.
-    target_size : int
-        Length that pooling aims at.
-    name : str
-        The tap's, with ``@SIZE`` where it is stored at several sizes.
-    target_sizes : tuple of int
-        All the sizes asked for that give these very features.
-    """
+    """One layer as stored: a tap pooled to a target size."""
 
     tap: Tap
     target_size: int
-    name: str
-    target_sizes: tuple[int, ...]
+    name: str  # the tap's, with @SIZE if it is stored at several sizes
+    target_sizes: tuple[int, ...]  # all requested sizes that give these features
 
     @property
     def width(self) -> int:
@@ -157,25 +117,10 @@ class Pooled(NamedTuple):
 
 
 def pooled_layers(taps: Sequence[Tap], target_sizes: Sequence[int]) -> list[Pooled]:
-    """What to store of the taps at several target sizes, nothing twice.
+    """Layers to store of the taps at several target sizes, tap by tap.
 
-    Parameters
-    ----------
-    taps : sequence of Tap
-        In the order of the network.
-    target_sizes : sequence of int
-        Lengths that pooling aims at; repeated ones count once.
-
-    Returns
-    -------
-    list of Pooled
-        Tap by tap, sizes in the order given. A tap that pools to the same features at all sizes has one layer with its
-        own name; another has a layer for each distinct result, ``TAP@SIZE`` with the first size that gives it.
-
-    Raises
-    ------
-    TapError
-        Where no size is given or one is below 1.
+    Sizes that pool a tap to the same features share one layer. A tap with a single layer gives it its own name, else
+    each layer is ``TAP@SIZE``, with the first of its sizes.
     """
     sizes = tuple(dict.fromkeys(target_sizes))
     if not sizes or min(sizes) < 1:
@@ -185,9 +130,9 @@ def pooled_layers(taps: Sequence[Tap], target_sizes: Sequence[int]) -> list[Pool
         by_window: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for size in sizes:
             by_window[tap.window(size)].append(size)
-        for served in by_window.values():
-            name = tap.name if len(by_window) == 1 else f"{tap.name}@{served[0]}"
-            layers.append(Pooled(tap, served[0], name, tuple(served)))
+        for same in by_window.values():
+            name = tap.name if len(by_window) == 1 else f"{tap.name}@{same[0]}"
+            layers.append(Pooled(tap, same[0], name, tuple(same)))
     return layers
 
 
@@ -197,14 +142,14 @@ def tapped(
 ) -> Iterator[Callable[[Tensor], list[Tensor]]]:
     """Turn a network into a function from images to pooled activations.
 
-    Every activation is pooled the moment it exists, once per target size, so only pooled values outlive a layer, and
-    what the network overwrites later does not matter. Several threads may call it at once, and tap the same network.
+    Each activation is pooled as soon as it exists, so only pooled values outlive a layer and later in-place changes do
+    not matter. Several threads may call the function, and tap the same network.
 
     Yields
     ------
     callable
-        ``(n, channels, height, width)`` images to a list of ``(n, width)`` float32 features, one per layer. Raises
-        `TapError` where a tap is not reached or has another shape than expected.
+        From ``(n, channels, height, width)`` images to a list of ``(n, width)`` float32 features, one per layer.
+        Raises `TapError` if a tap is not reached or has another shape than expected.
     """
     index: dict[Place, list[int]] = defaultdict(list)
     for i, layer in enumerate(layers):

@@ -1,13 +1,13 @@
-"""Seeing what a network computes: every tensor that enters or leaves a module, the moment it does.
+"""What a network computes: every tensor that enters or leaves a module, seen the moment it exists.
 
-Tensors are told apart by what they hold, not by the module they came from: the output of a block that enters the next
-convolution is one tensor, seen at two places.
+Tensors are compared by content, not by module: the output of one block and the input of the next are one tensor.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,51 +16,78 @@ from torch.nn.modules.conv import _ConvNd
 
 from h2t_store.switches import module_by_module
 
-__all__ = ["Content", "Place", "Seen", "Side", "activations_in", "hooks", "in_this_thread", "is_linear_map", "watch"]
-
-Side = Literal["in", "out"]
 Content = tuple[int, int, int, int]  # address, number of values, memory they span, version: views share all four
 
 
 class Place(NamedTuple):
-    """One tensor that enters or leaves one call of one module.
-
-    Attributes
-    ----------
-    module : str
-        Name of the module; the empty one is the network.
-    side : {"in", "out"}
-        Before or after the call.
-    call : int
-        Which call of the module in this forward pass.
-    item : int
-        Which of the tensors, where there are several.
-    """
+    """One tensor that enters or leaves a call of a module; the module without a name is the network."""
 
     module: str
-    side: Side
+    side: Literal["in", "out"]
     call: int
     item: int = 0
 
     @property
     def name(self) -> str:
-        """As a person writes it: ``act``, ``act#2``, ``conv:in``, ``lstm:2``."""
+        """As a user writes it: ``act``, ``act#2``, ``conv:in``, ``lstm:2``."""
         call = f"#{self.call + 1}" if self.call else ""
+        side = ":in" if self.side == "in" else ""
         item = f":{self.item + 1}" if self.item else ""
-        return f"{self.module or 'output'}{call}{':in' if self.side == 'in' else ''}{item}"
+        return f"{self.module or 'output'}{call}{side}{item}"
 
 
 class Seen(NamedTuple):
-    """A tensor at a place; equal ``content`` is one tensor or a view of it, equal ``layout`` the same view."""
+    """A tensor at a place; tensors of equal content are one tensor, or views of it."""
 
     place: Place
     tensor: Tensor
     content: Content
-    layout: tuple[Any, ...]
+
+    def shows(self, tensor: Tensor) -> bool:
+        """Whether it is that tensor or a view of all of it, even if overwritten."""
+        return self.content[:2] == (tensor.data_ptr(), tensor.numel())
+
+
+class Trace:
+    """One forward pass of a network on one image, with all tensors in the order they were seen.
+
+    The tensors are kept, so no address is used twice.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        self.model, self.image = model, image
+        self.modules = dict(model.named_modules())
+        self.linear_layers = {name for name, module in self.modules.items() if is_linear_map(module)}
+        self.seen: list[Seen] = []
+        with torch.no_grad(), hooks(model, self.modules) as listening, listening(self._note):
+            model(image)
+        self.ran = {seen.place.module for seen in self.seen}
+
+    def _note(self, place: Place, tensor: Tensor) -> None:
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        self.seen.append(Seen(place, tensor, (tensor.data_ptr(), tensor.numel(), span, tensor._version)))
+
+    @cached_property
+    def entrances(self) -> set[str]:
+        """Linear layers that ran, and modules that ran and use the weights of one that did not."""
+        return {name if name in self.ran else name.rpartition(".")[0] for name in self.linear_layers} & self.ran
+
+    def entering(self, modules: Collection[str]) -> list[Seen]:
+        """What enters the modules."""
+        return [seen for seen in self.seen if seen.place.side == "in" and seen.place.module in modules]
+
+    def leaving(self, modules: Collection[str]) -> list[Seen]:
+        """What leaves the modules."""
+        return [seen for seen in self.seen if seen.place.side == "out" and seen.place.module in modules]
+
+    @property
+    def outputs(self) -> list[Seen]:
+        """What the network returns."""
+        return self.leaving({""})
 
 
 def activations_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a tensor, tuple, list, mapping or dataclass, nested or not, that can hold activations."""
+    """The tensors that can hold activations, in a tensor, tuple, list, mapping or dataclass, nested or not."""
     if isinstance(value, Tensor):
         strided = value.layout == torch.strided and not value.is_nested
         if strided and value.is_floating_point() and value.ndim >= 2 and value.numel():
@@ -77,90 +104,69 @@ def is_linear_map(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd | nn.Linear)
 
 
-def watch(model: nn.Module, x: Tensor) -> list[Seen]:
-    """Run the network and note every tensor that enters or leaves a module, in order.
-
-    The tensors are kept, so that no address is used twice meanwhile.
-    """
-    seen: list[Seen] = []
-
-    def note(place: Place, tensor: Tensor) -> None:
-        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        content = (tensor.data_ptr(), tensor.numel(), span, tensor._version)
-        seen.append(Seen(place, tensor, content, (*content, tuple(tensor.shape), tensor.stride())))
-
-    with torch.no_grad(), hooks(model, [name for name, _ in model.named_modules()]) as listening, listening(note):
-        model(x)
-    return seen
-
-
 Receive = Callable[[Place, Tensor], None]
+Hooks = Mapping[str, Callable[..., Any]]
 
 
 class _Listener(threading.local):
-    """Who hears what the network computes in this thread, and how often each module was called in this pass."""
+    """Who receives what this thread computes, and how often each module was called."""
 
-    def __init__(self) -> None:
-        self.receive: Receive | None = None
-        self.calls: dict[str, int] = {}
+    receive: Receive | None = None
+    calls: dict[str, int]
 
 
 @contextmanager
-def hooks(model: nn.Module, modules: Sequence[str]) -> Iterator[Callable[[Receive], AbstractContextManager[None]]]:
-    """Have forward passes tell of every tensor that enters and that leaves each of the modules.
+def hooks(model: nn.Module, modules: Collection[str]) -> Iterator[Callable[[Receive], AbstractContextManager[None]]]:
+    """Report the tensors that enter and leave the modules.
 
-    Yields
-    ------
-    callable
-        ``with listening(receive):`` calls ``receive`` with what this thread computes meanwhile. Other threads may run
-        the same network, with listeners of their own or with none.
+    ``with hooks(model, modules) as listening, listening(receive): model(x)`` calls ``receive`` for what this thread
+    computes in one forward pass. Other threads may run the same network, with listeners of their own or with none.
     """
     listener = _Listener()
 
-    def before(name: str) -> Callable[..., None]:
-        # Between the two steps of removing a hook, torch calls it without the keywords.
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-            if listener.receive is not None:
-                for item, tensor in enumerate(activations_in((args, kwargs))):
-                    listener.receive(Place(name, "in", listener.calls.get(name, 0), item), tensor)
+    def report(name: str, side: Literal["in", "out"], value: Any) -> None:
+        if listener.receive is None:
+            return
+        call = listener.calls.setdefault(name, 0)
+        for item, tensor in enumerate(activations_in(value)):
+            listener.receive(Place(name, side, call, item), tensor)
+        if side == "out":
+            listener.calls[name] += 1
 
-        return hook
+    # While another thread removes a hook, torch may call it without the keywords.
+    def before(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        report(name, "in", (args, kwargs))
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if listener.receive is not None:
-                call = listener.calls.get(name, 0)
-                for item, tensor in enumerate(activations_in(output)):
-                    listener.receive(Place(name, "out", call, item), tensor)
-                listener.calls[name] = call + 1
-
-        return hook
-
-    def begin(*_: Any) -> None:
-        listener.calls = {}
+    def after(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        report(name, "out", output)
 
     @contextmanager
     def listening(receive: Receive) -> Iterator[None]:
-        outer, listener.receive = listener.receive, receive
+        listener.receive, listener.calls = receive, {}
         try:
             yield
         finally:
-            listener.receive = outer
+            listener.receive = None
 
-    handles = [model.register_forward_pre_hook(begin, prepend=True)]
-    for name in modules:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(after(name)))
-    try:
-        with module_by_module:
-            yield listening
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, module_by_module:
+        for name in modules:
+            module = model.get_submodule(name)
+            stack.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(partial(after, name)))
+        yield listening
 
 
-def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that does nothing in other threads, which may run the same network."""
+@contextmanager
+def own_hooks(model: nn.Module, *, before: Hooks | None = None, after: Hooks | None = None) -> Iterator[None]:
+    """Hook modules by name, as torch's forward (pre-)hooks do, but for calls from this thread only."""
     thread = threading.get_ident()
-    return lambda *args: hook(*args) if threading.get_ident() == thread else None
+
+    def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *call: hook(*call) if threading.get_ident() == thread else None
+
+    with ExitStack() as stack:
+        for name, hook in (before or {}).items():
+            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(here(hook)))
+        for name, hook in (after or {}).items():
+            stack.enter_context(model.get_submodule(name).register_forward_hook(here(hook)))
+        yield

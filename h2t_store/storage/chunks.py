@@ -1,27 +1,33 @@
-"""One chunk in a store: its values in C order, then their crc32c in four bytes, as Zarr's ``crc32c`` codec has it.
+"""Write and read the chunks of a store: encoded values, then their crc32c, byte for byte as zarr writes them.
 
-Chunks are read and written whole, straight from and into memory, because that is several times as fast as a general
-pipeline. A chunk that is absent, cut short or changed is an error, whatever part of it is wanted.
+zarr 3.1 takes 2.5 times (on a busy disk) to 6 times (in memory) as long to write the same chunks, and as long or
+longer to read them (``benchmarks/codecs.py``); and it reads an absent chunk as fill values; here that is an
+error, as is a shortened, changed or exchanged one.
 """
 
+import hashlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import google_crc32c
+import numcodecs  # type: ignore[import-untyped]
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from h2t_store.errors import DamagedError, StoreError
+from h2t_store.storage.layout import ArraySpec, codec_documents
 from h2t_store.storage.places import Place
-
-__all__ = ["CRC_BYTES", "checksum", "decode_strings", "encode_strings", "read_bytes", "read_chunk", "write_chunk"]
+from h2t_store.storage.places.disk import Disk
 
 CRC_BYTES = 4
+_INDEX_ENTRY = 16  # offset and length of a chunk in a shard
 
-_scratch = threading.local()
+_memory = threading.local()
+_looking = [threading.Lock() for _ in range(64)]
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
@@ -30,111 +36,194 @@ def checksum(data: NDArray[np.uint8]) -> int:
     return crc
 
 
-def write_chunk(place: Place, values: NDArray[Any]) -> int:
-    """Write an array as one chunk; it counts once its row block is committed (see `Place.write`).
+def require_codec(codec: str) -> None:
+    """Raise `StoreError` if the package of a codec is not installed."""
+    if codec != "none":
+        _compressor(codec, "float32")
 
-    Parameters
-    ----------
-    place : Place
-        File of the chunk; folders are made.
-    values : ndarray
-        Little-endian as every machine that torch runs on; copied only where it is not contiguous.
 
-    Returns
-    -------
-    int
-        The crc32c of the values.
+@lru_cache
+def _compressor(codec: str, dtype: str) -> Any:
+    """The codec of numcodecs behind that of zarr, which itself can only be called asynchronously."""
+    configuration = codec_documents(dtype, codec)[-2]["configuration"]
+    if codec == "blosc":
+        configuration |= {"shuffle": numcodecs.Blosc.BITSHUFFLE}  # whose name only zarr knows
+    try:
+        return numcodecs.get_codec({"id": codec} | configuration)
+    except ValueError:
+        raise StoreError(f"codec {codec!r} needs {codec}: pip install 'head2toe[{codec}]'") from None
+
+
+def framed(data: NDArray[np.uint8]) -> bytes:
+    """Bytes with their crc32c after them, as a chunk is stored."""
+    return data.tobytes() + checksum(data).to_bytes(CRC_BYTES, "little")
+
+
+def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
+    """Write a file of an array, one chunk or all chunks of a shard, and return the crc32c of each as encoded.
+
+    ``values`` have the shape of the chunk or shard, or are encoded strings.
     """
-    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    crc = checksum(data)
-    place.write([data.data, memoryview(crc.to_bytes(CRC_BYTES, "little"))])
-    return crc
+    chunks = [values] if spec.shard is None else np.split(values, _chunks_per_shard(spec), axis=1)
+    parts: list[memoryview] = []
+    crcs, stops = [], [0]
+    for chunk in chunks:
+        data = _encoded(chunk, spec)
+        crcs.append(checksum(data))
+        parts += [data.data, _as_bytes(crcs[-1])]
+        stops.append(stops[-1] + len(data) + CRC_BYTES)
+    if spec.shard is not None:
+        index = np.stack([stops[:-1], np.diff(stops)], axis=1).astype("<u8").reshape(-1).view(np.uint8)
+        parts += [index.data, _as_bytes(checksum(index))]
+    place.write(parts)
+    return crcs
+
+
+def checksum_of(values: NDArray[Any], spec: ArraySpec) -> int:
+    """The crc32c that a whole chunk of these values, or of encoded strings, has as encoded."""
+    return checksum(_encoded(values, spec))
+
+
+def _encoded(values: NDArray[Any], spec: ArraySpec) -> NDArray[np.uint8]:
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if spec.codec == "none":
+        return flat.view(np.uint8)
+    return np.frombuffer(_compressor(spec.codec, spec.dtype).encode(flat), np.uint8)
+
+
+def _as_bytes(crc: int) -> memoryview:
+    return memoryview(crc.to_bytes(CRC_BYTES, "little"))
 
 
 def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.uint8]:
-    """The values of a chunk as bytes, checked.
-
-    Parameters
-    ----------
-    place : Place
-        File of the chunk.
-    where : str
-        What the chunk is, for messages.
-    crc : int, optional
-        The crc32c that the values must have; by default only the one in the file counts.
-
-    Raises
-    ------
-    DamagedError
-        Where the file is missing, cut short, changed or another chunk's.
-    """
+    """Bytes of a chunk without its checksum; for parameters and errors see `read_chunk`."""
     with _told_as_damage(where):
         data = np.frombuffer(place.read(), dtype=np.uint8)
     return _checked(data, where, crc)
 
 
-def read_chunk(
-    place: Place, where: str, dtype: DTypeLike, shape: Sequence[int], crc: int | None = None
-) -> NDArray[Any]:
-    """The values of a chunk, checked; valid until this thread reads the next one.
+def read_chunk(place: Place, where: str, spec: ArraySpec, inner: int = 0, crc: int | None = None) -> NDArray[Any]:
+    """Values of a chunk, valid until this thread reads the next one.
 
     Parameters
     ----------
     place : Place
-        File of the chunk.
+        File of the chunk, or of its shard.
     where : str
-        What the chunk is, for messages.
-    dtype : dtype
-        Of the values.
-    shape : sequence of int
-        Of the chunk.
+        Name of the chunk, for messages.
+    spec : ArraySpec
+        Of the array.
+    inner : int
+        Number of the chunk in its shard.
     crc : int, optional
-        The crc32c that the values must have; by default only the one in the file counts, and no copy of the file.
+        The crc32c that the chunk must have as encoded. Without it the cache is not used.
 
     Raises
     ------
     DamagedError
-        Where the file is missing, of another size, changed or another chunk's.
+        If the file is missing, cut short, changed or that of another chunk.
     """
-    size = math.prod(shape) * np.dtype(dtype).itemsize + CRC_BYTES
-    kept = None if crc is None else place.kept()
-    if kept is not None:
+    copy = None
+    if place.cache is not None and crc is not None:
+        name = hashlib.sha256(f"{place} {inner}".encode()).hexdigest()
+        copy = Disk(place.cache / name[:2] / name[2:32])
         with suppress(DamagedError):
-            return _checked(_whole(kept, where, size), where, crc).view(dtype).reshape(shape)
-    read = _whole(place, where, size)
-    values = _checked(read, where, crc).view(dtype).reshape(shape)
-    if kept is not None:
+            return _decoded(_checked(_stored(copy, where, spec), where, crc), where, spec)
+    try:
+        encoded = _fetched(place, where, spec, inner, crc)
+    except DamagedError:
+        if spec.shard is None:
+            raise
+        _shard_index.cache_clear()  # another process may have replaced the shard
+        encoded = _fetched(place, where, spec, inner, crc)
+    if copy is not None:
         try:
-            kept.write_whole(read.tobytes(), durable=False, shared=True)
+            copy.write([encoded.data, _as_bytes(checksum(encoded))])
         except OSError as error:
-            raise StoreError(f"cache: {kept} cannot be written: {error.strerror or error}") from error
-    return values
+            raise StoreError(f"cache: {copy} cannot be written: {error.strerror or error}") from error
+    return _decoded(encoded, where, spec)
 
 
-def _whole(place: Place, where: str, size: int) -> NDArray[np.uint8]:
-    """All bytes of a file of this size, in memory that is used again; none is taken for a file of another size."""
+def _fetched(place: Place, where: str, spec: ArraySpec, inner: int, crc: int | None) -> NDArray[np.uint8]:
+    """Encoded values of a chunk; of a shard, only these are read, and its index if the offset depends on it."""
+    if spec.shard is None:
+        within = None
+    elif spec.codec == "none":
+        size = _decoded_size(spec) + CRC_BYTES
+        within = (inner * size, inner * size + size)
+    else:
+        with _looking[hash(place) % len(_looking)]:  # threads that want chunks of one shard wait for its index
+            within = _shard_index(place, where, _chunks_per_shard(spec))[inner]
+    return _checked(_stored(place, where, spec, within), where, crc)
 
-    buffer: NDArray[np.uint8] | None = None
 
-    def allocate(found: int) -> NDArray[np.uint8] | None:
-        nonlocal buffer
-        if found == size:
-            buffer = _reused(size)
-        return buffer
+def check_shard(place: Place, where: str, spec: ArraySpec) -> None:
+    """Raise `DamagedError` unless the index of a shard is sound."""
+    _shard_index.cache_clear()
+    _shard_index(place, where, _chunks_per_shard(spec))
 
+
+@lru_cache(4096)
+def _shard_index(place: Place, where: str, n_chunks: int) -> list[tuple[int, int]]:
+    """Start and stop of each chunk in a shard; they must lie one after another."""
     with _told_as_damage(where):
-        read = place.fill(allocate)
-    if read != size or buffer is None:
-        raise DamagedError(f"{where} is damaged: {read} bytes instead of {size}")
+        data = np.frombuffer(place.read(last=n_chunks * _INDEX_ENTRY + CRC_BYTES), np.uint8)
+    starts, lengths = _checked(data, where, None).view("<u8").reshape(-1, 2).T.astype(np.int64)
+    stops = np.cumsum(lengths)
+    if len(starts) != n_chunks or (starts != stops - lengths).any():
+        raise DamagedError(f"{where} is damaged: its index does not fit its chunks")
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _chunks_per_shard(spec: ArraySpec) -> int:
+    return 1 if spec.shard is None else spec.shard[1] // spec.chunks[1]
+
+
+def _decoded_size(spec: ArraySpec) -> int:
+    return math.prod(spec.chunks) * np.dtype(spec.dtype).itemsize
+
+
+def _stored(place: Place, where: str, spec: ArraySpec, within: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Bytes of a chunk with its checksum, in memory that this thread reuses."""
+    with _told_as_damage(where):
+        if spec.codec != "none" and within is None:
+            return np.frombuffer(place.read(), np.uint8)
+        start, stop = within or (0, _decoded_size(spec) + CRC_BYTES)
+        buffer = _reused("stored", stop - start)
+        found = place.fill(buffer, start)
+    if found < len(buffer) or (within is None and found > len(buffer)):
+        raise DamagedError(f"{where} is damaged: {max(0, found)} bytes instead of {len(buffer)}")
     return buffer
 
 
-def _reused(size: int) -> NDArray[np.uint8]:
+def _reused(use: str, size: int) -> NDArray[np.uint8]:
     """Memory that this thread is given again the next time."""
-    if len(getattr(_scratch, "buffer", ())) < size:
-        _scratch.buffer = np.empty(size, dtype=np.uint8)
-    buffer: NDArray[np.uint8] = _scratch.buffer[:size]
-    return buffer
+    memory: NDArray[np.uint8] | None = getattr(_memory, use, None)
+    if memory is None or len(memory) < size:
+        memory = np.empty(size, dtype=np.uint8)
+        setattr(_memory, use, memory)
+    return memory[:size]
+
+
+def _decoded(encoded: NDArray[np.uint8], where: str, spec: ArraySpec) -> NDArray[Any]:
+    if spec.codec == "none":
+        return encoded.view(spec.dtype).reshape(spec.chunks)
+    values = _reused("decoded", _decoded_size(spec)).view(spec.dtype)
+    try:
+        _compressor(spec.codec, spec.dtype).decode(encoded, out=values)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise DamagedError(f"{where} is damaged: {spec.codec} cannot decode it") from error
+    return values.reshape(spec.chunks)
+
+
+def _checked(data: NDArray[np.uint8], where: str, crc: int | None) -> NDArray[np.uint8]:
+    """Stored bytes without their checksum, which must fit them and be ``crc``."""
+    values, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+    if len(data) < CRC_BYTES or checksum(values) != stored:
+        raise DamagedError(f"{where} is damaged: its checksum does not fit its values")
+    if crc is not None and crc != stored:
+        raise DamagedError(f"{where} is damaged: it holds the values of another chunk")
+    return values
 
 
 @contextmanager
@@ -147,33 +236,11 @@ def _told_as_damage(where: str) -> Iterator[None]:
         raise DamagedError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _checked(data: NDArray[np.uint8], where: str, crc: int | None) -> NDArray[np.uint8]:
-    values, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-    if len(data) < CRC_BYTES or checksum(values) != stored:
-        raise DamagedError(f"{where} is damaged: its checksum does not fit its values")
-    if crc is not None and crc != stored:
-        raise DamagedError(f"{where} is damaged: it holds the values of another chunk")
-    return values
-
-
 def encode_strings(strings: Sequence[str]) -> NDArray[np.uint8]:
-    """Strings as Zarr's ``vlen-utf8`` has them: their number, then each with its length before it."""
-    encoded = [string.encode() for string in strings]
-    parts = [len(encoded).to_bytes(4, "little")]
-    for string in encoded:
-        parts += [len(string).to_bytes(4, "little"), string]
-    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+    """Strings as zarr's codec ``vlen-utf8`` stores them."""
+    return np.frombuffer(numcodecs.VLenUTF8().encode(np.array(strings, dtype=object)), dtype=np.uint8)
 
 
 def decode_strings(data: NDArray[np.uint8]) -> list[str]:
-    """The inverse of `encode_strings`; raises `ValueError` where the bytes are no strings."""
-    raw, at, strings = data.tobytes(), 4, []
-    for _ in range(int.from_bytes(raw[:4], "little")):
-        stop = at + 4 + int.from_bytes(raw[at : at + 4], "little")
-        if stop > len(raw) or at == len(raw):
-            break
-        strings.append(raw[at + 4 : stop].decode())
-        at = stop
-    if at != len(raw) or len(strings) != int.from_bytes(raw[:4], "little"):
-        raise ValueError("not as many strings as there should be")
-    return strings
+    """Undo `encode_strings`; `ValueError` if the bytes are no strings."""
+    return list(numcodecs.VLenUTF8().decode(data))

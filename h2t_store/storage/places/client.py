@@ -1,4 +1,4 @@
-"""Requests to an object store through obstore: who asks, how often, and what is said when it goes wrong."""
+"""Requests to an object store through obstore: credentials, retries and one-line errors."""
 
 import errno
 import os
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
-from threading import Lock
 from typing import Any, TypeVar
 
 from h2t_store.errors import H2TError, StoreError, UnreachableError
@@ -15,10 +14,8 @@ from h2t_store.errors import H2TError, StoreError, UnreachableError
 __all__ = ["ask", "require_client"]
 
 _SETTINGS = re.compile("(AWS|GOOGLE|AZURE)_")
-_OF_THE_MACHINE = "169.254.169.254"  # where a cloud tells a machine what it may
-_TRIES = 5
-_SLOWEST = timedelta(minutes=2)  # the longest that a chunk of 8 MiB may take, 32 of them at once
-# An overloaded server is given a minute; whether there is one at all is found out in seconds.
+_ATTEMPTS = 5
+_TIMEOUT = timedelta(minutes=2)  # for 32 chunks of 8 MiB at once on a slow line
 _PATIENT: Any = {
     "max_retries": 100,
     "backoff": {"max_backoff": timedelta(seconds=5)},
@@ -29,106 +26,93 @@ _IMPATIENT: Any = {"max_retries": 6, "retry_timeout": timedelta(seconds=10)}
 T = TypeVar("T")
 
 _in_memory: dict[str, Any] = {}
-_making = Lock()
 
 
-def ask(url: str, key: str, question: Callable[[Any, Any], T], *, retrying: Any = _PATIENT) -> T:
-    """What a store answers; asking twice must do no harm.
+def ask(url: str, key: str, question: Callable[[Any, Any], T], *, patient: bool = True) -> T:
+    """Call ``question(obstore, client)``, again if the answer breaks off, which obstore itself does not retry.
 
-    obstore asks again by itself, but not where an answer breaks off.
-
-    Parameters
-    ----------
-    url : str
-        The store.
-    key : str
-        What it is asked about, for messages.
-    question : callable
-        Called with obstore and its client of the store.
-
-    Raises
-    ------
-    FileNotFoundError
-        Where there is no such object.
-    UnreachableError
-        Where there is no answer, or a refusal: one line, which says nothing of what is stored.
+    Errors name the ``key`` of the store ``url``: `FileNotFoundError` if there is no such object, `UnreachableError` if
+    there is no answer or a refusal. An overloaded server is waited for: a minute if ``patient``, else seconds.
     """
     import obstore
     from obstore.exceptions import BaseError
 
     _require_no_fork(obstore, url)
-    where, tries = f"{url}/{key}" if key else url, _TRIES
+    where, attempts = f"{url}/{key}" if key else url, _ATTEMPTS
     while True:
         try:
-            return question(obstore, _client(url, retrying))
+            return question(obstore, _client(url, patient))
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, _one_line(error), where) from None
         except (BaseError, NotImplementedError) as error:
-            tries -= 1
-            said = _one_line(error)
-            if not tries or "body error" not in said.replace(url, "").replace(key, ""):
-                raise UnreachableError(f"{where}: {said}") from None
+            attempts -= 1
+            message = _one_line(error)
+            broke_off = "body error" in message.replace(url, "").replace(key, "")
+            if not attempts or not broke_off:
+                raise UnreachableError(f"{where}: {message}") from None
 
 
 def require_client(url: str) -> None:
-    """Raise `StoreError` where no client can be made of address and environment, `UnreachableError` without answer."""
+    """Check that a store can be asked, within seconds if nothing answers."""
 
     def probe(obstore: Any, client: Any) -> None:
         with suppress(FileNotFoundError):
             obstore.head(client, "zarr.json")
 
     try:
-        ask(url, "zarr.json", probe, retrying=_IMPATIENT)
+        try:
+            ask(url, "zarr.json", probe, patient=False)
+        except UnreachableError as error:
+            if "Server returned" not in str(error):
+                raise
+            ask(url, "zarr.json", probe)
     except ImportError:
         raise StoreError(f"store {url!r} needs obstore: pip install 'head2toe[s3]'") from None
-    except UnreachableError as error:
-        if "Server returned" not in str(error):
-            raise
-        ask(url, "zarr.json", probe)
     except H2TError:
         raise
-    except ValueError as error:  # a setting in the environment that is none
+    except ValueError as error:  # an environment variable that obstore does not accept
         raise StoreError(f"store {url!r}: {_one_line(error)}") from None
 
 
 def _require_no_fork(obstore: Any, url: str) -> None:
-    """obstore's threads are gone in a process that was forked after they began: it would wait for ever.
+    """Raise `StoreError` in a forked process, where obstore would wait for ever: its threads are not there.
 
-    The first process is noted at obstore itself, where everything else in this process that uses it finds it, too.
+    The first process is noted in obstore itself, because everything in this process shares its threads.
     """
     if obstore.__dict__.setdefault("_first_used_by", os.getpid()) != os.getpid():
         raise StoreError(
-            f"store {url!r}: this process was forked from one that uses an object store, which its client does not "
-            "survive: start processes by 'spawn' or 'forkserver' (of a DataLoader: multiprocessing_context='spawn')"
+            f"store {url!r}: this process was forked from one that uses an object store; start processes by 'spawn' "
+            "or 'forkserver' instead (for a DataLoader: multiprocessing_context='spawn')"
         )
 
 
 def _one_line(error: Exception) -> str:
-    """What obstore says, without passwords, the answer's body and what is meant for its own makers."""
-    said = re.sub(r"//[^/\s]*@", "//", str(error).strip().split("\n")[0].split(": <")[0])
+    """obstore's message without passwords, the body of the answer and debugging output."""
+    message = re.sub(r"//[^/\s]*@", "//", str(error).strip().split("\n")[0].split(": <")[0])
     if code := re.search(r"<Code>(\w+)</Code>", str(error)):
-        said = f"{said}: {code[1]}"
-    if "builder error" in said:
-        said = f"{said} (an endpoint with http:// needs AWS_ALLOW_HTTP=true)"
-    if _OF_THE_MACHINE in said:
-        said = f"no credentials in the environment, and the machine gives none ({said})"
-    return said
+        message = f"{message}: {code[1]}"
+    if "builder error" in message:
+        message = f"{message} (an endpoint with http:// needs AWS_ALLOW_HTTP=true)"
+    if "169.254.169.254" in message:  # where a machine in a cloud asks for credentials
+        message = f"no credentials in the environment, and none from this machine ({message})"
+    return message
 
 
-def _client(url: str, retrying: Any) -> Any:
+def _client(url: str, patient: bool) -> Any:
     if url.startswith("memory:"):
         from obstore.store import MemoryStore
 
-        with _making:
-            return _in_memory.setdefault(url, MemoryStore())
-    settings = hash(tuple(sorted(item for item in os.environ.items() if _SETTINGS.match(item[0]))))
-    return _remote_client(url, settings, retrying is _PATIENT)
+        return _in_memory.setdefault(url, MemoryStore())
+    settings = sorted(item for item in os.environ.items() if _SETTINGS.match(item[0]))
+    return _remote_client(url, hash(tuple(settings)), patient)
 
 
 @lru_cache
 def _remote_client(url: str, settings: int, patient: bool) -> Any:
+    """A client for the environment variables whose hash is ``settings``."""
     from obstore.store import from_url
 
-    allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # options given here hide the environment's
-    options: Any = {"timeout": _SLOWEST, "allow_http": allowed and url.startswith("s3:")}
+    # Options given here replace those of the environment.
+    allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true") and url.startswith("s3:")
+    options: Any = {"timeout": _TIMEOUT, "allow_http": allowed}
     return from_url(url, retry_config=_PATIENT if patient else _IMPATIENT, client_options=options)

@@ -1,7 +1,8 @@
-"""What a store needs of where it lies: files that appear whole, folders, and a lock."""
+"""What a store needs of the place where it lies: files that appear whole, folders, and a lock."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
@@ -11,110 +12,70 @@ __all__ = ["LockedError", "Lost", "Place"]
 
 
 class LockedError(Exception):
-    """Another process holds a lock; the message says who."""
+    """Another process holds the lock; the message names it."""
 
 
 class Lost(Protocol):
-    """Whether a lock was lost to another process, as happens where this one stood still for long."""
+    """Whether a lock was lost to another process, as can happen to a process that stood still."""
 
     def __call__(self, *, ask: bool = False) -> bool:
-        """As far as this process knows; or found out now, where it would do harm (``ask``)."""
+        """As far as this process knows; with ``ask``, look now."""
 
 
 class Place(Protocol):
-    """A file or a folder: `h2t_store.storage.places.disk.Disk` or `h2t_store.storage.places.bucket.Bucket`.
-
-    It is an address, whether something is there or not, and pickles as one.
+    """Address of a file or folder on a `Disk` or in a `Bucket`, whether it exists or not.
 
     Attributes
     ----------
     name : str
-        Its last part.
+        Last part of the path.
     concurrency : int
         How many files are best read or written at once.
     keeps_what_it_has : bool
-        Whether a file that was written is there whole until it is removed, whatever machine fails.
+        Whether a written file stays whole, even if a machine fails.
+    cache : Path or None
+        Local folder for copies of chunks.
     """
 
     @property
     def name(self) -> str: ...
-
     @property
     def concurrency(self) -> int: ...
-
     @property
     def keeps_what_it_has(self) -> bool: ...
-
-    def __truediv__(self, path: str) -> Self:
-        """What lies below, by its path."""
-
+    @property
+    def cache(self) -> Path | None: ...
+    def __hash__(self) -> int: ...
+    def __truediv__(self, path: str) -> Self: ...
     def exists(self) -> bool:
-        """Whether a file is there."""
+        """Whether a file is here."""
 
-    def read(self) -> bytes:
-        """All bytes of a file; raises `FileNotFoundError` where there is none."""
+    def read(self, last: int | None = None) -> bytes:
+        """Read a file, or its ``last`` bytes; `FileNotFoundError` if there is none."""
 
-    def fill(self, allocate: Callable[[int], NDArray[np.uint8] | None]) -> int:
-        """Read a file into the memory given for its size, if some is given; how many bytes it has.
-
-        Raises
-        ------
-        FileNotFoundError
-            Where there is no such file.
-        """
+    def fill(self, buffer: NDArray[np.uint8], start: int = 0) -> int:
+        """Fill a buffer with the bytes of a file from ``start``, if it has enough; how many it has from there."""
 
     def write(self, parts: Sequence[memoryview]) -> None:
-        """Write a file, with the folders above it.
+        """Write a file and the folders above it.
 
-        A new file may be seen before it is whole; one that is there already is replaced at once, because another
-        process may have written it and count on it.
+        A new file may be seen before it is whole. An existing one is replaced at once, since others may rely on it.
         """
 
-    def write_whole(self, content: bytes, *, durable: bool = True, shared: bool = False) -> None:
-        """Write a small file that is there whole or not at all.
-
-        ``durable``: for good before anything that follows; ``shared``: other processes may write the same at once.
-        """
+    def write_whole(self, content: bytes, *, durable: bool = True) -> None:
+        """Write a small file that is either whole or absent; ``durable``: on disk before this returns."""
 
     def remove(self) -> None:
-        """Remove a file, if it is there."""
-
-    def take(self, other: Self) -> None:
-        """Become a copy of another file of the same store; raises `FileNotFoundError` where it is missing."""
-
-    def occupied(self) -> bool:
-        """Whether something lies in this folder, other than what a crash left of a file."""
+        """Remove a file, if there is one."""
 
     def folders(self) -> list[Self]:
-        """The folders in this one."""
+        """Folders in this one."""
 
     def files(self) -> Iterator[tuple[str, int]]:
-        """(path, size) of every file below this folder."""
+        """(path, size) of every finished file below this folder."""
 
-    def discard(self, store: Self) -> None:
-        """Remove this folder of a store with all that is in it: it is gone as an extraction at once."""
-
-    def put_in_place_of(self, folder: Self, store: Self) -> None:
-        """Have an extraction that is complete take the place of another; a crash between leaves this one, complete."""
+    def discard(self) -> None:
+        """Remove a folder, if there is one; no part of it is left as an extraction, whenever this is interrupted."""
 
     def lock(self, who: str) -> AbstractContextManager[Lost]:
-        """Hold the lock of this name for the time being.
-
-        Parameters
-        ----------
-        who : str
-            What others are told.
-
-        Returns
-        -------
-        context manager
-            Gives a function that says whether the lock was lost since.
-
-        Raises
-        ------
-        LockedError
-            Where another process holds it. That of one that died is taken over.
-        """
-
-    def kept(self) -> "Place | None":
-        """Where a copy of this file is kept for reading, if one is."""
+        """Hold the lock of this name, or raise `LockedError` with ``who`` of its holder; dead holders are replaced."""

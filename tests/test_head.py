@@ -3,17 +3,35 @@
 import numpy as np
 import pytest
 import torch
-from _estimator_data import DEVICES, make_problem, standardize
+from _estimator_data import DEVICES, FakeFeatures, make_problem, standardize
 from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from estimators.kept import KeptFeatures, RidgeHead
+from estimators.head import RidgeHead
+from estimators.head.solver import solve_ridge
+from estimators.head.space import held_space
+from estimators.training import Training
+
+
+def head(X, y, weight, device="cpu", standardized=False, **options):
+    layers, classes = np.zeros(X.shape[1], dtype=np.int64), np.arange(y.max() + 1)
+    training = Training(X, layers, np.array(["X"], dtype=object), classes, y, weight)
+    normalization = "standard" if standardized else None
+    return RidgeHead(training, np.arange(X.shape[1]), normalization, torch.device(device), **options)
 
 
 def fit(X, y, weight, C, device="cpu", standardized=False, **options):
-    kept = KeptFeatures(X, np.arange(X.shape[1]), np.zeros(X.shape[1], dtype=np.int64), "", **options)
-    return RidgeHead(kept, y, int(y.max()) + 1, weight, standardized, torch.device(device)).fit(C)
+    linear = head(X, y, weight, device, standardized, **options).fit(C)
+    return linear.coef, linear.intercept
+
+
+def solve(X, y, weight, C, **options):
+    """Scores of the solver itself."""
+    Z, targets = torch.as_tensor(X), torch.as_tensor(np.eye(y.max() + 1)[:, y])
+    space = held_space([(slice(None), Z)], *X.shape, Z.device)
+    solution = solve_ridge(space, targets, torch.as_tensor(weight), C, **options)
+    return (space.scores(solution.coordinates) + solution.intercept[:, None]).T.numpy()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -77,42 +95,39 @@ def test_standardising_within_is_standardising_before(n, d):
 @pytest.mark.parametrize("d", [10, 80])
 def test_a_solution_is_the_same_from_any_start(d):
     X, y, weight = make_problem(5, n=30, d=d, k=3)
-    kept = KeptFeatures(X, np.arange(d), np.zeros(d, dtype=np.int64), "")
-    fewer = KeptFeatures(X, np.arange(d - 3), np.zeros(d, dtype=np.int64), "")
-    head, similar = (RidgeHead(columns, y, 3, weight, True, torch.device("cpu")) for columns in (kept, fewer))
+    one, similar = (head(columns, y, weight, standardized=True) for columns in (X, X[:, :-3]))
     cold, cold_offset = fit(X, y, weight, 0.1, standardized=True)
-    head.fit(100.0)
+    one.fit(100.0)
     similar.fit(0.1)
     for start in (None, similar.solution):
-        coef, offset = head.fit(0.1, start)
+        coef, offset, *_ = one.fit(0.1, start)
         np.testing.assert_allclose(X @ coef + offset, X @ cold + cold_offset, atol=1e-3)
 
 
-def test_known_moments_are_those_of_the_features():
-    X, y, weight = make_problem(9, n=30, d=80, k=3)
-    expected, offset = fit(X, y, weight, 0.1, standardized=True)
-    mean = weight @ X / weight.sum()
-    deviation = np.sqrt(weight @ (X - mean) ** 2 / weight.sum())
-    kept = KeptFeatures(X, np.arange(80), np.zeros(80, dtype=np.int64), "")
-    coef, intercept = RidgeHead(kept, y, 3, weight, True, torch.device("cpu"), (mean, 1 / deviation)).fit(0.1)
-    np.testing.assert_allclose(coef, expected, atol=1e-9)
-    np.testing.assert_allclose(intercept, offset, atol=1e-9)
+@pytest.mark.parametrize("d", [10, 80])
+def test_row_norms_are_those_of_standardised_features(d):
+    X, y, weight = make_problem(9, n=30, d=d, k=3)
+    X[:, 4] = 2.0
+    linear = head(X, y, weight, standardized=True).fit(0.1)
+    sd = np.sqrt(np.cov(X.T, aweights=weight, ddof=0).diagonal())
+    np.testing.assert_allclose(linear.row_norms, np.linalg.norm(linear.coef, axis=1) * sd, atol=1e-9)
+    assert linear.row_norms[4] == 0 < np.delete(linear.row_norms, 4).min()
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 10), (30, 80)])
-def test_columns_beyond_the_largest_inverse_are_solved_with_a_diagonal(n, d, monkeypatch):
+def test_sizes_beyond_the_largest_inverse_are_solved_with_a_diagonal(n, d):
     X, y, weight = make_problem(6, n=n, d=d, k=3)
-    expected, _ = fit(X, y, weight, 1.0)
-    monkeypatch.setattr("estimators.heads._LARGEST_INVERSE", 5)
-    coef, _ = fit(X, y, weight, 1.0)
-    np.testing.assert_allclose(coef, expected, atol=1e-3 * np.abs(expected).max())
+    expected = solve(X, y, weight, 1.0)
+    scores = solve(X, y, weight, 1.0, largest_inverse=5)
+    np.testing.assert_allclose(scores, expected, atol=1e-3 * np.abs(expected).max())
+    coef, intercept = fit(X, y, weight, 1.0)
+    np.testing.assert_allclose(expected, X @ coef + intercept, atol=1e-6)
 
 
-def test_no_convergence_is_a_warning(monkeypatch):
+def test_no_convergence_is_a_warning():
     X, y, weight = make_problem(7)
-    monkeypatch.setattr("estimators.heads._MAX_ITER", 2)
     with pytest.warns(ConvergenceWarning, match="ridge head stopped"):
-        fit(X, y, weight, 1.0)
+        solve(X, y, weight, 1.0, max_iter=2)
 
 
 def test_products_that_overflow_are_an_error():
@@ -122,12 +137,16 @@ def test_products_that_overflow_are_an_error():
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 10), (30, 80)])
-def test_columns_beyond_max_bytes_are_read_in_blocks_with_the_same_result(n, d, monkeypatch):
+@pytest.mark.parametrize("max_bytes", [np.inf, 100])
+def test_columns_beyond_max_bytes_are_read_in_blocks_with_the_same_result(n, d, max_bytes):
     X, y, weight = make_problem(8, n=n, d=d, k=3)
-    expected, _ = fit(X, y, weight, 1.0, standardized=True)
-    monkeypatch.setattr("estimators.kept._BLOCK_BYTES", 8 * n * 7)
-    coef, _ = fit(X, y, weight, 1.0, standardized=True)
+    X = X.astype(np.float32)
+    expected, offset = fit(X, y, weight, 1.0, standardized=True)
+    stored = FakeFeatures(X, (d - 7, 7))
+    coef, intercept = fit(stored, y, weight, 1.0, standardized=True, max_bytes=max_bytes)
     np.testing.assert_allclose(coef, expected, atol=1e-6)
+    np.testing.assert_allclose(intercept, offset, atol=1e-6)
+    assert (stored.n_passes > 2) == (max_bytes < np.inf)
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 10), (30, 80)])
