@@ -47,11 +47,11 @@ def open_torchvision(name: str, root: Path, split: str, download: bool) -> Sourc
     kind = f"torch/{name}"
     if name in _IN_MEMORY:
         part = "train" if split in _TRAIN else "test"
-        return open_dataset(dataset, {"kind": kind, "split": part}, f"{part}/")
+        return replace(open_dataset(dataset, f"{part}/"), origin={"kind": kind, "split": part})
     if name in _IN_FOLDERS:
         folder = Path(dataset.split_folder if name == "imagenet" else dataset.root)
         return replace(open_folder(folder, None), origin={"kind": kind, "split": folder.name})
-    return open_dataset(dataset, {"kind": kind, "split": dataset.split})
+    return replace(open_dataset(dataset), origin={"kind": kind, "split": dataset.split})
 
 
 def _create(name: str, root: Path, split: str, download: bool) -> Any:
@@ -91,7 +91,8 @@ def open_hub(name: str, cache: Path | None, split: str | None) -> Source:
         table = builder.as_dataset(split=part)
     except Exception as error:  # that there is no such split, for one
         raise DataError(f"{where}: {one_line(error)}") from error
-    return open_table(table, {"kind": "hfds", "split": part}, f"{part}/", np.arange(len(table)), f"hfds/{name}", name)
+    source = open_table(table, f"{part}/", np.arange(len(table)), f"hfds/{name}", name)
+    return replace(source, origin={"kind": "hfds", "split": part})
 
 
 def _prepared(name: str, cache: Path | None) -> Any:

@@ -83,9 +83,9 @@ def from_pixels(image: Any, name: str) -> Picture:
     return Picture(pixels, remarks, digest_of_pixels(np.asarray(pixels)))
 
 
-def digest_of(content: bytes) -> bytes:
-    """What a picture is known by that is made of these bytes."""
-    return xxhash.xxh3_128_digest(content)
+def digest_of(content: bytes | Picture) -> bytes:
+    """What a picture is known by: the digest of its file's content, or the one that it brings along."""
+    return content.digest if isinstance(content, Picture) else xxhash.xxh3_128_digest(content)
 
 
 def digest_of_pixels(pixels: NDArray[np.uint8]) -> bytes:

@@ -31,9 +31,9 @@ class Reader(ABC):
     image_size: tuple[int, int] | None = None  # height and width where all pictures share them and it is known
     has_stamps = False  # whether size and time of change can be told without reading
 
-    @abstractmethod
     def where(self, number: int, sample_id: str) -> str:
         """What errors call a picture."""
+        return sample_id
 
     @abstractmethod
     def read(self, number: int, where: str) -> bytes | Picture:
@@ -41,8 +41,7 @@ class Reader(ABC):
 
     def digest(self, number: int, where: str) -> bytes:
         """What a picture is known by."""
-        content = self.read(number, where)
-        return content.digest if isinstance(content, Picture) else digest_of(content)
+        return digest_of(self.read(number, where))
 
     def stamp(self, number: int, where: str) -> Stamp:
         """Size and time of change of a picture as it is now."""
@@ -96,13 +95,13 @@ class Source:
         classes: Classes,
         *,
         origin: dict[str, Any],
-        notes: list[str] | None = None,
+        notes: Sequence[str] = (),
         numbers: NDArray[np.int64] | None = None,
     ) -> Self:
         """A source as it is opened; ``numbers`` are by default all in order."""
         numbers = np.arange(len(y)) if numbers is None else numbers
         n = int(numbers.max()) + 1
-        return cls(reader, origin, as_names(sample_ids), y, classes, notes or [], numbers, Known(n), Known(n))
+        return cls(reader, origin, as_names(sample_ids), y, classes, list(notes), numbers, Known(n), Known(n))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -150,7 +149,7 @@ class Source:
     def picture(self, row: int) -> Picture:
         """The picture as RGB; `DataError` where it cannot be read, or is not what `description` is of."""
         content, number = self.read(row), int(self.numbers[row])
-        found = content.digest if isinstance(content, Picture) else digest_of(content)
+        found = digest_of(content)
         known = self.digests.get(number)
         if known is None and (known := self.stamps.get(number)) is not None:
             found = self._stamp(row)
@@ -222,17 +221,13 @@ def arrange(source: Source, sample_ids: Sequence[str], classes: Classes) -> Sour
 
 
 def _rows_of(wanted: list[str], present: list[str]) -> NDArray[np.int64]:
+    """Where the names ``wanted`` are ``present``; equal names are taken in order."""
     if present[: len(wanted)] == wanted:
         return np.arange(len(wanted))
-    first: dict[str, int] = {}
-    following = np.full(len(present), -1)
-    for row in range(len(present) - 1, -1, -1):
-        following[row] = first.get(present[row], -1)
-        first[present[row]] = row
-    rows = np.full(len(wanted), -1)
-    for i, name in enumerate(wanted):
-        rows[i] = first.get(name, -1)
-        first[name] = int(following[rows[i]]) if rows[i] >= 0 else -1
+    left: dict[str, list[int]] = {}  # rows of each name, last first
+    for row in reversed(range(len(present))):
+        left.setdefault(present[row], []).append(row)
+    rows = np.array([left[name].pop() if left.get(name) else -1 for name in wanted], dtype=np.int64)
     missing = [wanted[i] for i in np.flatnonzero(rows < 0)]
     if missing:
         raise DataError(f"data: {counted(missing, f'of {len(wanted)} images are no longer there')}")
