@@ -1,7 +1,7 @@
 """Any map-style dataset: an object with ``len()`` and ``[i]`` that gives (image, label); and arrays.
 
-Where it is known which files a dataset reads, they are read here: torchvision's loader drops the EXIF orientation, and
-`datasets` decodes what its tables hold. So a picture is the same whichever way it is read.
+Files that a dataset of torchvision or `datasets` would load are read here instead, so that a picture is the same
+whichever way it is read: torchvision's loader ignores the EXIF orientation.
 """
 
 import os
