@@ -286,6 +286,13 @@ def test_a_dataset_of_hugging_face_is_read_with_its_names(images, tmp_path, in_f
         open_source(datasets.DatasetDict(train=table))
 
 
+def test_other_columns_of_pictures_are_not_decoded(images):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [{"bytes": as_png(images[0]), "path": None}], "mask": [{"bytes": b"no image", "path": None}]}
+    features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+    assert_pictures_are(open_source(datasets.Dataset.from_dict(columns, features=features)), images[:1])
+
+
 def test_pictures_that_torchvision_makes_up_are_read_by_index():
     dataset = FakeData(6, (3, 8, 8), num_classes=3)
     source = open_source(dataset)

@@ -121,3 +121,19 @@ def test_labels_that_are_missing_or_no_text_are_named(tmp_path, images):
         one_shard(tmp_path, {"a.cls": b"1"})
     with raises_with("there is no such folder"):
         open_source("wds/nowhere", "s.tar")
+
+
+def test_shards_whose_labels_are_all_negative_hold_nothing_to_read(tmp_path, images):
+    write_tar(tmp_path / "x.tar", {"a.png": as_png(images[0]), "a.json": b'{"fine": -1}'})
+    split = {"filenames": ["x.tar"], "num_samples": 1, "alt_label": "fine"}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    with raises_with("1 shards hold no images; 1 with negative labels are left out"):
+        open_source(f"wds/{tmp_path}")
+
+
+@pytest.mark.parametrize("filenames", ["x.tar", [3], None])
+def test_a_description_whose_filenames_are_no_list_of_names_is_one_line(shards, filenames):
+    train = {"filenames": filenames, "num_samples": 5}
+    (shards / "_info.json").write_text(json.dumps({"splits": {"train": train}}))
+    with raises_with("filenames of 'train': accepted is a list of names"):
+        open_source(f"wds/{shards}")

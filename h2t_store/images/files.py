@@ -55,17 +55,13 @@ def open_folder(root: Path, split: str | None) -> Source:
     inside, notes = choose_split(images, where)
     ids = [os.path.relpath(path, inside) if inside else path for path in images]
     y, classes, unlabelled = classes_of([os.path.dirname(path) for path in ids], ids, where)
-    left_out = notes_on(
+    left_out = notes_on_left_out(found["other"], "files are not images and were left out")
+    left_out += notes_on(
         (found["empty"], "folders hold no images"),
         (found["hidden"], "hidden files and folders were left out"),
         (found["circular links"], "links to a folder above were left out"),
     )
-    notes = [
-        *notes_on_left_out(found["other"], "files are not images and were left out"),
-        *left_out,
-        *notes,
-        *unlabelled,
-    ]
+    notes = [*left_out, *notes, *unlabelled]
     return Source.of(FileReader(root / inside), ids, y, classes, notes=notes, origin={"kind": "folder"})
 
 

@@ -1,4 +1,4 @@
-"""Which files are pictures by their name, and what to do about formats that are not read."""
+"""Image formats: which extensions are read, and how to convert other formats."""
 
 import os
 import re
@@ -38,12 +38,12 @@ def is_image_name(name: str) -> bool:
 
 
 def advice_on_name(name: str) -> str | None:
-    """What to do about a file with this extension; None where it is no picture, or one that is read."""
+    """How to convert a file with this extension; None if its format is read, or unknown."""
     return _ADVICE.get(os.path.splitext(name)[1].lower())
 
 
 def advice_on_content(content: bytes) -> str | None:
-    """What to do about a file that holds this, whatever it is called."""
+    """How to convert a file with this content; None if its format is read, or unknown."""
     return next((advice for start, advice in _STARTS if start.match(content)), None)
 
 

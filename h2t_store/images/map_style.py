@@ -1,7 +1,7 @@
 """Any map-style dataset: an object with ``len()`` and ``[i]`` that gives (image, label); and arrays.
 
-Where it is known which files a dataset reads, they are read here: torchvision's loader drops the EXIF orientation, and
-`datasets` decodes what its tables hold. So a picture is the same whichever way it is read.
+Files that a dataset of torchvision or `datasets` would load are read here instead, so that a picture is the same
+whichever way it is read: torchvision's loader ignores the EXIF orientation.
 """
 
 import os
@@ -19,6 +19,7 @@ from h2t_store.images.pictures import Picture, digest_of_pixels, from_pixels
 from h2t_store.images.source import Reader, Source, read_file
 
 Rows = NDArray[np.int64]
+_ORIGIN = {"kind": "dataset"}
 
 
 class ItemReader(Reader):
@@ -60,9 +61,6 @@ class ArrayReader(Reader):
         self.images = images
         self.image_size = images.shape[1:3] if isinstance(images, np.ndarray) else None
 
-    def where(self, number: int, sample_id: str) -> str:
-        return sample_id
-
     def read(self, number: int, where: str) -> Picture:
         return from_pixels(self.images[number], where)
 
@@ -72,16 +70,16 @@ class ArrayReader(Reader):
 
 
 class TableReader(Reader):
-    """Pictures in a column of a table of Hugging Face's, or in files that this names."""
+    """Pictures in the one column of a `datasets.Dataset`, or in files that it names."""
 
-    def __init__(self, table: Any, column: str, name: str) -> None:
-        self.table, self.column, self.name = table, column, name
+    def __init__(self, table: Any, name: str) -> None:
+        self.table, self.name = table, name
 
     def where(self, number: int, sample_id: str) -> str:
         return f"{self.name}: {sample_id}"
 
     def read(self, number: int, where: str) -> bytes:
-        image = self.table[number][self.column]
+        (image,) = self.table[number].values()
         if image is None or (not image["bytes"] and not image["path"]):
             raise DataError(f"{shown(where)}: there is no image")
         return bytes(image["bytes"]) if image["bytes"] else read_file(image["path"])
@@ -111,12 +109,13 @@ class JoinedReader(Reader):
         return self.readers[int(self.part[number])], int(self.number[number])
 
 
-def open_dataset(dataset: Any, origin: Mapping[str, Any], prefix: str = "", rows: Rows | None = None) -> Source:
+def open_dataset(dataset: Any, prefix: str = "", rows: Rows | None = None) -> Source:
     """Pictures of a map-style dataset, or of those ``rows`` of it.
 
     Identifiers are paths where every picture has one of its own, else numbers after the ``prefix``.
     """
     from torch.utils.data import ConcatDataset, Subset
+    from torchvision.datasets.folder import default_loader
 
     kind = type(dataset)
     if isinstance(dataset, Mapping):
@@ -125,36 +124,37 @@ def open_dataset(dataset: Any, origin: Mapping[str, Any], prefix: str = "", rows
     if not len(rows):
         raise DataError(f"data: {kind.__name__} holds no images")
     if kind is Subset:
-        return open_dataset(dataset.dataset, origin, prefix, np.asarray(dataset.indices, dtype=np.int64)[rows])
+        return open_dataset(dataset.dataset, prefix, np.asarray(dataset.indices, dtype=np.int64)[rows])
     if kind is ConcatDataset:
-        return _open_joined(dataset, origin, prefix, rows)
+        return _open_joined(dataset, prefix, rows)
     if kind.__module__ == "datasets.arrow_dataset":
-        return open_table(dataset, origin, prefix, rows)
+        return open_table(dataset, prefix, rows)
     files, root = _files(dataset), getattr(dataset, "root", None)
     root = root if isinstance(root, str | os.PathLike) else None
     paths = _relative([path for path, _ in files], root)
-    classes = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)  # names in ImageNet occur twice
     ids = [paths[i] for i in rows] if paths else [f"{prefix}{i}" for i in rows]
-    if paths and root is not None and _loads_files_plainly(dataset):
-        return _source(FileReader(root), origin, ids, [files[i][1] for i in rows], classes, rows)
-    reader = ItemReader(dataset)
-    reader.read(int(rows[0]), reader.where(int(rows[0]), ids[0]))  # a tensor is refused before labels are read
-    labels = _labels(reader, rows.tolist())
-    pixels = getattr(dataset, "data", None)
-    if _is_plain_torchvision(dataset) and "uint8" in str(getattr(pixels, "dtype", "")):  # such as MNIST and CIFAR
-        array = np.asarray(pixels)
-        if array.ndim >= 3 and array.shape[3:] in ((), (3,)):
-            return _source(ArrayReader(array), origin, ids, labels, classes, rows)
-    return _source(reader, origin, ids, labels, classes, rows)
+    plain = _is_plain_torchvision(dataset)
+    reader: Reader
+    if paths and root is not None and plain and getattr(dataset, "loader", None) is default_loader:
+        reader, labels = FileReader(root), [files[i][1] for i in rows]
+    else:
+        reader = items = ItemReader(dataset)
+        items.read(int(rows[0]), items.where(int(rows[0]), ids[0]))  # a tensor is refused before labels are read
+        labels = _labels(items, rows.tolist())
+        pixels = getattr(dataset, "data", None)
+        if plain and "uint8" in str(getattr(pixels, "dtype", "")):  # such as MNIST and CIFAR
+            array = np.asarray(pixels)
+            if array.ndim >= 3 and array.shape[3:] in ((), (3,)):
+                reader = ArrayReader(array)
+    classes = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)  # names in ImageNet occur twice
+    return _source(reader, ids, labels, classes, rows)
 
 
-def open_table(
-    table: Any, origin: Mapping[str, Any], prefix: str, rows: Rows, name: str = "Dataset", root: str | None = None
-) -> Source:
-    """Pictures of a dataset of Hugging Face's, with paths below ``root`` as identifiers where it has any.
+def open_table(table: Any, prefix: str, rows: Rows, name: str = "Dataset", root: str | None = None) -> Source:
+    """Pictures of a `datasets.Dataset`; identifiers are paths below ``root`` if it has any.
 
-    The image is the column ``image``, else the first of images; the label the column ``label``, else that of the most
-    classes.
+    The image is the column ``image``, else the first column of images; the label is the column ``label``, else the
+    `ClassLabel` with the most classes.
     """
     import datasets
     import pyarrow.compute as pc
@@ -184,8 +184,8 @@ def open_table(
     ids = [below[i] for i in rows] if below else [f"{prefix}{i}" for i in rows]
     values = column(label).to_pylist() if label in features else [None] * len(table)
     classes = getattr(features.get(label), "names", None)
-    reader = TableReader(table.cast_column(image, datasets.Image(decode=False)), image, name)
-    return _source(reader, origin, ids, [values[i] for i in rows], classes, rows, notes)
+    reader = TableReader(table.select_columns(image).cast_column(image, datasets.Image(decode=False)), name)
+    return _source(reader, ids, [values[i] for i in rows], classes, rows, notes)
 
 
 def open_arrays(images: Any, labels: Any) -> Source:
@@ -204,43 +204,29 @@ def open_arrays(images: Any, labels: Any) -> Source:
     return Source.of(ArrayReader(images), ids, *encode(labels, len(images)), origin={"kind": "arrays"})
 
 
-def _open_joined(dataset: Any, origin: Mapping[str, Any], prefix: str, rows: Rows) -> Source:
+def _open_joined(dataset: Any, prefix: str, rows: Rows) -> Source:
     part = np.searchsorted(dataset.cumulative_sizes, rows, side="right")
     starts = np.array([0, *dataset.cumulative_sizes])
-    sources = [
-        open_dataset(dataset.datasets[p], origin, prefix, rows[part == p] - starts[p]) for p in np.unique(part).tolist()
-    ]
+    sources = [open_dataset(dataset.datasets[p], prefix, rows[part == p] - starts[p]) for p in np.unique(part).tolist()]
     labels = [label for source in sources for label in source.classes]
     are_names = any(isinstance(label, str) for label in labels)
     classes = tuple(dict.fromkeys(map(str, labels) if are_names else labels))
-    sources = [source.relabelled(classes) for source in sources]
     in_order = np.argsort(part, kind="stable")
     ids = [name for source in sources for name in source.sample_ids.tolist()]
     if len(set(ids)) < len(ids):
         ids = [f"{prefix}{row}" for row in rows[in_order]]
-    whole = Source.of(
-        JoinedReader(
-            [source.reader for source in sources],
-            np.repeat(np.arange(len(sources)), [len(source) for source in sources]),
-            np.concatenate([source.numbers for source in sources]),
-        ),
-        ids,
-        np.concatenate([source.y for source in sources]),
-        sources[0].classes,
-        notes=[note for source in sources for note in source.notes],
-        origin=dict(origin),
+    reader = JoinedReader(
+        [source.reader for source in sources],
+        np.repeat(np.arange(len(sources)), [len(source) for source in sources]),
+        np.concatenate([source.numbers for source in sources]),
     )
-    return whole.take(np.argsort(in_order))
+    y = np.concatenate([source.relabelled(classes).y for source in sources])
+    notes = [note for source in sources for note in source.notes]
+    return Source.of(reader, ids, y, classes, notes=notes, origin=_ORIGIN).take(np.argsort(in_order))
 
 
 def _source(
-    reader: Reader,
-    origin: Mapping[str, Any],
-    ids: list[str],
-    labels: list[Any],
-    names: Any,
-    numbers: Rows,
-    notes: Sequence[str] = (),
+    reader: Reader, ids: list[str], labels: list[Any], names: Any, numbers: Rows, notes: Sequence[str] = ()
 ) -> Source:
     """A source whose integer labels have ``names``, if these are strings that differ."""
     y, classes = encode(labels, len(labels))
@@ -252,7 +238,7 @@ def _source(
         classes = names or classes
     if not (y >= 0).any():
         classes, notes = (), [*notes, f"{len(y)} images without labels"]
-    return Source.of(reader, ids, y, classes, numbers=numbers, notes=list(notes), origin=dict(origin))
+    return Source.of(reader, ids, y, classes, numbers=numbers, notes=notes, origin=_ORIGIN)
 
 
 def _labels(reader: ItemReader, rows: list[int]) -> list[Any]:
@@ -292,9 +278,3 @@ def _is_plain_torchvision(dataset: Any) -> bool:
     """Whether it is of torchvision and gives its pictures and labels as they are."""
     transforms = [getattr(dataset, name, None) for name in ("transform", "target_transform", "transforms")]
     return type(dataset).__module__.startswith("torchvision.datasets.") and not any(transforms)
-
-
-def _loads_files_plainly(dataset: Any) -> bool:
-    from torchvision.datasets.folder import default_loader
-
-    return _is_plain_torchvision(dataset) and getattr(dataset, "loader", None) is default_loader

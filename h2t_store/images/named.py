@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from h2t_store.errors import DataError, did_you_mean, one_line
 from h2t_store.images.files import open_folder
 from h2t_store.images.map_style import ArrayReader, open_dataset, open_table
 from h2t_store.images.source import Source
+from h2t_store.images.splits import SYNONYMS
 from h2t_store.switches import Switch
 
 _IN_MEMORY = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 _IN_FOLDERS = ("imagenet", "inaturalist")
 _TORCH = (*_IN_MEMORY, *_IN_FOLDERS, "places365")
-_TRAIN = ("train", "training")
-_TEST = ("test", "val", "valid", "validation", "eval", "evaluation")
 _HUB_FORMATS = ("imagefolder", "parquet", "arrow")
 _DIGITS_IN_TRAIN = 1000
 
@@ -39,19 +39,20 @@ def open_torchvision(name: str, root: Path, split: str, download: bool) -> Sourc
     if name not in _TORCH:
         hint = "; name the folder itself" if name in ("folder", "image_folder") else ""
         raise DataError(f"data 'torch/{name}'{did_you_mean(name, _TORCH)}{hint}; accepted are {', '.join(_TORCH)}")
-    if name in _IN_MEMORY and split not in (*_TRAIN, *_TEST):
-        raise DataError(f"split {split!r}: torch/{name} has 'train' and 'test'{did_you_mean(split, (*_TRAIN, *_TEST))}")
-    if "/" in split:
-        raise DataError(f"split {split!r}: torch/{name} is read with its own classes; accepted is a split alone")
-    dataset = _create(name, root, split, download)
     kind = f"torch/{name}"
     if name in _IN_MEMORY:
-        part = "train" if split in _TRAIN else "test"
-        return open_dataset(dataset, {"kind": kind, "split": part}, f"{part}/")
+        if split not in SYNONYMS:
+            raise DataError(f"split {split!r}: {kind} has 'train' and 'test'{did_you_mean(split, SYNONYMS)}")
+        part = "train" if SYNONYMS[split] == "train" else "test"
+        dataset = _create(name, root, part, download)
+        return replace(open_dataset(dataset, f"{part}/"), origin={"kind": kind, "split": part})
+    if "/" in split:
+        raise DataError(f"split {split!r}: {kind} is read with its own classes; accepted is a split alone")
+    dataset = _create(name, root, split, download)
     if name in _IN_FOLDERS:
         folder = Path(dataset.split_folder if name == "imagenet" else dataset.root)
         return replace(open_folder(folder, None), origin={"kind": kind, "split": folder.name})
-    return open_dataset(dataset, {"kind": kind, "split": dataset.split})
+    return replace(open_dataset(dataset), origin={"kind": kind, "split": dataset.split})
 
 
 def _create(name: str, root: Path, split: str, download: bool) -> Any:
@@ -91,7 +92,8 @@ def open_hub(name: str, cache: Path | None, split: str | None) -> Source:
         table = builder.as_dataset(split=part)
     except Exception as error:  # that there is no such split, for one
         raise DataError(f"{where}: {one_line(error)}") from error
-    return open_table(table, {"kind": "hfds", "split": part}, f"{part}/", np.arange(len(table)), f"hfds/{name}", name)
+    source = open_table(table, f"{part}/", np.arange(len(table)), f"hfds/{name}", name)
+    return replace(source, origin={"kind": "hfds", "split": part})
 
 
 def _prepared(name: str, cache: Path | None) -> Any:
@@ -122,19 +124,18 @@ def _prepared(name: str, cache: Path | None) -> Any:
 
 
 def _go_offline() -> Callable[[], None]:
-    """Have what is in the cache used without asking the Hub again and again first; gives what undoes it."""
+    """Use the cache without asking the Hub first, again and again; return what undoes this."""
     import datasets
 
     places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = True
 
-    def undo() -> None:
-        for place, value in zip(places, before, strict=True):
+    def switch(values: list[bool]) -> None:
+        for place, value in zip(places, values, strict=True):
             place.HF_HUB_OFFLINE = value
 
-    return undo
+    before = [place.HF_HUB_OFFLINE for place in places]
+    switch([True, True])
+    return partial(switch, before)
 
 
 _offline = Switch(_go_offline)

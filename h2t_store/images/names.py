@@ -1,4 +1,4 @@
-"""Names and labels: text kept compactly and printed on one line; labels as indices into a tuple of classes."""
+"""Names, compact in memory and printed on one line, and labels, encoded as indices into a tuple of classes."""
 
 import re
 from collections.abc import Sequence

@@ -65,7 +65,7 @@ def open_source(
         if isinstance(data, np.ndarray | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise DataError(f"data: {type(data).__name__}; accepted are {_ACCEPTED}")
         _refuse("a dataset", unused)
-        return open_dataset(data, {"kind": "dataset"})
+        return open_dataset(data)
     name = os.fspath(data)
     if not name:
         raise DataError(f"data: an empty name; accepted are {_ACCEPTED}")

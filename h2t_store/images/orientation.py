@@ -1,6 +1,6 @@
-"""Which way up a picture is: its EXIF orientation, applied as `PIL.ImageOps.exif_transpose` does.
+"""The EXIF orientation of a picture, applied as `PIL.ImageOps.exif_transpose` does.
 
-The tag is read here since PIL drops all tags without a word where one of them is damaged.
+The tag is read here because PIL silently drops all tags if one of them is damaged.
 """
 
 import re
@@ -27,9 +27,9 @@ _UNKNOWN = "have an EXIF orientation that cannot be read: taken as stored, which
 
 
 def transposition(image: Image.Image) -> tuple[Image.Transpose | None, list[str]]:
-    """Load a picture; how to turn it as its EXIF or XMP says, and a remark where that cannot be read.
+    """Load a picture; return how to turn it by its EXIF or XMP, and a remark if that cannot be read.
 
-    PIL turns TIFFs while it loads them, and drops the tag.
+    PIL itself turns TIFFs while it loads them, and drops the tag.
     """
     is_tiff = image.format == "TIFF"
     orientation = image.tag_v2.get(_TAG) if is_tiff else None  # type: ignore[attr-defined]

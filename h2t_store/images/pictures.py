@@ -1,7 +1,7 @@
-"""Decoding: an image file, or pixels from Python, become eight-bit RGB the right way up, or one line that says why not.
+"""Decode image files and pixels to 8-bit RGB, the right way up; errors are one line.
 
-Only formats with decoders in PIL itself are tried, whatever a file is called: PIL hands EPS to Ghostscript, which would
-run what the file says.
+Only formats that PIL decodes itself are accepted, whatever the extension: PIL passes EPS to Ghostscript, which would
+execute the file.
 """
 
 import io
@@ -20,7 +20,7 @@ from h2t_store.images.orientation import transposition
 from h2t_store.images.pixels import as_rgb, declared_bits, require_end_of_jpeg2000, require_readable
 
 DECODING = {"orientation": "exif", "transparency": "dropped", "depth": "declared, else 8, 12 or 16 bits by range"}
-"""The rules of `decode`, for the provenance: features of pictures decoded by other rules are others."""
+"""The rules of `decode`, for the provenance: other rules give other features."""
 
 DIGEST_BYTES = 16
 
@@ -83,13 +83,13 @@ def from_pixels(image: Any, name: str) -> Picture:
     return Picture(pixels, remarks, digest_of_pixels(np.asarray(pixels)))
 
 
-def digest_of(content: bytes) -> bytes:
-    """What a picture is known by that is made of these bytes."""
-    return xxhash.xxh3_128_digest(content)
+def digest_of(content: bytes | Picture) -> bytes:
+    """Digest of the content of a file, or the digest of a picture that comes from no file."""
+    return content.digest if isinstance(content, Picture) else xxhash.xxh3_128_digest(content)
 
 
 def digest_of_pixels(pixels: NDArray[np.uint8]) -> bytes:
-    """What a picture of no file is known by; a grey one is the same as its three equal channels."""
+    """Digest of pixels that come from no file; grey pixels have that of the three equal channels."""
     rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
     return digest_of(repr(rgb.shape).encode() + rgb.tobytes())
 
@@ -109,7 +109,7 @@ def _rendered(image: Image.Image, bits: int | None) -> tuple[Image.Image, list[s
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that this build of PIL can open."""
+    """The formats that this build of PIL can open."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 

@@ -1,4 +1,4 @@
-"""Pixels of any mode and depth become eight-bit RGB; what is lost or guessed on the way is told."""
+"""Convert pixels of any mode and depth to 8-bit RGB, with remarks on what is lost or guessed."""
 
 import re
 from typing import Any
@@ -25,7 +25,7 @@ _JPEG2000_PRECISION_AT = 42  # of the first component, in the segment SIZ that f
 
 
 def require_readable(image: Image.Image) -> None:
-    """Raise `ValueError` at an image, not loaded yet, of which PIL would make other pixels without a word."""
+    """Raise `ValueError` if PIL would silently give wrong pixels of this image, which is not loaded yet."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (1,))
     if tags.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in tags:
@@ -118,7 +118,7 @@ def _grey_bits(values: NDArray[np.integer], declared: int | None, is_png: bool) 
 
 
 def require_end_of_jpeg2000(content: bytes) -> None:
-    """Raise `ValueError` where it is cut off: PIL decodes what is there and leaves the rest black."""
+    """Raise `ValueError` if the file is cut off: PIL leaves the missing part black."""
     if not _codestream(content).rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ValueError("image file is truncated")
 

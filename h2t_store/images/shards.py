@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from h2t_store.errors import DataError, did_you_mean
+from h2t_store.errors import DataError, did_you_mean, one_line
 from h2t_store.images.formats import IMAGE_EXTENSIONS, notes_on_left_out
 from h2t_store.images.names import counted, encode, encode_words, notes_on, shown
 from h2t_store.images.source import Source
@@ -35,7 +35,8 @@ def open_shards(folder: Path, split: str | None) -> Source:
     """
     if not folder.is_dir():
         raise DataError(f"data 'wds/{folder}': there is no such folder")
-    shards, n_expected, label_field = _find_shards(folder, split or "train")
+    split = split or "train"
+    shards, n_expected, label_field = _find_shards(folder, split)
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise DataError(f"split {split!r}: {counted(missing, f'of {len(shards)} shards are not in {shown(folder)}')}")
@@ -52,8 +53,9 @@ def open_shards(folder: Path, split: str | None) -> Source:
             ids.append(name)
             labels.append(word)
             places.append((number, *tars[-1].places[image].tolist()))
-    if not ids and not negative:
-        raise DataError(f"data 'wds/{folder}': {len(shards)} shards hold no images")
+    if not ids:
+        others = f"; {len(negative)} with negative labels are left out" if negative else ""
+        raise DataError(f"data 'wds/{folder}': {len(shards)} shards hold no images{others}")
     if n_expected not in (0, len(ids) + len(negative)):
         raise DataError(
             f"split {split!r}: {n_expected} samples are expected, but the shards hold {len(ids) + len(negative)}"
@@ -124,9 +126,14 @@ def _find_shards(folder: Path, split: str) -> tuple[list[str], int, str]:
             info = dict(json.loads(path.read_bytes())["splits"])
         if split in info:
             found = info[split]
-            return list(found["filenames"]), int(found["num_samples"]), str(found.get("alt_label") or "")
+            names = found["filenames"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"filenames of {split!r}: accepted is a list of names")
+            return names, int(found["num_samples"]), str(found.get("alt_label") or "")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{shown(path)}: not a description of splits: {error!r}") from error
+        raise DataError(
+            f"{shown(path)}: not a description of splits: {type(error).__name__}: {one_line(error)}"
+        ) from error
     there = f"; {_INFO_FILES[0]} has {', '.join(info)}" if info else f"; there is no {_INFO_FILES[0]}"
     raise DataError(
         f"split {split!r} of 'wds/{folder}'{did_you_mean(split, info)}{there}; accepted is also "

@@ -31,26 +31,25 @@ class Reader(ABC):
     image_size: tuple[int, int] | None = None  # height and width where all pictures share them and it is known
     has_stamps = False  # whether size and time of change can be told without reading
 
-    @abstractmethod
     def where(self, number: int, sample_id: str) -> str:
-        """What errors call a picture."""
+        """Name of a picture in error messages."""
+        return sample_id
 
     @abstractmethod
     def read(self, number: int, where: str) -> bytes | Picture:
         """The bytes of a file, or the picture where there is no file; `DataError` where that fails."""
 
     def digest(self, number: int, where: str) -> bytes:
-        """What a picture is known by."""
-        content = self.read(number, where)
-        return content.digest if isinstance(content, Picture) else digest_of(content)
+        """Digest of a picture, see `digest_of`."""
+        return digest_of(self.read(number, where))
 
     def stamp(self, number: int, where: str) -> Stamp:
-        """Size and time of change of a picture as it is now."""
+        """Current size and time of change of a picture."""
         raise NotImplementedError
 
 
 class Known:
-    """Sixteen bytes for each of ``n`` pictures, found out when first asked for; pickles with what is known."""
+    """A value of 16 bytes for each of ``n`` pictures, computed when first asked for and pickled from then on."""
 
     def __init__(self, n: int) -> None:
         self._n = n
@@ -58,7 +57,7 @@ class Known:
         self._is_known = np.zeros(0, bool)
 
     def of(self, numbers: NDArray[np.int64], find: Callable[[int], bytes]) -> NDArray[np.uint8]:
-        """Those of the pictures ``numbers``; ``find(i)`` gives that of ``numbers[i]``."""
+        """Values of the pictures ``numbers``; ``find(i)`` computes that of ``numbers[i]``."""
         if not len(self._rows):
             self._rows, self._is_known = np.zeros((self._n, DIGEST_BYTES), np.uint8), np.zeros(self._n, bool)
         for i in np.flatnonzero(~self._is_known[numbers]).tolist():
@@ -67,7 +66,7 @@ class Known:
         return self._rows[numbers]
 
     def get(self, number: int) -> bytes | None:
-        """That of one picture, if it is known."""
+        """Value of one picture; None if it was not computed yet."""
         return self._rows[number].tobytes() if len(self._rows) and self._is_known[number] else None
 
 
@@ -96,13 +95,13 @@ class Source:
         classes: Classes,
         *,
         origin: dict[str, Any],
-        notes: list[str] | None = None,
+        notes: Sequence[str] = (),
         numbers: NDArray[np.int64] | None = None,
     ) -> Self:
         """A source as it is opened; ``numbers`` are by default all in order."""
         numbers = np.arange(len(y)) if numbers is None else numbers
         n = int(numbers.max()) + 1
-        return cls(reader, origin, as_names(sample_ids), y, classes, notes or [], numbers, Known(n), Known(n))
+        return cls(reader, origin, as_names(sample_ids), y, classes, list(notes), numbers, Known(n), Known(n))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -119,11 +118,11 @@ class Source:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """Goes into the provenance; equal descriptions mean equal pictures, identifiers and names of labels, in order.
+        """Part of the provenance; equal descriptions mean equal pictures, identifiers and names of labels, in order.
 
-        The pictures are known by their digests up to 1 GiB in total; beyond, where reading twice costs, by sizes and
-        times of change, so that a copy is known again if it keeps the times; where there are no times, by the digests
-        of 1000. Pictures are held against it when they are decoded.
+        It contains the digests of all pictures up to 1 GiB in total. Beyond that, reading everything twice costs too
+        much: it then contains sizes and times of change (a copy must keep the times), or the digests of 1000 pictures
+        if there are no times. `picture` checks each picture against what is known here.
         """
         key, identity = self._identity()
         names = [*map(str, self.classes), None]
@@ -136,7 +135,7 @@ class Source:
         return {**self.origin, "n": len(self), key: sha.hexdigest()}
 
     def _identity(self) -> tuple[str, NDArray[np.uint8]]:
-        """What tells the pictures from others, and how that is called."""
+        """Name and values of what identifies the pictures."""
         n = len(self)
         if self.reader.has_stamps:
             stamps = self.stamps.of(self.numbers, self._stamp)
@@ -150,7 +149,7 @@ class Source:
     def picture(self, row: int) -> Picture:
         """The picture as RGB; `DataError` where it cannot be read, or is not what `description` is of."""
         content, number = self.read(row), int(self.numbers[row])
-        found = content.digest if isinstance(content, Picture) else digest_of(content)
+        found = digest_of(content)
         known = self.digests.get(number)
         if known is None and (known := self.stamps.get(number)) is not None:
             found = self._stamp(row)
@@ -164,7 +163,7 @@ class Source:
         return self.picture(row).image
 
     def where(self, row: int) -> str:
-        """What errors call the picture."""
+        """Name of the picture in error messages."""
         return self.reader.where(int(self.numbers[row]), str(self.sample_ids[row]))
 
     def read(self, row: int) -> bytes | Picture:
@@ -207,7 +206,7 @@ class Source:
 
 
 def arrange(source: Source, sample_ids: Sequence[str], classes: Classes) -> Source:
-    """Bring a source into the order of what was read from it before; `DataError` where rows are no longer in it.
+    """Put a source into the order in which it was read before; `DataError` if earlier rows are no longer in it.
 
     Earlier rows come first, in their order (those that share an identifier, in the order of the source), then the
     others in the order of the source; ``classes`` begin with the earlier ones.
@@ -222,17 +221,13 @@ def arrange(source: Source, sample_ids: Sequence[str], classes: Classes) -> Sour
 
 
 def _rows_of(wanted: list[str], present: list[str]) -> NDArray[np.int64]:
+    """Where the names ``wanted`` are ``present``; equal names are taken in order."""
     if present[: len(wanted)] == wanted:
         return np.arange(len(wanted))
-    first: dict[str, int] = {}
-    following = np.full(len(present), -1)
-    for row in range(len(present) - 1, -1, -1):
-        following[row] = first.get(present[row], -1)
-        first[present[row]] = row
-    rows = np.full(len(wanted), -1)
-    for i, name in enumerate(wanted):
-        rows[i] = first.get(name, -1)
-        first[name] = int(following[rows[i]]) if rows[i] >= 0 else -1
+    left: dict[str, list[int]] = {}  # rows of each name, last first
+    for row in reversed(range(len(present))):
+        left.setdefault(present[row], []).append(row)
+    rows = np.array([left[name].pop() if left.get(name) else -1 for name in wanted], dtype=np.int64)
     missing = [wanted[i] for i in np.flatnonzero(rows < 0)]
     if missing:
         raise DataError(f"data: {counted(missing, f'of {len(wanted)} images are no longer there')}")

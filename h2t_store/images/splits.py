@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from h2t_store.errors import DataError, did_you_mean
 from h2t_store.images.names import shown
 
-_SYNONYMS = dict.fromkeys(("val", "valid", "validation", "eval", "evaluation", "dev"), "val")  # as in timm, and dev
-_SYNONYMS |= {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SYNONYMS = dict.fromkeys(("val", "valid", "validation", "eval", "evaluation", "dev"), "val")  # as in timm, and dev
+SYNONYMS |= {"train": "train", "training": "train", "test": "test", "testing": "test"}
+"""What names of splits mean: train, val or test."""
 
 _LIKE_A_SPLIT = re.compile(
-    rf"(?:(.+)[ _-])?({'|'.join(sorted(_SYNONYMS, key=len, reverse=True))})"
+    rf"(?:(.+)[ _-])?({'|'.join(sorted(SYNONYMS, key=len, reverse=True))})"
     r"[ _-]?(?:set|data|dataset|images?|imgs?|split)?[ _-]?\d*",
     re.IGNORECASE,
 )
@@ -99,7 +100,7 @@ def _kind(name: str) -> str | None:
 def _prefix_and_kind(name: str) -> tuple[str, str | None]:
     """``("", "train")`` for ``training_set``, ``("seg", "train")`` for ``seg_train``; no kind where it is no split."""
     match = _LIKE_A_SPLIT.fullmatch(name)
-    return ((match[1] or "").lower(), _SYNONYMS[match[2].lower()]) if match else ("", None)
+    return ((match[1] or "").lower(), SYNONYMS[match[2].lower()]) if match else ("", None)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""Images in tars, read where they lie: an index of offsets is made once, and nothing is unpacked or cached.
+"""Images in tars, read in place by an index of offsets; nothing is unpacked or cached.
 
-Rows are read in any order and from many processes, which iterators such as webdataset's do not give. `datasets` copies
-shards into its cache, and takes one that is cut off for a shorter one. timm's reader of tars merges classes with equal
-leaf names, and forked workers that share its open file put other images in the place of those asked for.
+Any process can read any row, which iterators such as webdataset's do not allow. `datasets` copies shards into its
+cache and reads a cut-off shard as a shorter one. timm's tar reader merges classes with equal leaf names, and returns
+wrong images in forked workers, which share its open file.
 """
 
 import os
@@ -62,7 +62,7 @@ class TarReader(Reader):
 
 
 def read_part(path: str, stamp: Stamp, offset: int, size: int) -> bytes:
-    """``size`` bytes of a tar that had this stamp; `DataError` where it has changed since, or is cut off."""
+    """Read ``size`` bytes of a tar; `DataError` if its stamp has changed, or it is cut off."""
     content = read_file(path, offset, size)
     if stamp_file(path) != stamp:
         raise DataError(f"{shown(path)}: it has changed since it was opened")
