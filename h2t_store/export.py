@@ -39,8 +39,8 @@ def export(
     path = Path(path)
     if path.suffix not in EXPORTS:
         raise H2TError(f"file {str(path)!r}: accepted are names that end in {', '.join(EXPORTS)}")
-    labels = path.with_suffix(".csv")
-    for file in (path, labels) if path.suffix == ".npy" else (path,):
+    files = [path, path.with_suffix(".csv")] if path.suffix == ".npy" else [path]
+    for file in files:
         if file.exists():
             raise H2TError(f"file {str(file)!r} exists: choose another name")
 
@@ -49,38 +49,35 @@ def export(
             yield block.astype("<f4", copy=False)
             progress(rows.stop, len(matrix))
 
-    partial = path.with_name(f".{path.name}.partial")
+    partial = [file.with_name(f".{file.name}.partial") for file in files]
     try:
-        EXPORTS[path.suffix](matrix, partial, blocks())
-        if path.suffix == ".npy":
-            _write_labels(matrix, labels)
-        partial.replace(path)
+        EXPORTS[path.suffix](matrix, blocks(), *partial)
+        for written, file in zip(partial, files, strict=True):
+            written.replace(file)
     except OSError as error:
         raise StoreError(f"file {str(path)!r} cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        for file in partial:
+            file.unlink(missing_ok=True)
 
 
 def _label_names(matrix: FeatureMatrix) -> list[str]:
     return ["" if label is None else str(label) for label in matrix.y]
 
 
-def _write_labels(matrix: FeatureMatrix, path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sample_id", "y", "label"])
-        writer.writerows(zip(matrix.sample_ids.tolist(), matrix.codes.tolist(), _label_names(matrix), strict=True))
-
-
-def _write_npy(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> None:
+def _write_npy(matrix: FeatureMatrix, blocks: Blocks, path: Path, labels: Path) -> None:
     with open(path, "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": matrix.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
             file.write(block.data)
+    with open(labels, "w", newline="", encoding="utf-8") as table:
+        writer = csv.writer(table)
+        writer.writerow(["sample_id", "y", "label"])
+        writer.writerows(zip(matrix.sample_ids.tolist(), matrix.codes.tolist(), _label_names(matrix), strict=True))
 
 
-def _write_parquet(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> None:
+def _write_parquet(matrix: FeatureMatrix, blocks: Blocks, path: Path) -> None:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -98,7 +95,7 @@ def _write_parquet(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> None:
             start = stop
 
 
-def _write_safetensors(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> None:
+def _write_safetensors(matrix: FeatureMatrix, blocks: Blocks, path: Path) -> None:
     y = matrix.codes.astype("<i8")
     metadata = {
         "sample_ids": matrix.sample_ids.tolist(),
@@ -118,7 +115,7 @@ def _write_safetensors(matrix: FeatureMatrix, path: Path, blocks: Blocks) -> Non
             file.write(block.data)
 
 
-EXPORTS: dict[str, Callable[[FeatureMatrix, Path, Blocks], None]] = {
+EXPORTS: dict[str, Callable[..., None]] = {
     ".npy": _write_npy,
     ".parquet": _write_parquet,
     ".safetensors": _write_safetensors,

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,17 +51,15 @@ def as_slice(indices: Indices) -> slice | Indices:
     return indices
 
 
+def edges(keys: Indices) -> Indices:
+    """Where runs of equal keys begin, and the end of the last one; keys are not negative."""
+    return np.flatnonzero(np.diff(keys, prepend=-1, append=-1))
+
+
 def groups(keys: Indices) -> list[Indices]:
     """Where each of the keys occurs, by ascending key."""
-    if not len(keys):
-        return []
     order = np.argsort(keys, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
-
-
-def edges(keys: Indices) -> Indices:
-    """Where runs of equal keys begin, and the end of the last one."""
-    return np.flatnonzero(np.diff(keys, prepend=-1, append=-1))
+    return [order[start:stop] for start, stop in pairwise(edges(keys[order]).tolist())]
 
 
 def spans(edges: Sequence[int] | Indices, longest: int) -> Iterator[tuple[int, int]]:

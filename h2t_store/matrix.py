@@ -163,13 +163,9 @@ class FeatureMatrix:
         With unlabelled rows it is an object array with None; ``X[X.labelled]`` leaves them out.
         """
         codes, classes = self.codes, self.classes
-        labels = np.array(classes, dtype=None if classes else str)
-        labelled = codes >= 0
-        if labelled.all():
-            return labels[codes]
-        y = np.full(len(codes), None, dtype=object)
-        y[labelled] = labels[codes[labelled]]
-        return y
+        if (codes < 0).any():
+            return np.array([*classes, None], dtype=object)[codes]  # code -1 takes the last
+        return np.array(classes, dtype=None if classes else str)[codes]
 
     @property
     def codes(self) -> NDArray[np.int64]:

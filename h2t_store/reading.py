@@ -1,6 +1,6 @@
 """Read rows and columns of an extraction from its chunks, each of them once."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +13,7 @@ from h2t_store.storage.threads import in_threads
 
 _GRAIN = 32767  # from more values on, torch copies in threads of its own
 
-
-class _Part(NamedTuple):
-    """What one chunk holds of the rows or columns: where in the chunk, and where among those asked for."""
-
-    chunk: int
-    source: Indices
-    target: Indices
+_Part = tuple[int, Indices, Indices]
 
 
 def owners(header: ExtractionHeader, columns: Indices) -> Indices:
@@ -37,27 +31,23 @@ def column_chunks(header: ExtractionHeader, columns: Indices) -> Indices:
 
 def gather(extraction: Extraction, rows: Indices, columns: Indices) -> NDArray[np.float32]:
     """Read every pair of the rows and columns, in any order, as float32."""
-    header = extraction.header
+    header, height = extraction.header, extraction.header.rows_per_block
     out = np.empty((len(rows), len(columns)), dtype=np.float32)
-    height = header.rows_per_block
-    down = [_part(rows[target], height, target) for target in groups(rows // height)]
-    jobs: list[tuple[Layer, _Part, _Part]] = []
-    for target in groups(column_chunks(header, columns)):
-        layer = header.layers[owners(header, columns[target])[0]]
-        across = _part(columns[target] - layer.start, layer.chunk_width, target)
-        jobs += [(layer, part, across) for part in down]
+    # Of each chunk: its number, the rows or columns to take from it, and where they go.
+    down = [(int(rows[to[0]] // height), rows[to] % height, to) for to in groups(rows // height)]
+    jobs = []
+    for to in groups(column_chunks(header, columns)):
+        layer = header.layers[owners(header, columns[to[:1]])[0]]
+        number, inside = np.divmod(columns[to] - layer.start, layer.chunk_width)
+        jobs += [(layer, part, (int(number[0]), inside, to)) for part in down]
 
     def fill(job: tuple[Layer, _Part, _Part]) -> None:
-        layer, down, across = job
-        chunk = extraction.features(layer, down.chunk, across.chunk)
-        _copy(chunk[_pairs(down.source, across.source)], out, _pairs(down.target, across.target))
+        layer, (row_block, rows, rows_to), (column_chunk, columns, columns_to) = job
+        chunk = extraction.features(layer, row_block, column_chunk)
+        _copy(chunk[_pairs(rows, columns)], out, _pairs(rows_to, columns_to))
 
     in_threads(fill, jobs, extraction.folder.concurrency)
     return out
-
-
-def _part(indices: Indices, chunk_size: int, target: Indices) -> _Part:
-    return _Part(int(indices[0] // chunk_size), indices % chunk_size, target)
 
 
 def _copy(values: NDArray[Any], out: NDArray[np.float32], target: tuple[Any, Any]) -> None:

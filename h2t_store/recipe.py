@@ -31,12 +31,8 @@ def recipe_of(header: ExtractionHeader, layers: Sequence[Layer]) -> dict[str, An
         "preprocessing": preprocessing and {"orientation": "ignored", **preprocessing},
         "cls_token": inputs.get("cls_token"),
         "layers": {
-            layer.name: {
-                "n_features": layer.width,
-                "shape": list(layer.shape),
-                "target_sizes": list(layer.target_sizes),
-            }
-            for layer in layers
+            name: {"n_features": stop - start, "shape": list(shape), "target_sizes": list(target_sizes)}
+            for name, start, stop, shape, target_sizes in layers
         },
         "dtype": header.dtype,
         "amp": inputs.get("amp"),
@@ -69,10 +65,11 @@ def recipe_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]
         if key in now and before[key] != now[key]
     ]
     before, now = there.get("layers") or {}, here.get("layers") or {}
-    tokens = any(len(layer["shape"]) == 2 for name, layer in before.items() if name in now)
-    if tokens and _differ(there, here, "cls_token"):
+    shares_tokens = any(len(layer["shape"]) == 2 for name, layer in before.items() if name in now)
+    if shares_tokens and _differ(there, here, "cls_token"):
         found.append(f"class token {there['cls_token']!r} there, {here['cls_token']!r} here")
-    if _widths(before) != _widths(now) and _sizes(before) != _sizes(now):
+    widths, widths_now = ({name: layer["n_features"] for name, layer in part.items()} for part in (before, now))
+    if widths != widths_now and _sizes(before) != _sizes(now):
         found.append(f"target size {_sizes(before)} there, {_sizes(now)} here")
     return found or _layer_differences(before, now)
 
@@ -80,8 +77,8 @@ def recipe_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]
 def _layer_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Layers that only one recipe has, or that have other shapes."""
     if before.keys() != now.keys():
-        only_before, only_now = ([name for name in a if name not in b] for a, b in ((before, now), (now, before)))
-        return [f"layers {_listed(only_before)} there, {_listed(only_now)} here"]
+        lost, new = [name for name in before if name not in now], [name for name in now if name not in before]
+        return [f"layers {_listed(lost)} there, {_listed(new)} here"]
     return [
         f"{what} of {name} {before[name][key]} there, {now[name][key]} here"
         for name in before
@@ -105,10 +102,6 @@ def _value(key: str, value: Any) -> str:
         height, width = value[-2:]
         return str(height) if height == width else f"{height} x {width}"
     return str(value)
-
-
-def _widths(layers: dict[str, Any]) -> dict[str, int]:
-    return {name: layer["n_features"] for name, layer in layers.items()}
 
 
 def _sizes(layers: dict[str, Any]) -> str:

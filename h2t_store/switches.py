@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Switch", "exact_arithmetic", "module_by_module"]
-
 
 class Switch:
     """Change something when the first thread enters, undo it when the last one leaves, in whatever order they do.
@@ -41,12 +39,12 @@ class _Setting(NamedTuple):
     value: Any
 
 
+# How many use a setting, and its value before them. Kept with torch: the estimators hold some of the same settings.
 _LOCK, _HELD = torch.__dict__.setdefault("_head2toe_settings", (threading.Lock(), {}))
-"""Users of each setting and its value before: kept with torch, as the estimators hold some of the same settings."""
 
 
 class _Held:
-    """Settings of torch that have a value while any thread is inside; they are counted one by one."""
+    """Settings of torch that have a value while any thread is inside; each setting has its own count."""
 
     def __init__(self, *settings: _Setting) -> None:
         self._settings = settings
@@ -71,9 +69,9 @@ class _Held:
 
 
 def _precisions(*parts: tuple[str, str]) -> list[_Setting]:
-    """Torch's newer interface to the precision of float32, since 2.9: "none" follows what is more general.
+    """Torch's newer interface to the precision of float32, since 2.9: "none" follows the more general setting.
 
-    Through torch._C, as the setter of torch.backends.mkldnn.fp32_precision sets another one.
+    Through torch._C, because the setter of torch.backends.mkldnn.fp32_precision sets another one.
     """
     c: Any = torch._C
     if not hasattr(c, "_get_fp32_precision_getter"):
@@ -82,13 +80,12 @@ def _precisions(*parts: tuple[str, str]) -> list[_Setting]:
     return [_Setting(" ".join(part), partial(read, *part), partial(write, *part), "none") for part in parts]
 
 
-def _cudnn(name: str, value: bool) -> _Setting:
-    return _Setting(
-        f"cudnn {name}",
-        partial(getattr, torch.backends.cudnn, name),
-        partial(setattr, torch.backends.cudnn, name),
-        value,
-    )
+def _cudnn(**values: bool) -> list[_Setting]:
+    cudnn = torch.backends.cudnn
+    return [
+        _Setting(f"cudnn {name}", partial(getattr, cudnn, name), partial(setattr, cudnn, name), value)
+        for name, value in values.items()
+    ]
 
 
 def _convolutions_in_tf32() -> bool:
@@ -104,12 +101,10 @@ exact_arithmetic = _Held(
     _Setting("products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
     *_precisions(("cuda", "conv"), ("mkldnn", "conv"), ("cuda", "rnn"), ("mkldnn", "rnn")),
     _Setting("convolutions", _convolutions_in_tf32, partial(setattr, torch.backends.cudnn, "allow_tf32"), False),
-    _cudnn("enabled", True),
-    _cudnn("deterministic", True),
-    _cudnn("benchmark", False),
+    *_cudnn(enabled=True, deterministic=True, benchmark=False),
 )
 """Convolutions and products in full float32: TF32 is off by more than float16 storage is."""
 
 _mha: Any = torch.backends.mha
 module_by_module = _Held(_Setting("fast path", _mha.get_fastpath_enabled, _mha.set_fastpath_enabled, False))
-"""Encoder layers call their modules, which torch's fused form of them does not."""
+"""Encoder layers call their modules; torch's fused form does not."""

@@ -6,7 +6,6 @@ import tiny_models
 import torch
 from torchvision.models import VisionTransformer
 
-from h2t_store.errors import TapError
 from h2t_store.network import Tap, find_taps, pooled_layers, tapped
 from h2t_store.network.watching import Place
 
@@ -132,11 +131,6 @@ def test_a_network_without_one_is_unchanged_and_it_is_said(cls_token, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"cls_token {cls_token!r} changes nothing: no tap holds a class token"
     ]
-
-
-def test_other_policies_are_refused():
-    with pytest.raises(TapError, match="cls_token 'x': accepted are pool, only and keep"):
-        find(tiny_vit(), "blocks", "x")
 
 
 def test_the_network_is_left_as_it_was():

@@ -87,10 +87,14 @@ def test_what_exists_is_not_overwritten_and_other_kinds_are_refused(tmp_path, ma
         export(matrix, tmp_path / "nowhere" / "out.npy")
 
 
-def test_a_failed_export_leaves_nothing(tmp_path, matrix):
-    def failing(done, total):
+def test_a_failed_export_leaves_nothing(tmp_path, matrix, monkeypatch):
+    def failing(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         export(matrix, tmp_path / "out.npy", failing)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(FeatureMatrix, "sample_ids", property(failing))  # fails in the table of labels
+    with pytest.raises(KeyboardInterrupt):
+        export(matrix, tmp_path / "out.npy")
     assert list(tmp_path.iterdir()) == []

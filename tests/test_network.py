@@ -2,6 +2,7 @@ import re
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import tiny_models
@@ -155,6 +156,30 @@ def test_without_a_connection_published_weights_fail_at_once(monkeypatch, tmp_pa
     for model in ("resnet18", "hf-hub:timm/resnet18.a1_in1k"):
         with raises_with("cannot be fetched .*unreachable.*--no-pretrained"):
             load_backbone(model)
+
+
+def test_cached_weights_of_the_hub_need_no_connection(monkeypatch, tmp_path, offline):
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--me--tiny" / "refs").mkdir()
+    (tmp_path / "models--me--tiny" / "refs" / "main").write_text("abc")
+    bundled = load_backbone("h2t_resnet20")
+    (snapshot / "config.json").write_text('{"architecture": "h2t_resnet20", "num_classes": 10}')
+    save_file(bundled.model.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_backbone("hf-hub:me/tiny").weights_sha256 == bundled.weights_sha256
+
+
+def test_a_model_file_can_be_loaded_again_once_its_neighbour_is_corrected(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch, nearby\ndef build(): return torch.nn.Conv2d(3, nearby.width(), 1)\n"
+    )
+    (tmp_path / "nearby.py").write_text("def width(): raise ValueError('not yet')\n")
+    with raises_with("not yet"):
+        load_backbone(f"{tmp_path}/net.py:build", img_size=8)
+    (tmp_path / "nearby.py").write_text("def width(): return 4\n")
+    assert load_backbone(f"{tmp_path}/net.py:build", img_size=8).model.out_channels == 4
 
 
 def test_random_weights_are_said_to_be(caplog):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
-from h2t_store.network.operations import find_operations
+from h2t_store.network.operations import Operations
 from h2t_store.network.taps import Tap
 from h2t_store.network.watching import Place, hooks, own_hooks
 
@@ -42,7 +42,8 @@ def class_positions(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> dic
             if len(moved) == 1:
                 votes[after.shape[1]][int(moved)] += 1
 
-    silent = {name: lambda *call: _zeros(call[-1]) for name in find_operations(model, image).attentions}
+    attentions = Operations(model, image).attentions
+    silent = dict.fromkeys(attentions, lambda *call: tree_map_only(Tensor, torch.zeros_like, call[-1]))
     modules = sorted({place.module for place in tokens})
     with torch.no_grad(), own_hooks(model, after=silent), hooks(model, modules) as listening:
         with listening(remember):
@@ -68,15 +69,5 @@ class _Replaced(TorchFunctionMode):
         self.tensors = tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(self._other, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, lambda value: self.tensors.get(value, value), (args, kwargs or {}))
         return func(*args, **kwargs)
-
-    def _other(self, value: Any) -> Any:
-        return self.tensors.get(value, value) if isinstance(value, Tensor) else value
-
-
-def _zeros(output: Any) -> Any:
-    """The same tensors, or tuples and lists of them, filled with zeros."""
-    if isinstance(output, Tensor):
-        return torch.zeros_like(output)
-    return type(output)(map(_zeros, output)) if type(output) in (tuple, list) else output

@@ -4,14 +4,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from h2t_store.errors import TapError, did_you_mean
-from h2t_store.network.batch_axis import of_single_images
-from h2t_store.network.channel_axis import channel_axes
+from h2t_store.network.axes import channel_axes, of_single_images
 from h2t_store.network.class_token import class_positions
 from h2t_store.network.paper import published_taps
 from h2t_store.network.presets import canonical_name, preset
@@ -27,21 +25,10 @@ _log = logging.getLogger("h2t_store")
 def find_taps(
     model: nn.Module, example: Tensor, taps: str | Sequence[str], cls_token: ClassTokenPolicy = "pool"
 ) -> tuple[list[Tap], dict[str, str]]:
-    """Resolve presets and globs to the taps of a network.
+    """Resolve presets and globs to the taps of a network in evaluation mode.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode.
-    example : Tensor
-        ``(2, channels, height, width)``: two different inputs to run the network on.
-    taps : str or sequence of str
-        Presets and globs, as a sequence or joined by commas. ``paper``: the published taps of ResNets and ViTs.
-        ``activations``: the inputs of convolutions and linear layers except the images, block outputs and the network's
-        output. ``blocks``: block outputs, the classifier's input and the network's output. A glob over module names
-        takes their outputs, with ``:in`` their inputs; ``:2`` and ``:in:2`` take the second tensors.
-    cls_token : {"pool", "only", "keep"}
-        Class token of a tap: pooled with the other tokens, alone, or beside the pooled others.
+    A glob over module names takes their outputs, with ``:in`` their inputs; ``:2`` and ``:in:2`` take the second
+    tensors. ``example`` holds two different images.
 
     Returns
     -------
@@ -50,8 +37,6 @@ def find_taps(
     left_out : dict of str to str
         Tensors of a preset that are no activations of single images, with the reason.
     """
-    if cls_token not in get_args(ClassTokenPolicy):
-        raise TapError(f"cls_token {cls_token!r}: accepted are pool, only and keep")
     parts = taps.split(",") if isinstance(taps, str) else list(taps)
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
@@ -60,20 +45,21 @@ def find_taps(
         trace = Trace(model, example[:1].clone())
         names, asked = _names(trace, parts)
         axis_of = channel_axes(trace)
-        everything = [Tap(seen.place.name, seen.place, tuple(seen.tensor.shape), axis_of(seen)) for seen in trace.seen]
+        all_taps = [Tap(seen.place.name, seen.place, tuple(seen.tensor.shape), axis_of(seen)) for seen in trace.seen]
         found: dict[str, Tap] = {}
-        for seen, tap in zip(trace.seen, everything, strict=True):
+        for seen, tap in zip(trace.seen, all_taps, strict=True):
             if names.get(seen.content) == tap.name:
                 found.setdefault(tap.name, tap)
-        kept, left_out = of_single_images(model, example, list(found.values()))
+        usable, left_out = of_single_images(model, example, list(found.values()))
         if "activations" in parts:
-            left_out |= _never_called(trace)
+            idle = [name for name in trace.modules if name in trace.linear_layers - trace.ran]
+            left_out |= dict.fromkeys([f"{name}:in" for name in idle], "the network does not call this module")
         if cls_token != "pool":
-            kept = _with_class_tokens(kept, cls_token, class_positions(model, example[:1], everything))
+            usable = _with_class_tokens(usable, cls_token, class_positions(model, example[:1], all_taps))
     for name, reason in left_out.items():
         if name in asked:
             raise TapError(f"taps: {name!r} cannot become features: {reason}")
-    return kept, left_out
+    return usable, left_out
 
 
 def _names(trace: Trace, parts: Sequence[str]) -> tuple[dict[Content, str], set[str]]:
@@ -95,10 +81,13 @@ def _names(trace: Trace, parts: Sequence[str]) -> tuple[dict[Content, str], set[
 
 
 def _matches(glob: str, trace: Trace) -> list[Seen]:
-    """What a glob names: the part before the colon is matched against modules, the part after it taken as it is."""
+    """Match the part of a glob before the colon against modules; the part after it must be equal."""
     pattern, _, suffix = glob.partition(":")
-    parts = [(seen, *seen.place.name.partition(":")) for seen in trace.seen]
-    found = [seen for seen, module, _, which in parts if which == suffix and fnmatchcase(module, pattern)]
+    found = []
+    for seen in trace.seen:
+        module, _, which = seen.place.name.partition(":")
+        if which == suffix and fnmatchcase(module, pattern):
+            found.append(seen)
     if not found:
         known = [seen.place.name for seen in trace.seen]
         raise TapError(
@@ -106,12 +95,6 @@ def _matches(glob: str, trace: Trace) -> list[Seen]:
             f"{', '.join(PRESETS)} and globs over module names such as {known[len(known) // 2]!r}"
         )
     return found
-
-
-def _never_called(trace: Trace) -> dict[str, str]:
-    """Linear layers that do not run: the network does without, or a function uses their weights."""
-    reason = "the network does not call this module"
-    return {f"{name}:in": reason for name in trace.modules if name in trace.linear_layers - trace.ran}
 
 
 def _with_class_tokens(taps: Sequence[Tap], cls_token: ClassTokenPolicy, positions: dict[int, int]) -> list[Tap]:

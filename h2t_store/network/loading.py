@@ -16,9 +16,9 @@ from threading import RLock
 from typing import Any
 from urllib.parse import urlsplit
 
-import huggingface_hub
 import timm
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
@@ -54,23 +54,10 @@ def load_backbone(
     seed: int = 0,
     fallback_size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """Build a network and find out how its images are prepared; `ModelError` says why it cannot be done.
+    """Build a network and find out how its images are prepared; `ModelError` says why this is not possible.
 
-    Parameters
-    ----------
-    model : str or nn.Module
-        A timm architecture, optionally with a tag or an ``hf-hub:`` prefix; ``path/to/file.py:factory``, which runs the
-        file; or a module.
-    pretrained : bool
-        Load timm's published weights, unless a ``checkpoint`` is given; only for timm names.
-    checkpoint : path-like, optional
-        Weights to load, ``.safetensors`` or a torch file of plain tensors; every key must fit.
-    img_size : int, optional
-        Side of the square input. Default: the network's.
-    seed : int
-        Seed for weights that are not loaded.
-    fallback_size : (int, int), optional
-        Height and width of the input if neither the network nor ``img_size`` says.
+    The arguments are those of `h2t_store.settings.Settings`. ``fallback_size`` is the height and width of the input if
+    neither the network nor ``img_size`` says.
     """
     if not isinstance(model, str | nn.Module):
         raise ModelError(f"model: {type(model).__name__}; accepted are a name and a torch.nn.Module")
@@ -111,22 +98,21 @@ def _from_timm(name: str, pretrained: bool, img_size: int | None, seed: int) -> 
     try:
         if pretrained:
             _require_weights(name)
-        if img_size is not None:
-            try:
-                return _create(name, pretrained, seed, img_size=img_size)
-            except TypeError as error:
-                if "img_size" not in str(error):
-                    raise
-        return _create(name, pretrained, seed)
+        try:
+            return _create(name, pretrained, img_size, seed)
+        except TypeError as error:
+            if img_size is None or "img_size" not in str(error):
+                raise
+            return _create(name, pretrained, None, seed)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"model {name!r} cannot be built: {one_line(error)}") from error
 
 
-def _create(name: str, pretrained: bool, seed: int, **options: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, img_size: int | None, seed: int) -> nn.Module:
     with _seeded(seed):
-        network: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, img_size=img_size)  # None: the network's
         return network
 
 
@@ -134,21 +120,23 @@ def _require_weights(name: str) -> None:
     """Fail at once if published weights are neither here nor reachable; timm would retry for a minute."""
     if name.startswith("local-dir:"):
         return
-    address = huggingface_hub.constants.ENDPOINT
+    repository, url = name.partition(":")[2], ""
+    files = ["model.safetensors", "pytorch_model.bin"]
     if not name.startswith(_HUB_PREFIXES):
         config = get_pretrained_cfg(name)
-        if config is None or not (config.file or config.state_dict or config.hf_hub_id or config.url):
+        if config is None or not (config.has_weights or config.state_dict):
             raise ModelError(f"model {name!r} has no published weights: pass --no-pretrained or --checkpoint FILE")
         if config.file or config.state_dict:
             return
-        files = [config.hf_hub_filename or "model.safetensors", "model.safetensors", "pytorch_model.bin"]
-        cached = (config.hf_hub_id and huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file) for file in files)
-        if any(isinstance(path, str) for path in cached):
-            return
-        if config.url and (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name).exists():
-            return
-        address = address if config.hf_hub_id else config.url
-    reason = why_unreachable(address)
+        repository, url = config.hf_hub_id or "", config.url or ""
+        files.append(config.hf_hub_filename or files[0])
+    if url and (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name).exists():
+        return
+    repository, _, revision = repository.partition("@")
+    cached = (try_to_load_from_cache(repository, file, revision=revision or None) for file in files if repository)
+    if any(isinstance(path, str) for path in cached):
+        return
+    reason = why_unreachable(constants.ENDPOINT if repository else url)
     if reason is not None:
         raise ModelError(
             f"model {name!r}: its weights are not on this machine and cannot be fetched "
@@ -158,12 +146,13 @@ def _require_weights(name: str) -> None:
 
 def _load_checkpoint(network: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise ModelError(f"checkpoint {str(path)!r}: {'a folder' if path.is_dir() else 'there is no such file'}")
+        problem = "it is a folder" if path.is_dir() else "there is no such file"
+        raise ModelError(f"checkpoint {str(path)!r}: {problem}; accepted are .safetensors and torch files")
     try:
         weights = load_state_dict(str(path), weights_only=True)
     except Exception as error:
         unsafe = isinstance(error, pickle.UnpicklingError)
-        reason = "other objects are not unpickled, because that could run code" if unsafe else one_line(error)
+        reason = "other objects are not unpickled, because this could run code" if unsafe else one_line(error)
         raise ModelError(
             f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {reason}"
         ) from error

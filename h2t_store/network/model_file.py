@@ -13,8 +13,8 @@ from h2t_store.errors import ModelError, did_you_mean, one_line
 def build_from_file(spec: str) -> tuple[str, nn.Module, bytes]:
     """Run the file and call its factory; return its name, the network, and the source of the file and its neighbours.
 
-    The file may import its neighbours, as a script may. They are forgotten afterwards, because another file's
-    neighbours may have the same names.
+    The file may import modules of its folder, as a script may. They are forgotten afterwards, because they may change,
+    and modules in another folder may have the same names.
     """
     path_text, _, factory_name = spec.rpartition(":")
     path = Path(path_text)
@@ -43,9 +43,10 @@ def build_from_file(spec: str) -> tuple[str, nn.Module, bytes]:
         ) from error
     finally:
         sys.path.remove(folder)
+        neighbours = _take_neighbours(path.resolve(), before)
     if not isinstance(network, nn.Module):
         raise ModelError(f"model {spec!r}: the factory returned {type(network).__name__}, not a torch.nn.Module")
-    return f"{path.name}:{factory_name}", network, path.read_bytes() + _take_neighbours(path.resolve(), before)
+    return f"{path.name}:{factory_name}", network, path.read_bytes() + neighbours
 
 
 def _take_neighbours(path: Path, before: set[str]) -> bytes:

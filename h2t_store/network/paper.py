@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from h2t_store.errors import TapError
-from h2t_store.network.operations import Operations, find_operations
+from h2t_store.network.operations import Operations
 from h2t_store.network.presets import blocks, classifier, within
 from h2t_store.network.watching import Seen, Trace, is_linear_map
 
 
 class _Block(NamedTuple):
-    """A block, its first input, its last output, and what is seen from the one and from the other on."""
+    """A block, its first input, its last output, and where these are in ``Trace.seen``."""
 
     name: str
-    taken: Tensor
-    given: Tensor
+    first_input: Tensor
+    last_output: Tensor
     begin: int
     end: int
 
 
 def published_taps(trace: Trace) -> list[Seen]:
     """Tensors that the paper taps, each seen in the layout that the paper pools; `TapError` for other networks."""
-    operations = find_operations(trace.model, trace.image)
+    operations = Operations(trace.model, trace.image)
     if found := _vit_blocks(trace, operations.attentions):
         return _vit_taps(trace, operations.attentions, found)
     if found := _resnet_blocks(trace, operations):
@@ -39,24 +39,26 @@ def published_taps(trace: Trace) -> list[Seen]:
 
 def _resnet_blocks(trace: Trace, operations: Operations) -> list[_Block]:
     """Innermost blocks of at least two convolutions, if all that keep the shape add up two paths."""
-    strung = blocks(trace.model)
-    if any(isinstance(part, nn.Linear | nn.LayerNorm) for name in strung for part in trace.modules[name].modules()):
+    listed = blocks(trace.model)
+    if any(isinstance(part, nn.Linear | nn.LayerNorm) for name in listed for part in trace.modules[name].modules()):
         return []
-    names = [name for name in strung | _of_one_class(trace.model) if len(_parts(trace, name, _ConvNd)) >= 2]
-    found = [b for b in _in_order(trace, names) if b.taken.ndim == 4 and not trace.seen[b.begin].shows(trace.image)]
-    adding = {
-        block.name
-        for block in found
-        if within([module for module, size in operations.sums if size[2:] == block.given.shape[2:]], block.name)
-    }
-    keeping = {block.name for block in found if block.taken.shape == block.given.shape}
-    return found if adding and keeping <= adding else []
+    names = [name for name in listed | _repeated_children(trace.model) if len(_parts(trace, name, _ConvNd)) >= 2]
+    found = [
+        b for b in _in_order(trace, names) if b.first_input.ndim == 4 and not trace.seen[b.begin].shows(trace.image)
+    ]
+
+    def adds_paths(block: _Block) -> bool:
+        size = block.last_output.shape[2:]
+        return any(within([module], block.name) for module, shape in operations.sums if shape[2:] == size)
+
+    keeping_shape = [block for block in found if block.first_input.shape == block.last_output.shape]
+    return found if any(map(adds_paths, found)) and all(map(adds_paths, keeping_shape)) else []
 
 
 def _resnet_taps(trace: Trace, found: list[_Block]) -> list[Seen]:
     """The root output, what enters each convolution of a block, the final map and the logits."""
     convolutions = {name for block in found for name in _parts(trace, block.name, nn.Conv2d)}
-    size = found[-1].given.shape[2:]
+    size = found[-1].last_output.shape[2:]
     maps = [seen for seen in trace.seen[found[-1].end :] if seen.tensor.ndim == 4 and seen.tensor.shape[2:] == size]
     return [trace.seen[found[0].begin], *trace.entering(convolutions), maps[-1], *trace.outputs]
 
@@ -65,21 +67,21 @@ def _vit_blocks(trace: Trace, attentions: set[str]) -> list[_Block]:
     """Innermost blocks with an attention and an MLP, if they all take and give tokens of one width."""
     candidates = [name for name in blocks(trace.model) if within(attentions, name)]
     found = _in_order(trace, [name for name in candidates if len(_mlp(trace, name, attentions)) >= 2])
-    same = {(tensor.ndim, tensor.shape[-1]) for block in found for tensor in (block.taken, block.given)}
-    return found if len(same) == 1 and found[0].taken.ndim == 3 else []
+    same = {(tensor.ndim, tensor.shape[-1]) for block in found for tensor in (block.first_input, block.last_output)}
+    return found if len(same) == 1 and found[0].first_input.ndim == 3 else []
 
 
 def _vit_taps(trace: Trace, attentions: set[str], found: list[_Block]) -> list[Seen]:
     """Patches without and with positions, the parts of each block, the encoded tokens and the embedding."""
-    taken: set[str] = set()
-    given: set[str] = set()
+    inputs_of: set[str] = set()
+    outputs_of: set[str] = set()
     for block in found:
         linear = _mlp(trace, block.name, attentions)
         attention = set(within(attentions, block.name)) - {block.name}
-        taken |= attention or set(linear[:1])
-        given |= attention | set(linear)
-    inner = [seen for seen in [*trace.entering(taken), *trace.leaving(given)] if seen.place.item == 0]
-    last = found[-1].given
+        inputs_of |= attention or set(linear[:1])
+        outputs_of |= attention | set(linear)
+    inner = [seen for seen in [*trace.entering(inputs_of), *trace.leaving(outputs_of)] if seen.place.item == 0]
+    last = found[-1].last_output
     encoded = [
         seen
         for seen in trace.seen[found[-1].end :]
@@ -114,15 +116,15 @@ def _embedding(trace: Trace, end: int) -> list[Seen]:
     )
 
 
-def _of_one_class(model: nn.Module) -> set[str]:
+def _repeated_children(model: nn.Module) -> set[str]:
     """Children of a module that share their class with another child."""
-    found = set()
-    for parent, container in model.named_modules():
-        kinds = [type(child) for child in container.children()]
-        for child, module in container.named_children():
-            if kinds.count(type(module)) > 1 and not isinstance(module, nn.Sequential | nn.ModuleList):
-                found.add(f"{parent}.{child}".lstrip("."))
-    return found
+    return {
+        f"{parent}.{child}".lstrip(".")
+        for parent, container in model.named_modules()
+        for child, module in container.named_children()
+        if not isinstance(module, nn.Sequential | nn.ModuleList)
+        and sum(type(other) is type(module) for other in container.children()) > 1
+    }
 
 
 def _parts(trace: Trace, name: str, kind: type[nn.Module]) -> list[str]:

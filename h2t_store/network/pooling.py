@@ -38,20 +38,9 @@ def pooled_width(kind: Kind, shape: tuple[int, ...], target_size: int) -> int:
 def pool(activation: Tensor, kind: Kind, target_size: int) -> Tensor:
     """Pool activations to vectors.
 
-    Parameters
-    ----------
-    activation : Tensor
-        ``(N, C, H, W)`` for a map, ``(N, C, T)`` for tokens, ``(N, C)`` for a vector.
-    kind : {"map", "tokens", "vector"}
-        Vectors are kept whole.
-    target_size : int
-        Desired length t. With C >= t, maps and tokens are averaged over all positions. Otherwise window and stride of
-        the average pooling are ``W // isqrt(t // C)`` for maps and ``T * C // t`` for tokens, without padding.
-
-    Returns
-    -------
-    Tensor
-        ``(N, width)`` float32, channel by channel, positions of one channel side by side.
+    Maps ``(N, C, H, W)`` and tokens ``(N, C, T)`` are averaged over all positions if C is at least the target size t.
+    Otherwise window and stride of the average pooling are ``W // isqrt(t // C)`` for maps and ``T * C // t`` for
+    tokens, without padding. Vectors ``(N, C)`` are kept whole. Returns ``(N, width)`` float32, channel by channel.
     """
     if kind == "vector":
         return activation.float()

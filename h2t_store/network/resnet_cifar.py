@@ -25,33 +25,25 @@ class Shortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
-class ResNetCifar(nn.Module):
-    """ResNet-(6n+2) for 32x32 images, with timm's model interface: stages of 16, 32 and 64 channels."""
+def _narrower(width: int) -> nn.Sequential:
+    """Three blocks that halve the side of the map and double its channels."""
+    first = BasicBlock(width, 2 * width, stride=2, downsample=Shortcut(2, new_channels=width))
+    return nn.Sequential(first, *(BasicBlock(2 * width, 2 * width) for _ in range(2)))
 
-    def __init__(
-        self,
-        depths: tuple[int, ...] = (3, 3, 3),
-        num_classes: int = 10,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-    ) -> None:
+
+class ResNetCifar(nn.Module):
+    """ResNet-20 for 32x32 images, with timm's model interface."""
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, global_pool: str = "avg") -> None:
         super().__init__()
-        width = 16
-        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
         self.act1 = nn.ReLU(inplace=True)
-        self.feature_info = []
-        for stage, depth in enumerate(depths):
-            blocks = []
-            if stage:
-                blocks.append(BasicBlock(width, 2 * width, stride=2, downsample=Shortcut(2, new_channels=width)))
-                width *= 2
-            blocks += [BasicBlock(width, width) for _ in range(depth - len(blocks))]
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-            self.feature_info.append(dict(num_chs=width, reduction=2**stage, module=f"layer{stage + 1}"))
-        self.num_features = self.head_hidden_size = width
-        self.drop_rate = drop_rate
+        self.layer1 = nn.Sequential(*(BasicBlock(16, 16) for _ in range(3)))
+        self.layer2 = _narrower(16)
+        self.layer3 = _narrower(32)
+        self.feature_info = [dict(num_chs=16 << i, reduction=1 << i, module=f"layer{i + 1}") for i in range(3)]
+        self.num_features = self.head_hidden_size = 64
         self.reset_classifier(num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -68,12 +60,11 @@ class ResNetCifar(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))
-        for info in self.feature_info:
-            x = self.get_submodule(info["module"])(x)
+        x = self.layer3(self.layer2(self.layer1(x)))
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
+        x = self.global_pool(x)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -56,12 +56,12 @@ class Tap:
         return channels, torch.Size(self.raw_shape).numel() // channels
 
     @property
-    def _keeps_token(self) -> bool:
-        return self.class_token is not None and self.cls_token == "keep"
+    def _kept_tokens(self) -> int:
+        return int(self.class_token is not None and self.cls_token == "keep")
 
     @property
     def _shape_to_pool(self) -> tuple[int, ...]:
-        return (self.shape[0], self.shape[1] - 1) if self._keeps_token else self.shape
+        return (self.shape[0], self.shape[1] - 1) if self._kept_tokens else self.shape
 
     def window(self, target_size: int) -> tuple[int, ...]:
         """Pooling window; equal windows give equal features."""
@@ -69,8 +69,7 @@ class Tap:
 
     def width(self, target_size: int) -> int:
         """Number of features after pooling."""
-        pooled = pooled_width(self.kind, self._shape_to_pool, target_size)
-        return pooled + self.shape[0] if self._keeps_token else pooled
+        return pooled_width(self.kind, self._shape_to_pool, target_size) + self._kept_tokens * self.shape[0]
 
     def channels_first(self, activation: Tensor, n: int) -> Tensor:
         """View the activation of ``n`` images as ``(n, channels, *positions)``; `TapError` for another shape."""
@@ -88,12 +87,11 @@ class Tap:
         values = self.channels_first(activation, n)
         if self.class_token is None:
             return pool(values.flatten(1) if self.kind == "vector" else values, self.kind, target_size)
-        token = values[:, :, self.class_token].float()
+        before, token, after = values.tensor_split((self.class_token, self.class_token + 1), dim=2)
+        token = token[:, :, 0].float()
         if self.cls_token == "only":
             return token
-        rest = values[:, :, 1:]
-        if self.class_token:
-            rest = torch.cat([values[:, :, : self.class_token], values[:, :, self.class_token + 1 :]], dim=2)
+        rest = torch.cat([before, after], dim=2) if self.class_token else after
         return torch.cat([token, pool(rest, "tokens", target_size)], dim=1)
 
 
@@ -122,13 +120,10 @@ def pooled_layers(taps: Sequence[Tap], target_sizes: Sequence[int]) -> list[Pool
     Sizes that pool a tap to the same features share one layer. A tap with a single layer gives it its own name, else
     each layer is ``TAP@SIZE``, with the first of its sizes.
     """
-    sizes = tuple(dict.fromkeys(target_sizes))
-    if not sizes or min(sizes) < 1:
-        raise TapError(f"target_size {list(target_sizes)}: accepted are whole numbers from 1, at least one")
     layers = []
     for tap in taps:
         by_window: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for size in sizes:
+        for size in dict.fromkeys(target_sizes):
             by_window[tap.window(size)].append(size)
         for same in by_window.values():
             name = tap.name if len(by_window) == 1 else f"{tap.name}@{same[0]}"
@@ -140,16 +135,11 @@ def pooled_layers(taps: Sequence[Tap], target_sizes: Sequence[int]) -> list[Pool
 def tapped(
     model: nn.Module, layers: Sequence[Pooled], *, compiled: bool = False
 ) -> Iterator[Callable[[Tensor], list[Tensor]]]:
-    """Turn a network into a function from images to pooled activations.
+    """Turn a network into a function from images to pooled activations, ``(n, width)`` float32 for each layer.
 
     Each activation is pooled as soon as it exists, so only pooled values outlive a layer and later in-place changes do
-    not matter. Several threads may call the function, and tap the same network.
-
-    Yields
-    ------
-    callable
-        From ``(n, channels, height, width)`` images to a list of ``(n, width)`` float32 features, one per layer.
-        Raises `TapError` if a tap is not reached or has another shape than expected.
+    not matter. Several threads may call the function, and tap the same network. The function raises `TapError` if a tap
+    is not reached or has another shape than expected.
     """
     index: dict[Place, list[int]] = defaultdict(list)
     for i, layer in enumerate(layers):
