@@ -166,8 +166,9 @@ class Passes:
             if done and not seen:
                 seen.extend([perf_counter(), done])
 
-        with open_engine("local", workers=self.workers) as engine:
-            fill(self.job, store, "bench", engine, Running(progress=progress))
+        running = Running(workers=self.workers, progress=progress)
+        with open_engine(running) as engine:
+            fill(self.job, store, "bench", engine, running)
         return self.run(start, *seen)
 
 

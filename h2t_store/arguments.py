@@ -1,14 +1,16 @@
 """Arguments described once, as fields of a dataclass: help in its docstring; type, default and flag with the field."""
 
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
-from inspect import Parameter, getdoc
+from inspect import Parameter, Signature, cleandoc, formatannotation, getdoc, signature
 from numbers import Integral
+from textwrap import fill
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from h2t_store.errors import H2TError
 
-__all__ = ["argument", "check_choices", "integer", "parameters"]
+__all__ = ["argument", "check_choices", "integer", "list_arguments", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,21 @@ def parameters(described: type) -> list[Parameter]:
         default = Parameter.empty if each.default is MISSING else each.default
         found.append(Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=flag))
     return found
+
+
+def list_arguments(function: Callable[..., Any], *described: type) -> None:
+    """Have help() list the arguments that a function takes as ``**arguments``: in signature and docstring."""
+    own = {each.name: each for each in signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD}
+    kinds = {name: kind for each in described for name, kind in get_type_hints(each).items()}
+    found = [each for kind in described for each in parameters(kind)]
+    others = [each.replace(annotation=kinds[each.name]) for each in found if each.name not in own]
+    function.__signature__ = Signature([*own.values(), *others])  # type: ignore[attr-defined]
+    texts = []
+    for each in found:
+        kind = "" if each.name in own else f" : {formatannotation(kinds[each.name])}"
+        texts += [each.name + kind, fill(each.annotation.help, 112, initial_indent=" " * 4, subsequent_indent=" " * 4)]
+    before, heading, after = cleandoc(function.__doc__ or "").partition("\n\nRaises\n")
+    function.__doc__ = "\n".join([before, *texts]) + heading + after
 
 
 def check_choices(described: Any) -> None:

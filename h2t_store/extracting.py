@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from h2t_store.arguments import list_arguments
 from h2t_store.engines import Engine, open_engine
+from h2t_store.engines.loading import Remarks
 from h2t_store.engines.plan import Plan
 from h2t_store.engines.preparation import Job
-from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import DataError, StoreError, one_line
 from h2t_store.images import Data, arrange
 from h2t_store.matrix import FeatureMatrix, open_features
@@ -22,7 +23,7 @@ from h2t_store.storage.places import in_one_process
 from h2t_store.storage.store import Extraction, FeatureStore, differences
 from h2t_store.storage.verify import damaged_chunks
 
-__all__ = ["arranged", "engine_of", "extract", "fill", "require_same_environment"]
+__all__ = ["arranged", "extract", "fill", "require_same"]
 
 _log = logging.getLogger("h2t_store")
 _SAME_MAGNITUDE = 0.05
@@ -42,13 +43,12 @@ def extract(
 
     Parameters
     ----------
-    data, model, **arguments
-        Images and network, and any other field of `h2t_store.settings.Settings` (what is computed: ``taps``,
-        ``target_size``, ...) and of `h2t_store.settings.Running` (how: ``workers``, ``append``, ``engine``, ...).
-    store : path-like or str
+    store
         Folder or URL, created if missing (see `h2t_store.storage.places.open_place`).
-    name : str
+    name
         Name of the extraction, such as ``pets/train``.
+    **arguments
+        The fields of `h2t_store.settings.Settings` and `h2t_store.settings.Running`.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def extract(
     check_name(name)
     if in_one_process(store) and running.engine != "local":
         raise StoreError(f"store {store!r} is in the memory of one process: engine {running.engine!r} needs another")
-    with engine_of(running) as engine:
+    with open_engine(running) as engine:
         job = engine.prepare(_with_batch_size(settings, store, name))
         opened = FeatureStore(store, create=True)
         if running.append or not _is_complete(job, opened, name):
@@ -72,14 +72,7 @@ def extract(
     return open_features(store, name)
 
 
-def engine_of(running: Running) -> Engine:
-    """Open the engine that the arguments name."""
-    return open_engine(
-        running.engine,
-        workers=running.workers,
-        ray_address=running.ray_address,
-        num_gpus_per_worker=running.num_gpus_per_worker,
-    )
+list_arguments(extract, Settings, Running)
 
 
 def _with_batch_size(settings: Settings, store: str | os.PathLike[str], name: str) -> Settings:
@@ -132,8 +125,8 @@ def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Runn
         _reopen_damaged(extraction, name)
         engine.meet()
     if not extraction.complete:
-        require_same_environment(extraction, job)
-        missing = _missing(extraction, engine)
+        _require_same_environment(extraction, job)
+        missing = _missing(extraction)
         engine.meet()  # all have the same list before the first block is committed
         _run(job, extraction, missing, engine, running)
     engine.meet()
@@ -146,32 +139,25 @@ def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Runn
 
 def _begin(job: Job, store: FeatureStore, name: str, append: bool) -> tuple[Job, Extraction]:
     """The job in the order of the rows, and the extraction to fill: new, begun before, or extended."""
-    begun = store.find(name)
-    if begun is None:
-        if append:
-            raise StoreError(f"{store.address}: no extraction {name!r} to append to: run without --append first")
-        return job, store.begin(name, job.header(), job.source.y, job.source.sample_ids)
-    try:
-        job = arranged(job, begun)
-    except DataError:
-        if append:
-            raise
-    new = len(job.source) - begun.header.n_samples
-    if append and new > 0:
-        return job, _extend(job, store, name, begun)
+    begun, new = store.find(name), 0
+    if begun is not None:
+        with nullcontext() if append else suppress(DataError):
+            job = arranged(job, begun)
+        new = len(job.source) - begun.header.n_samples
+        if append and new > 0:
+            return job, _extend(job, store, name, begun)
+    elif append:
+        raise StoreError(f"{store.address}: no extraction {name!r} to append to: run without --append first")
     try:
         return job, store.begin(name, job.header(), job.source.y, job.source.sample_ids)
     except StoreError as error:
-        if new > 0 and _earlier_rows(job, begun).inputs == begun.header.provenance["inputs"]:
+        if begun is not None and new > 0 and _earlier_rows(job, begun).inputs == begun.header.provenance["inputs"]:
             raise StoreError(f"{begun.where}: the data has {new} more images now: add them with --append") from error
         raise
 
 
 def _extend(job: Job, store: FeatureStore, name: str, begun: Extraction) -> Extraction:
-    different = differences(begun.header.provenance["inputs"], _earlier_rows(job, begun).inputs)
-    if different:
-        raise StoreError(f"{begun.where} was made from something else ({'; '.join(different)}): it cannot be extended")
-    require_same_environment(begun, job)
+    require_same(begun, _earlier_rows(job, begun), "it cannot be extended")
     old = begun.header
     header = replace(job.header(), rows_per_block=old.rows_per_block, codec=old.codec, shards=old.shards)
     return store.extend(name, header, job.source.y, job.source.sample_ids)
@@ -205,30 +191,34 @@ def _reopen_damaged(extraction: Extraction, name: str) -> None:
         extraction.reopen(damaged)
 
 
-def _missing(extraction: Extraction, engine: Engine) -> Plan:
-    """Row blocks for this process to compute, without rows that are stored already."""
+def _missing(extraction: Extraction) -> Plan:
+    """Row blocks to compute, without rows that are stored already."""
     header, committed = extraction.header, extraction.committed()
     if committed.any():
         of = committed.sum(), len(committed)
         _log.info("%s: %d of %d row blocks are stored, computing the rest", extraction.where, *of)
-    missing = engine.share(np.flatnonzero(~committed))
+    missing = np.flatnonzero(~committed)
     known = {block: rows for block in missing.tolist() if (rows := extraction.known_rows(block))}
     return Plan(header.n_samples, header.rows_per_block, missing, known)
 
 
 def _run(job: Job, extraction: Extraction, missing: Plan, engine: Engine, running: Running) -> None:
+    """Compute the part of the missing row blocks that is this process's; its progress stands for that of all."""
     remarks, n_images, n_missing, computed = Remarks(), extraction.header.n_samples, missing.n_rows, 0
+    own = engine.share(missing)
+    n_own = own.n_rows
 
-    def advance(images: int) -> None:
+    def report(images: int, new: Remarks) -> None:
         nonlocal computed
         computed += images
+        remarks.add(new)
         if engine.leads:
-            running.progress(n_images - n_missing + computed, n_images, computed * job.row_bytes)
+            done = round(computed / max(1, n_own) * n_missing)
+            running.progress(n_images - n_missing + done, n_images, done * job.row_bytes)
 
-    advance(0)
-    how: dict[str, Any] = {"on_error": running.on_error, "stopped": running.stopped}
+    report(0, Remarks())
     try:
-        engine.run(job, extraction, missing, progress=advance, remark=remarks.add, **how)
+        engine.run(job, extraction, own, running, report)
     except OSError as error:
         reason = f"{error.strerror or one_line(error)}; finished row blocks are stored"
         raise StoreError(f"{extraction.where} cannot be written: {reason}") from error
@@ -236,7 +226,15 @@ def _run(job: Job, extraction: Extraction, missing: Plan, engine: Engine, runnin
         remarks.log()
 
 
-def require_same_environment(extraction: Extraction, job: Job) -> None:
+def require_same(extraction: Extraction, job: Job, otherwise: str) -> None:
+    """Raise `StoreError` unless the extraction was made from the same data, in the same environment."""
+    different = differences(extraction.header.provenance["inputs"], job.inputs)
+    if different:
+        raise StoreError(f"{extraction.where} was made from something else ({'; '.join(different)}): {otherwise}")
+    _require_same_environment(extraction, job)
+
+
+def _require_same_environment(extraction: Extraction, job: Job) -> None:
     """Raise `StoreError` unless versions, device and batch size are as before: others round differently."""
     begun = extraction.header.provenance["environment"]
     keys = ("device", "batch_size", "torchcompile")

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from h2t_store.engines.preparation import Job
+from h2t_store.engines import open_engine
 from h2t_store.errors import DamagedError, H2TError, StoreError
-from h2t_store.extracting import arranged, engine_of, fill, require_same_environment
+from h2t_store.extracting import arranged, fill, require_same
 from h2t_store.images import Data
 from h2t_store.settings import Running, Settings
-from h2t_store.storage.store import Extraction, FeatureStore, differences
+from h2t_store.storage.store import Extraction, FeatureStore
 from h2t_store.storage.verify import Damage, restore_documents, verify
 
 __all__ = ["repair"]
@@ -51,7 +51,7 @@ def repair(
         If it cannot be repaired, or if data or network have changed.
     """
     running, opened = Running(workers=workers, progress=progress), FeatureStore.unchecked(store)
-    with opened.lock(name) as lost, engine_of(running) as engine:
+    with opened.lock(name) as lost, open_engine(running) as engine:
         damages = list(verify(opened, name))
         opened.require_lock(name)
         restore_documents(opened, name, damages)
@@ -62,7 +62,10 @@ def repair(
             extraction.finish()
         if not blocks and not lost_labels and extraction.complete:
             return damages
-        job = _same_rows(extraction, engine.prepare(_settings(extraction, data, model)))
+        job = engine.prepare(_settings(extraction, data, model))
+        with suppress(DamagedError):  # if the identifiers are damaged, the data must be in the same order as then
+            job = arranged(job, extraction)
+        require_same(extraction, job, "it is repaired from the same")
         on_error: Literal["raise", "skip"] = "skip" if _may_have_skipped(extraction, damages) else "raise"
         opened.require_lock(name)
         if lost_labels:
@@ -99,19 +102,3 @@ def _settings(extraction: Extraction, data: Any, model: Any) -> Settings:
         return Settings.from_json(record)
     except (TypeError, H2TError) as error:
         raise StoreError(f"{extraction.where} cannot be repaired: its settings are not on record") from error
-
-
-def _same_rows(extraction: Extraction, job: Job) -> Job:
-    """The job in the order of the rows; raises `StoreError` unless data, network and environment are as before.
-
-    If the identifiers are damaged, the data must be in the same order as then.
-    """
-    with suppress(DamagedError):
-        job = arranged(job, extraction)
-    different = differences(extraction.header.provenance["inputs"], job.inputs)
-    if different:
-        raise StoreError(
-            f"{extraction.where} was made from something else ({'; '.join(different)}): it is repaired from the same"
-        )
-    require_same_environment(extraction, job)
-    return job

@@ -3,6 +3,7 @@
 `h2t_store.extract`, the command, the provenance, the workers and `h2t_store.repair` all take it from here.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -28,8 +29,8 @@ class Settings:
         torch/NAME, hfds/NAME, wds/FOLDER, or 'digits' (scikit-learn's). In Python also a tuple (images, labels) or any
         map-style dataset, see `h2t_store.images`.
     split
-        Part of the data. Of a folder or .tar, the folder of that name in it; of wds/, a split in its _info.json, or
-        shards and their number of samples: 'x-{0000..0001}.tar|2000'.
+        Part of the data: a folder inside a folder or .tar; for wds/, a split in its _info.json, or shards and their
+        number of samples, 'x-{0000..0001}.tar|2000'.
     data_dir
         Folder of torch/NAME, or the folder that paths in a list file are relative to.
     download
@@ -52,10 +53,10 @@ class Settings:
     cls_token
         Pool the class token with the others, take it alone, or keep it beside the pooled others.
     target_size
-        Approximate length that each activation is pooled to. Several are stored side by side in one pass (repeat the
-        flag; X.select_target_size takes one).
+        Approximate length that each activation is pooled to. Several are stored side by side in one pass (on the
+        command line, repeat the flag); X.select_target_size selects one.
     dtype
-        Type as stored; values that do not fit are an error.
+        Type of the stored features; a value that does not fit is an error.
     batch_size
         Images per forward pass; halved as long as CUDA runs out of memory.
     device
@@ -65,7 +66,7 @@ class Settings:
     torchcompile
         Compile the network together with its pooling.
     codec
-        Compress features. An extraction that is extended keeps its codec, shards and rows per block.
+        Compression of the features. An extended extraction keeps its codec, shards and rows per block.
     shards
         Store a row block of a layer as one object, which saves requests to object stores.
     rows_per_block
@@ -103,8 +104,9 @@ class Settings:
             "target_size": tuple(dict.fromkeys(integer("target_size", size, 1) for size in _listed(self.target_size))),
             "taps": _words("taps", self.taps),
             "device": str(self.device),
-            "data_dir": _path("data_dir", self.data_dir),
-            "checkpoint": _path("checkpoint", self.checkpoint),
+            "split": _string("split", self.split),
+            "data_dir": _string("data_dir", self.data_dir, "a path"),
+            "checkpoint": _string("checkpoint", self.checkpoint, "a path"),
         }
         for name, value in valid.items():
             object.__setattr__(self, name, value)
@@ -147,9 +149,9 @@ class Running:
     workers
         Processes that decode images; 0 decodes in this process. With engine ray, workers that each hold the network.
     on_error
-        At an image that cannot be read, stop; or record why, mask its row, and continue.
+        If an image cannot be read: stop, or record the reason, mask its row and continue.
     append
-        Extend the extraction by images that are new in the data; stored rows stay as they are.
+        Add the images that are new in the data to the extraction; stored rows stay as they are.
     engine
         Compute in this process; on a Ray cluster (pip install 'head2toe[ray]') whose nodes find store and data at the
         same addresses; or in processes started by torchrun, one per device. One engine can finish what another began.
@@ -158,7 +160,7 @@ class Running:
     num_gpus_per_worker
         GPUs of each Ray worker, such as 0.5.
     stopped
-        Called after every row block; true stops.
+        Called after every row block; return true to stop.
     progress
         Called with images done, images in total, and bytes of features computed by this call.
     """
@@ -177,6 +179,10 @@ class Running:
     def __post_init__(self) -> None:
         check_choices(self)
         integer("workers", self.workers, 0, besides=None)
+        _string("ray_address", self.ray_address)
+        gpus: Any = self.num_gpus_per_worker
+        if gpus is not None and not (isinstance(gpus, int | float) and 0 <= gpus < math.inf):
+            raise H2TError(f"num_gpus_per_worker {gpus!r}: accepted are numbers from 0")
 
 
 def read_arguments(arguments: Mapping[str, Any]) -> tuple[Settings, Running]:
@@ -200,9 +206,9 @@ def _words(name: str, given: Any) -> str | tuple[str, ...]:
     return given if isinstance(given, str) else tuple(given)
 
 
-def _path(name: str, given: Any) -> str | None:
+def _string(name: str, given: Any, accepted: str = "a string") -> str | None:
     if given is not None and not isinstance(given, str | os.PathLike):
-        raise H2TError(f"{name} {given!r}: accepted is a path")
+        raise H2TError(f"{name} {given!r}: accepted is {accepted}")
     return None if given is None else os.fspath(given)
 
 

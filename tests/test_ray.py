@@ -20,7 +20,7 @@ import h2t_store
 from h2t_store.engines import open_engine
 from h2t_store.engines.plan import Plan
 from h2t_store.errors import DataError, H2TError, ModelError, StoppedError
-from h2t_store.settings import Settings
+from h2t_store.settings import Running, Settings
 from h2t_store.storage.places import open_place
 from h2t_store.storage.store import FeatureStore
 
@@ -176,7 +176,7 @@ def test_a_network_that_always_dies_is_an_error(cluster, tmp_path, folder):
         store = FeatureStore(tmp_path / "s", create=True)
         extraction = store.begin("x", job.header(), job.source.y, job.source.sample_ids)
         with pytest.raises(H2TError, match="2 Ray workers died in a row"):
-            engine.run(job, extraction, Plan(40, extraction.header.rows_per_block))
+            engine.run(job, extraction, Plan(40, extraction.header.rows_per_block), Running(), lambda *_: None)
 
 
 def test_a_node_that_dies_is_done_without(cluster, tmp_path, folder):
@@ -256,7 +256,7 @@ def test_a_connection_ends_when_the_last_who_uses_it_has_left(monkeypatch):
     for order in ((0, 1), (1, 0)):
         stacks = [ExitStack(), ExitStack()]
         for stack in stacks:
-            stack.enter_context(open_engine("ray", ray_address="local"))
+            stack.enter_context(open_engine(Running(engine="ray", ray_address="local")))
         stacks[order[0]].close()
         assert calls == ["init"]
         stacks[order[1]].close()

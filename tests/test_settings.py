@@ -1,5 +1,6 @@
 """The one description of an extraction: validation, JSON, absolute paths, and the flags made from it."""
 
+import inspect
 import json
 import pickle
 import sys
@@ -147,6 +148,7 @@ def test_a_record_of_an_older_version_has_defaults_for_what_it_lacks():
         (dict(seed=None), "seed None: accepted are whole numbers from 0 to"),
         (dict(img_size=9000), "img_size 9000: accepted are whole numbers from 1 to 8192"),
         (dict(checkpoint=3), "checkpoint 3: accepted is a path"),
+        (dict(split=3), "split 3: accepted is a string"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_accepted(wrong, message):
@@ -200,9 +202,21 @@ def test_rows_per_block_is_the_height_of_chunks(tmp_path, images):
         (dict(engine="spark"), "engine 'spark': accepted are local, ray and torchrun"),
         (dict(append=None), "append None: accepted are True and False"),
         (dict(num_gpus_per_worker=-1.0), "num_gpus_per_worker -1.0: accepted are numbers from 0"),
+        (dict(num_gpus_per_worker="all"), "num_gpus_per_worker 'all': accepted are numbers from 0"),
+        (dict(ray_address=6379), "ray_address 6379: accepted is a string"),
     ],
 )
 def test_a_wrong_way_to_run_is_named_and_leaves_no_store(tmp_path, images, wrong, message):
     with pytest.raises(H2TError, match=message):
         h2t_store.extract((images, None), model=f"{MODELS}:small_input", store=tmp_path / "s", name="x", **wrong)
     assert not (tmp_path / "s").exists()
+
+
+def test_help_lists_every_argument_of_extract():
+    names = {field.name for kind in (Settings, Running) for field in fields(kind)}
+    shown = inspect.signature(h2t_store.extract).parameters
+    assert set(shown) == names | {"store", "name"}
+    assert shown["taps"].default == "activations"
+    lines = inspect.getdoc(h2t_store.extract).splitlines()
+    assert names <= {line.partition(" : ")[0] for line in lines}
+    assert lines.index("Raises") > lines.index("taps : str | tuple[str, ...]")

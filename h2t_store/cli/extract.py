@@ -1,5 +1,6 @@
 """The command ``extract``."""
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -64,6 +65,8 @@ def extract(
     interruption.echoed = arguments["engine"] == "torchrun"
     with interruption.computing() as meter:
         matrix = run(**arguments, store=store, name=name, stopped=interruption.asked, progress=meter)
+    if interruption.echoed and os.environ["RANK"] != "0":
+        return  # one of the processes of torchrun prints
     seconds, failures = time.perf_counter() - start, matrix.failures
     n_images, n_columns, n_layers, n_classes = *matrix.shape, len(matrix.layers), len(matrix.classes)
     if as_json:
@@ -79,17 +82,17 @@ def extract(
 
 
 def _print_plan(name: str, settings: Settings, running: Running, as_json: bool) -> None:
+    from h2t_store.engines import open_engine
     from h2t_store.engines.local import seconds_per_image
     from h2t_store.engines.preparation import prepare
-    from h2t_store.extracting import engine_of
     from h2t_store.storage.layout import check_name
 
     check_name(name)
-    engine_of(running)
+    open_engine(running)
     job = prepare(settings)
     n_images, n_columns, preprocessing = len(job.source), job.layers[-1].stop, job.inputs["preprocessing"]
     n_bytes = sum(map(job.layer_bytes, job.layers))
-    seconds = n_images * seconds_per_image(job.forward, job.source, job.batch_size, running.workers)
+    seconds = n_images * seconds_per_image(job, running.workers)
     if as_json:
         total = {"images": n_images, "features": n_columns, "bytes": n_bytes, "seconds": seconds}
         layers = [

@@ -14,7 +14,7 @@ from h2t_store.errors import ModelError, TapError
 from h2t_store.network import Pooled, tapped
 from h2t_store.switches import exact_arithmetic
 
-__all__ = ["Features", "Forward", "Network", "choose_batch_size", "copy_to_host", "running"]
+__all__ = ["Features", "Forward", "Network", "choose_batch_size", "copy_to_host", "open_network"]
 
 _log = logging.getLogger("h2t_store")
 _CPU_BATCH = 16
@@ -42,7 +42,7 @@ class Forward:
 
 
 @contextmanager
-def running(
+def open_network(
     forward: Forward, at_once: int | None = None, note: Callable[[int], None] = lambda images: None
 ) -> Iterator[Network]:
     """Open the network, with ``at_once`` images at most; ``note`` is told when CUDA memory suffices for fewer only."""
@@ -127,7 +127,7 @@ def choose_batch_size(forward: Forward, image_size: tuple[int, int]) -> int:
     if forward.device.type != "cuda":
         return _CPU_BATCH
     peaks = []
-    with running(forward) as network:
+    with open_network(forward) as network:
         for n in (2, 4):
             torch.cuda.reset_peak_memory_stats(forward.device)
             try:

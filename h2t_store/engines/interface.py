@@ -2,20 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from h2t_store.engines.loading import OnError
-from h2t_store.engines.plan import RowBlock
+from h2t_store.engines.loading import Remarks
+from h2t_store.engines.plan import Plan, RowBlock
 from h2t_store.engines.preparation import Job
-from h2t_store.engines.remarks import Remarks
-from h2t_store.settings import Settings
+from h2t_store.settings import Running, Settings
 from h2t_store.storage.extraction import Extraction
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Report"]
+
+Report = Callable[[int, Remarks], None]
+"""Called with the number of images computed, and with what was remarked on images, since the last call."""
 
 
 class Engine(ABC):
@@ -27,16 +25,16 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let go of what the engine holds."""
         return
 
-    def share(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row blocks that are this process's."""
-        return numbers
+    def share(self, plan: Plan) -> Plan:
+        """Return the part of a plan that this process computes."""
+        return plan
 
     def meet(self) -> None:
-        """Wait for the other processes; raises `H2TError` where one of them ended."""
+        """Wait for the other processes; raises `H2TError` if one of them ended."""
         return
 
     @abstractmethod
@@ -44,26 +42,10 @@ class Engine(ABC):
         """Find out what an extraction would compute, see `h2t_store.engines.preparation.prepare`."""
 
     @abstractmethod
-    def run(
-        self,
-        job: Job,
-        extraction: Extraction,
-        plan: Iterable[RowBlock],
-        *,
-        on_error: OnError = "raise",
-        stopped: Callable[[], bool] = lambda: False,
-        progress: Callable[[int], None] = lambda images: None,
-        remark: Callable[[Remarks], None] = lambda remarks: None,
-    ) -> None:
-        """Compute the row blocks of a plan and commit them.
+    def run(self, job: Job, extraction: Extraction, plan: Iterable[RowBlock], running: Running, report: Report) -> None:
+        """Compute and commit the row blocks of a plan; the images of the job are in the order of the rows.
 
-        The images of the job are in the order of the rows. ``stopped`` is asked after every block. ``progress`` is
-        called with the number of images done, and ``remark`` with the remarks on images, since the last call.
-
-        Raises
-        ------
-        DataError, ModelError, TapError
-            Where an image cannot be read, or the network gives what cannot be stored.
-        StoppedError
-            After the blocks in hand when ``stopped`` became true; everything computed is committed.
+        Of ``running`` it uses ``on_error`` and ``stopped``. It raises `DataError` if an image cannot be read,
+        `ModelError` or `TapError` if features cannot be computed or stored, and `StoppedError` if ``stopped`` returned
+        true; everything computed by then is committed.
         """

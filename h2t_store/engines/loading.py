@@ -1,11 +1,12 @@
 """Images to batches: decoded and transformed in worker processes, ahead of the network."""
 
+import logging
 import os
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import current_process, get_all_start_methods, get_start_method
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +16,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from h2t_store.engines.plan import RowBlock, batches
-from h2t_store.engines.remarks import Remarks
+from h2t_store.engines.preparation import Job
 from h2t_store.errors import DataError, H2TError, one_line
 from h2t_store.images import Source
 from h2t_store.images.names import shown
 
+_log = logging.getLogger("h2t_store")
 BATCHES_AHEAD = 2
 _MAX_DEFAULT_WORKERS = 4
 _GUARD = "put what it is to do once below: if __name__ == '__main__':"
 
-OnError = Literal["raise", "skip"]
-Transform = Callable[[Image.Image], Tensor]
+
+class Remarks(dict[str, tuple[int, str]]):
+    """What was lost or guessed when pictures were decoded: of how many pictures, and the first of them."""
+
+    def add(self, others: Mapping[str, tuple[int, str]]) -> None:
+        """Count those of other pictures, too."""
+        for remark, (n, example) in others.items():
+            known, first = self.get(remark, (0, example))
+            self[remark] = known + n, first
+
+    def log(self) -> None:
+        """Warn once of each kind."""
+        for remark, (n, example) in self.items():
+            _log.warning("%d images %s: such as %s", n, remark, example)
 
 
 class Batch(NamedTuple):
@@ -38,7 +52,7 @@ class Batch(NamedTuple):
     remarks: Remarks
 
 
-def load_batch(source: Source, transform: Transform, rows: Sequence[int]) -> Batch:
+def load_batch(source: Source, transform: Callable[[Image.Image], Tensor], rows: Sequence[int]) -> Batch:
     """Decode and transform some rows; a row that fails is reported, not raised."""
     images, failed, remarks = [], {}, Remarks()
     digests = np.zeros((len(rows), 16), np.uint8)
@@ -61,8 +75,8 @@ def load_batch(source: Source, transform: Transform, rows: Sequence[int]) -> Bat
 
 
 class _Batches(Dataset[Batch]):
-    def __init__(self, source: Source, transform: Transform) -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, job: Job) -> None:
+        self.source, self.transform = job.source, job.forward.transform
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         return load_batch(self.source, self.transform, rows)
@@ -73,32 +87,23 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    """Ignore Ctrl-C and a first SIGTERM: the block in hand needs the images."""
+    """Ignore Ctrl-C and a first SIGTERM: the current block needs the images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def load(
-    source: Source,
-    transform: Transform,
-    blocks: Iterable[RowBlock],
-    *,
-    batch_size: int,
-    segments: Sequence[int],
-    workers: int,
-    pinned: bool,
-    on_error: OnError,
-    remark: Callable[[Remarks], None],
+    job: Job, blocks: Iterable[RowBlock], *, segments: Sequence[int], workers: int, skip: bool
 ) -> Generator[Batch]:
     """Batches of row blocks in order, two ahead for each worker process; 0 workers load in this one."""
     loader: DataLoader[Any] = DataLoader(
-        _Batches(source, transform),
+        _Batches(job),
         batch_size=None,
-        sampler=batches(blocks, batch_size, segments),
+        sampler=batches(blocks, job.batch_size, segments),
         num_workers=workers,
         prefetch_factor=BATCHES_AHEAD if workers else None,
         collate_fn=_as_it_is,
-        pin_memory=pinned,
+        pin_memory=job.forward.device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent,
     )
     loading = iter(loader)
@@ -111,15 +116,14 @@ def load(
             raise _worker_failed(error) from error
         except OSError as error:
             raise DataError(f"images cannot be read: {one_line(error)}") from error
-        if batch.failed and on_error == "raise":
+        if batch.failed and not skip:
             raise DataError(next(iter(batch.failed.values())))
-        remark(batch.remarks)
         yield batch
 
 
 @contextmanager
 def naming_workers() -> Iterator[None]:
-    """Blame a worker's death on the worker: torch raises it from a signal handler, in the midst of whatever runs."""
+    """Raise `DataError` if a worker process died: torch raises that from a signal handler, in any other code."""
     try:
         yield
     except Exception as error:
@@ -129,7 +133,7 @@ def naming_workers() -> Iterator[None]:
 
 
 def is_of_a_worker(error: Exception) -> bool:
-    """Whether torch says that a worker process died."""
+    """Whether torch raised this because a worker process died."""
     return "DataLoader worker" in str(error)
 
 
@@ -143,13 +147,15 @@ def _worker_failed(error: Exception) -> DataError:
     return DataError(f"a process that decodes images failed: {one_line(error)} ({advice})")
 
 
-def default_workers(source: Source) -> int:
-    """How many processes decode the images of a source by default."""
+def workers_for(source: Source, workers: int | None) -> int:
+    """How many processes decode the images of a source, by default if None."""
+    if workers is not None:
+        return workers
     return 0 if source.in_memory or not _may_start_processes() else min(_MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
 
 
 def check_workers(workers: int | None) -> None:
-    """Raise `H2TError` where this process cannot start so many, or is only being started itself."""
+    """Raise `H2TError` if this process cannot start others, or is being started itself by multiprocessing."""
     if getattr(current_process(), "_inheriting", False):  # as multiprocessing asks itself
         raise H2TError(f"a process that is being started runs the whole script, this call with it: {_GUARD}")
     if workers and not _may_start_processes():

@@ -47,9 +47,14 @@ class Plan:
     known: Mapping[int, int] = field(default_factory=dict)  # first rows of blocks that are stored already
 
     def __iter__(self) -> Iterator[RowBlock]:
-        for number in range(-(-self.n_samples // self.height)) if self.numbers is None else map(int, self.numbers):
+        for number in map(int, self.numbers_of_blocks):
             start, stop = number * self.height, min((number + 1) * self.height, self.n_samples)
             yield RowBlock(number, start + self.known.get(number, 0), stop)
+
+    @property
+    def numbers_of_blocks(self) -> Sequence[int] | NDArray[np.int64]:
+        """Which blocks."""
+        return range(-(-self.n_samples // self.height)) if self.numbers is None else self.numbers
 
     @property
     def n_rows(self) -> int:

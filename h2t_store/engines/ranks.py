@@ -3,15 +3,13 @@
 import os
 from dataclasses import replace
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from h2t_store.engines.local import LocalEngine
+from h2t_store.engines.plan import Plan
 from h2t_store.engines.preparation import Job
 from h2t_store.errors import H2TError, one_line
 from h2t_store.settings import Settings
@@ -37,11 +35,11 @@ class TorchrunEngine(LocalEngine):
         self.leads = dist.get_rank() == 0
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         dist.destroy_process_group(self._group if self._existing else None)
 
-    def share(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        return numbers[dist.get_rank() :: dist.get_world_size()]
+    def share(self, plan: Plan) -> Plan:
+        return replace(plan, numbers=plan.numbers_of_blocks[dist.get_rank() :: dist.get_world_size()])
 
     def meet(self) -> None:
         if dist.get_world_size() > 1:

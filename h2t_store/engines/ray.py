@@ -20,21 +20,19 @@ from itertools import islice
 from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from h2t_store.engines.interface import Engine
-from h2t_store.engines.loading import BATCHES_AHEAD, OnError, check_workers
+from h2t_store.engines.interface import Engine, Report
+from h2t_store.engines.loading import BATCHES_AHEAD, Remarks, check_workers
 from h2t_store.engines.local import LocalEngine
 from h2t_store.engines.plan import RowBlock
 from h2t_store.engines.preparation import Job, prepare
-from h2t_store.engines.remarks import Remarks
 from h2t_store.errors import H2TError, StoppedError, one_line
 from h2t_store.network import code_digest
-from h2t_store.settings import Settings
+from h2t_store.settings import Running, Settings
 from h2t_store.storage.extraction import Extraction
 from h2t_store.storage.places import Place
 from h2t_store.switches import Switch
@@ -74,14 +72,14 @@ class _Worker:
         self._blocks.put(block)
         return answer.result()
 
-    def _serve(self, job: Job, folder: Place, where: str, on_error: OnError, num_cpus: int, decoding: int) -> None:
+    def _serve(self, job: Job, folder: Place, where: str, on_error: Any, num_cpus: int, decoding: int) -> None:
         try:
             torch.set_num_threads(num_cpus)
             job.forward.model.to(job.forward.device)
             engine, extraction = LocalEngine(decoding), Extraction(folder, where)
-            options: Any = dict(on_error=on_error, remark=self._remarks.put, written=self._answer)
+            running = Running(on_error=on_error)
             while True:
-                engine.run(job, extraction, self._coming(self._blocks.get()), **options)
+                engine.run(job, extraction, self._coming(self._blocks.get()), running, self._report, self._answer)
         except BaseException as error:
             for answer in list(self._answers.values()):
                 answer.set_exception(error)
@@ -92,6 +90,9 @@ class _Worker:
             while True:
                 yield block
                 block = self._blocks.get(timeout=_PAUSE_SECONDS)
+
+    def _report(self, _: int, remarks: Remarks) -> None:
+        self._remarks.put(remarks)
 
     def _answer(self, block: RowBlock) -> None:
         remarks = Remarks()
@@ -166,11 +167,11 @@ class _Team:
 
 
 class RayEngine(Engine):
-    """Workers on a Ray cluster, which is connected to, or started on this machine, and left afterwards.
+    """Workers on a Ray cluster: connects to one or starts one on this machine, and disconnects afterwards.
 
-    By default there is a worker for each share of GPUs, or one per node, and ``num_gpus`` of each is 1 where the
-    cluster has some and the device is not the CPU. ``deaths_of_each`` is how often a worker may die, in the mean,
-    before any block is committed.
+    By default one worker per share of GPUs, or one per node without GPUs. ``num_gpus`` is for each worker, by default
+    1 if the cluster has GPUs and the device is not the CPU. ``deaths_of_each`` is how often a worker may die, on
+    average, before any block is committed.
     """
 
     def __init__(
@@ -189,11 +190,11 @@ class RayEngine(Engine):
         self._connection.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._connection.__exit__()
 
     def prepare(self, settings: Settings) -> Job:
-        """Prepare on a worker, as this machine may lack the GPU that it takes to try; log here what is logged there."""
+        """Prepare on a worker, because this machine may lack a GPU; log here what is logged there."""
         model, num_gpus = settings.model, self._gpus_of_each(_resources(), settings.device)
         with _in_one_line():
             if isinstance(model, nn.Module):
@@ -206,17 +207,7 @@ class RayEngine(Engine):
             job = replace(job, backbone=replace(job.backbone, code_sha256=code_digest(model)))
         return job  # type: ignore[no-any-return]
 
-    def run(
-        self,
-        job: Job,
-        extraction: Extraction,
-        plan: Iterable[RowBlock],
-        *,
-        on_error: OnError = "raise",
-        stopped: Callable[[], bool] = lambda: False,
-        progress: Callable[[int], None] = lambda images: None,
-        remark: Callable[[Remarks], None] = lambda remarks: None,
-    ) -> None:
+    def run(self, job: Job, extraction: Extraction, plan: Iterable[RowBlock], running: Running, report: Report) -> None:
         nodes = _resources()
         num_gpus = self._gpus_of_each(nodes, job.forward.device.type)
         n_workers, num_cpus = _shape(nodes, self.workers, num_gpus)
@@ -226,16 +217,15 @@ class RayEngine(Engine):
         worker = ray.remote(num_gpus=num_gpus, num_cpus=num_cpus, max_concurrency=in_hand)(_Worker)
         with _in_one_line():
             _send_code_of(job.forward.model.cpu())
-            task = ray.put(job), extraction.folder, extraction.where, on_error, num_cpus, decoding
+            task = ray.put(job), extraction.folder, extraction.where, running.on_error, num_cpus, decoding
             max_deaths = self.deaths_of_each * n_workers
             with closing(_Team(worker, task, in_hand, max_deaths, plan)) as team:
                 team.hire(n_workers)
                 stopping = False
                 while team.busy() or (team.more() and not stopping):
                     for block, remarks in team.wait(give=not stopping):
-                        progress(block.stop - block.start)
-                        remark(remarks)
-                    stopping = stopping or stopped()
+                        report(block.stop - block.start, remarks)
+                    stopping = stopping or running.stopped()
                 if team.more():
                     raise StoppedError("stopped after the row blocks in hand")
 
@@ -249,7 +239,7 @@ class RayEngine(Engine):
 
 
 def _shape(nodes: list[dict[str, float]], workers: int | None, num_gpus: float) -> tuple[int, int]:
-    """How many workers, and how many cores each: so many that all find a place."""
+    """How many workers, and how many cores each, so that all fit on the nodes."""
     cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1] or [1]
     if workers is None:
         workers = int(sum(node.get("GPU", 0) for node in nodes) // num_gpus) if num_gpus else len(cpus)
@@ -270,7 +260,7 @@ def _prepare_to_send(settings: Settings) -> tuple[Job, list[logging.LogRecord]]:
 
 
 def _send_code_of(network: nn.Module) -> None:
-    """Have the code of a network's classes sent along with it, but for that of installed packages and of this one."""
+    """Send the code of a network's classes with it, except that of installed packages and of this one."""
     for name in {type(module).__module__ for module in network.modules()} & sys.modules.keys():
         installed = "site-packages" in Path(getattr(sys.modules[name], "__file__", None) or "").parts
         if not installed and name.partition(".")[0] not in ("__main__", "h2t_store"):
@@ -279,7 +269,7 @@ def _send_code_of(network: nn.Module) -> None:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Raise what a worker raised, and errors of Ray as `H2TError`."""
+    """Raise a worker's own error; raise other errors of workers and of Ray as `H2TError`."""
     try:
         yield
     except RayTaskError as error:
@@ -292,10 +282,7 @@ def _in_one_line() -> Iterator[None]:
 
 
 def _resources() -> list[dict[str, float]]:
-    """What each living node has, asked by a worker.
-
-    Ray's connection for such questions is cut in a driver that forked, such as to decode images for the local engine.
-    """
+    """Resources of each living node, asked by a worker: a driver that has forked loses Ray's connection for this."""
     ask = ray.remote(num_cpus=0, max_retries=3)(lambda: [node["Resources"] for node in ray.nodes() if node["Alive"]])
     try:
         found: list[dict[str, float]] = ray.get(ask.remote(), timeout=_ANSWER_SECONDS)

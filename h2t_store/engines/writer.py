@@ -1,10 +1,10 @@
 """Row blocks: filled batch by batch, then written in the background."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from h2t_store.engines.loading import Batch
 from h2t_store.engines.plan import RowBlock
 from h2t_store.storage.extraction import Extraction
 
-__all__ = ["Filling", "Writer"]
+__all__ = ["Filling", "writing"]
 
 _BLOCKS_BEING_WRITTEN = 2
 
@@ -46,40 +46,27 @@ class Filling:
         self.n_filled = stop
 
 
-class Writer:
-    """Writes row blocks in the background, two at a time at most; all are on disk once it is left.
+@contextmanager
+def writing(extraction: Extraction, written: Callable[[RowBlock], None]) -> Iterator[Callable[[Filling], None]]:
+    """Write row blocks in the background, two at a time at most; all are committed when this is left.
 
     ``written`` is called, in another thread, with each block that is committed.
     """
+    under_way: deque[Future[None]] = deque()
 
-    def __init__(self, extraction: Extraction, written: Callable[[RowBlock], None]) -> None:
-        self._extraction, self._written = extraction, written
-        self._thread = ThreadPoolExecutor(1)
-        self._under_way: deque[Future[None]] = deque()
+    def commit(filled: Filling) -> None:
+        block, features = filled.block, [layer.numpy() for layer in filled.features]
+        known = block.start - block.number * extraction.header.rows_per_block
+        norms = filled.norms.numpy()
+        extraction.write_block(block.number, features, norms, filled.digests, filled.failures, known=known)
+        written(block)
 
-    def write(self, filled: Filling) -> None:
-        """Hand over a block; waits while two others are being written."""
-        while len(self._under_way) >= _BLOCKS_BEING_WRITTEN:
-            self._under_way.popleft().result()
-        self._under_way.append(self._thread.submit(self._write, filled))
+    def write(filled: Filling) -> None:
+        while len(under_way) >= _BLOCKS_BEING_WRITTEN:
+            under_way.popleft().result()
+        under_way.append(thread.submit(commit, filled))
 
-    def _write(self, filled: Filling) -> None:
-        block = filled.block
-        known = block.start - block.number * self._extraction.header.rows_per_block
-        self._extraction.write_block(
-            block.number,
-            [layer.numpy() for layer in filled.features],
-            filled.norms.numpy(),
-            filled.digests,
-            filled.failures,
-            known=known,
-        )
-        self._written(block)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
-        self._thread.shutdown(wait=True)
-        for written in self._under_way:
-            written.result()
+    with ThreadPoolExecutor(1) as thread:
+        yield write
+    for each in under_way:
+        each.result()
