@@ -413,10 +413,13 @@ def test_scorers_see_the_rows_and_labels_of_the_fold():
 
     names = np.array(["c", "a", "b"])[y]
     Head2ToeClassifierCV(**SMALL, scoring=scorer, refit="best").fit(X, names)
-    for fold, (_, test) in enumerate(splits):
-        of_fold = seen[fold * len(seen) // 3]
-        np.testing.assert_array_equal(of_fold[0], X[test])
-        np.testing.assert_array_equal(of_fold[1], names[test])
+    order = []
+    for given, labels in seen:
+        fold = next(fold for fold, (_, test) in enumerate(splits) if np.array_equal(given, X[test]))
+        np.testing.assert_array_equal(labels, names[splits[fold][1]])
+        order.append(fold)
+    assert order == sorted(order)
+    assert set(order) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("refit", ["mixture", "best", "one_standard_error"])
