@@ -52,11 +52,6 @@ def train(
     The gradient of ||W_d|| at zero counts as zero. A row's cross-entropy is multiplied by s_i / mean(s); rows of zero
     weight, and classes that have no others, are left out. Computed in float32, or float64 if X is wider. Start and
     shuffle are drawn on the CPU, whatever the device.
-
-    Raises
-    ------
-    ValueError
-        If X is not finite, or the training diverges.
     """
     rows, target = np.flatnonzero(sample_weight > 0), resolve_device(device)
     present = np.unique(codes[rows])

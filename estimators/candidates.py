@@ -16,10 +16,10 @@ from estimators.device import resolve_device
 from estimators.group_lasso.progress import SearchProgress
 from estimators.group_lasso.result import GroupLassoPath
 from estimators.head import KeptFeatures, LinearModel, RidgeHead, RidgeSolution, held_bytes, in_memory
-from estimators.held import HeldFeatures, hold
+from estimators.held import hold
 from estimators.mixture import drawn
 from estimators.paths import PathOptions, solve_path
-from estimators.scaling import kept_scaling
+from estimators.scaling import layer_scaling
 from estimators.selection import select_features
 from estimators.sklearn_private import check_method_params
 from estimators.training import Training, class_weighted
@@ -73,9 +73,7 @@ def fit_candidates(
 
 
 def _hold(training: Training, options: PathOptions) -> tuple[Training, PathOptions]:
-    training, left = hold(training, options.max_memory, options.device)
-    if isinstance(training.features, HeldFeatures):
-        training.features.load()
+    training, left = hold(training, options.max_memory, options.device, load=True)
     return training, replace(options, max_memory=left)
 
 
@@ -193,7 +191,7 @@ class Trial:
         for fit in self._fits(part, nothing, options):
             if fit.linear is not last:  # candidates that keep the same features share a model
                 last, selected = fit.linear, fit.columns[fit.selected]
-                kept = KeptFeatures(values, selected, every, kept_scaling(fit.candidate.normalization), limit)
+                kept = KeptFeatures(values, selected, every, layer_scaling(fit.candidate.normalization, "kept"), limit)
                 score, predicted = self.judge(X, test, kept.scores(last.coef, last.intercept), options.label)
             place = places[fit.candidate]
             scores[place], n_features[place], log_probabilities[place] = score, len(fit.selected), predicted[shown]

@@ -21,7 +21,7 @@ from estimators.head import KeptFeatures, LinearModel, RidgeHead, held_bytes
 from estimators.held import hold
 from estimators.labels import as_labels
 from estimators.paths import PathOptions, solve_path
-from estimators.scaling import kept_scaling, whole_scaling
+from estimators.scaling import layer_scaling
 from estimators.selection import select_features
 from estimators.selector import PATH_CONSTRAINTS, SelectedFeatures, warn_nothing_selected
 from estimators.sklearn_private import Interval, StrOptions
@@ -269,8 +269,8 @@ class Head2ToeClassifier(SparseLinearClassifier):
         else:
             self._set_path(path)
         self._set_selection(training, columns, selected, linear.row_norms if path is None else path.row_norms(-1))
-        scaling = whole_scaling if self.head == "path" else kept_scaling
-        self._set_linear(training, linear, scaling(self.normalization))
+        part = "whole" if self.head == "path" else "kept"
+        self._set_linear(training, linear, layer_scaling(self.normalization, part))
 
 
 def _path_head(path: GroupLassoPath, selected: NDArray[np.int64]) -> LinearModel:

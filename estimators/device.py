@@ -15,13 +15,7 @@ _UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("kmgt", st
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to compute on: ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the device is unknown to torch, not there, or cannot compute in float64.
-    """
+    """The device to compute on, which must do float64: ``"auto"`` is CUDA where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -36,13 +30,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def memory_limit(max_memory: int | str | None, device: torch.device) -> int:
-    """Bytes that X may take on a device; None is 80 % of what is free there.
-
-    Raises
-    ------
-    ValueError
-        If ``max_memory`` is no amount of memory.
-    """
+    """Bytes that X may take on a device; None is 80 % of what is free there."""
     if max_memory is None:
         if device.type == "cuda":
             # What torch has taken from the card, but no tensor is in, is free as well.

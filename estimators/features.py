@@ -73,15 +73,7 @@ Features: TypeAlias = ColumnSource | NDArray[Any] | Tensor
 
 
 def as_features(X: Any) -> Features:
-    """X itself if it can be read by blocks of columns, a tensor without its gradient, anything else as an array.
-
-    Raises
-    ------
-    TypeError
-        If X is sparse.
-    ValueError
-        If X is not a matrix of real numbers with at least one row and column.
-    """
+    """X itself if it can be read by blocks of columns, a tensor without its gradient, anything else as an array."""
     features: Features = X
     if issparse(X) or (isinstance(X, Tensor) and X.layout != torch.strided):
         dense = "to_dense" if isinstance(X, Tensor) else "toarray"
@@ -117,17 +109,17 @@ def iterate_blocks(X: Features, max_bytes: int = READ_BYTES) -> Iterator[tuple[C
     """Blocks of whole columns of any supported X, each at most ``max_bytes`` (but at least one column).
 
     Blocks of what lies in memory already are views, small enough for a processor's cache.
-
-    Yields
-    ------
-    columns : slice or ndarray of int64
-    block : ndarray or Tensor of shape (n_rows, width)
     """
     if not isinstance(X, (np.ndarray, Tensor)):
         yield from X.column_blocks(max_bytes)
         return
-    n_rows, n_features = X.shape
-    width = max(1, min(max_bytes, _CACHE_BYTES) // max(1, n_rows * X.itemsize))
-    for start in range(0, n_features, width):
-        columns = slice(start, min(start + width, n_features))
+    for columns in column_slices(X.shape, X.itemsize, min(max_bytes, _CACHE_BYTES)):
         yield columns, X[:, columns]
+
+
+def column_slices(shape: Sequence[int], itemsize: int, max_bytes: int) -> Iterator[slice]:
+    """Cut a matrix into blocks of whole columns, each at most ``max_bytes`` (but at least one column)."""
+    n_rows, n_columns = shape
+    width = max(1, max_bytes // max(1, n_rows * itemsize))
+    for start in range(0, n_columns, width):
+        yield slice(start, min(start + width, n_columns))

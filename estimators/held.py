@@ -13,7 +13,7 @@ from joblib.parallel import BACKENDS, get_active_backend
 from numpy.typing import NDArray
 
 from estimators.device import memory_limit, resolve_device
-from estimators.features import FeatureMatrix, is_feature_matrix
+from estimators.features import FeatureMatrix, column_slices, is_feature_matrix
 from estimators.group_lasso.operators import dense_bytes, storage_dtype
 from estimators.training import Training
 
@@ -73,10 +73,7 @@ class HeldFeatures:
         if values is None:
             yield from self._stored.column_blocks(max_bytes)
             return
-        n_rows, n_columns = self.shape
-        width = max(1, min(max_bytes, _BLOCK_BYTES) // max(1, n_rows * self.dtype.itemsize))
-        for start in range(0, n_columns, width):
-            part = slice(start, min(start + width, n_columns))
+        for part in column_slices(self.shape, self.dtype.itemsize, min(max_bytes, _BLOCK_BYTES)):
             yield part, self._take(values, part)
 
     def layer_norms(self) -> NDArray[np.float32]:
@@ -101,11 +98,18 @@ def _composed(chosen: Index, key: Any, size: int) -> Index:
 
 
 def hold(
-    training: Training, max_memory: Memory, device: str | torch.device, copies: int = 1, n_fits: int = 1
+    training: Training,
+    max_memory: Memory,
+    device: str | torch.device,
+    *,
+    copies: int = 1,
+    n_fits: int = 1,
+    load: bool = False,
 ) -> tuple[Training, Memory]:
     """The training set with its stored features held, where that leaves memory for solvers, and the memory left.
 
-    ``copies`` of them will be held, for ``n_fits`` solvers at the same time.
+    ``copies`` of them will be held, for ``n_fits`` solvers at the same time. They are read now (``load``) or when all
+    of them are first wanted.
     """
     features = training.features
     if not is_feature_matrix(features) or isinstance(features, HeldFeatures):
@@ -116,8 +120,10 @@ def hold(
     # Not held either where a solver could hold its own copy only without this one.
     if left < n_fits * size or left < n_fits * dense_bytes(*features.shape, storage_dtype(features, None)) <= limit:
         return training, max_memory
-    held = replace(training, features=HeldFeatures(features))
-    return held, left if resolve_device(device).type == "cpu" else max_memory
+    held = HeldFeatures(features)
+    if load:
+        held.load()
+    return replace(training, features=held), left if resolve_device(device).type == "cpu" else max_memory
 
 
 def hold_for_folds(
@@ -133,9 +139,7 @@ def hold_for_folds(
     processes = n_fits > 1 and not getattr(backend, "supports_sharedmem", False)
     if processes and type(backend) not in map(BACKENDS.get, _LOCAL):
         return training, max_memory, max_memory
-    training, left = hold(training, max_memory, device, 2 if processes else 1, n_fits)
-    if isinstance(training.features, HeldFeatures):
-        training.features.load()
+    training, left = hold(training, max_memory, device, copies=2 if processes else 1, n_fits=n_fits, load=True)
     if n_fits == 1:
         return training, left, left
     return training, left, max(1, memory_limit(left, resolve_device(device)) // n_fits)

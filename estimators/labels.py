@@ -14,22 +14,7 @@ _LARGEST_WEIGHT = 1e100
 
 
 def as_labels(y: ArrayLike | Tensor) -> NDArray[Any]:
-    """Labels as a 1-d array of str or of numbers.
-
-    Parameters
-    ----------
-    y : array-like of shape (n_samples,)
-        A list, an array (also of objects or numpy's StringDType), a Series or a tensor.
-
-    Returns
-    -------
-    ndarray of shape (n_samples,)
-
-    Raises
-    ------
-    ValueError
-        If y has another shape, a label is missing (None, NaN or NA), or strings and numbers are mixed.
-    """
+    """Labels as a 1-d array of str or of numbers: from a list, array, Series or tensor with none missing."""
     if isinstance(y, Tensor):
         y = y.detach().cpu().numpy()
     # A list as objects: numpy would write its numbers, and NaN, as strings where there are strings as well.
@@ -79,11 +64,6 @@ def check_sample_weight(sample_weight: ArrayLike | None, n_samples: int) -> NDAr
 
     If the largest is beyond 1e100 or below 1e-100, all are scaled so that it is that: sums and products stay in range,
     and a penalty that is weighed against them vanishes or rules as before.
-
-    Raises
-    ------
-    ValueError
-        If the shape is another, or the weights are not finite and non-negative with a positive one among them.
     """
     if sample_weight is None:
         return np.ones(n_samples)

@@ -34,18 +34,23 @@ def layer_names(X: FeatureMatrix | NDArray[Any]) -> NDArray[Any]:
 
 
 def matching_layers(names: NDArray[Any], patterns: str | Sequence[str]) -> NDArray[np.int64]:
-    """Numbers of the layers whose name matches any of the globs, sorted; every glob must match one."""
+    """Numbers of the layers with any of these names, or matching any of these globs, sorted; each must match one."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    known: list[str] = names.tolist()
     shown = ", ".join(map(repr, names)) if len(names) <= 6 else f"{names[0]!r} to {names[-1]!r}"
     if not patterns:
         raise ValueError(f"layers must hold at least one name or glob, got none; X has {len(names)} layer(s): {shown}.")
+    matched: set[str] = set()
     for pattern in patterns:
-        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
+        found = [name for name in known if isinstance(pattern, str) and fnmatchcase(name, pattern)]
+        # A name may hold the characters of a glob.
+        matched.update(found := [pattern] if pattern in known else found)
+        if not found:
             raise ValueError(
                 f"layers={pattern!r} matches no layer of X. Accepted are names and globs of its {len(names)} layer(s): "
                 f"{shown}."
             )
-    return np.array([i for i, name in enumerate(names) if any(fnmatchcase(name, p) for p in patterns)], dtype=np.int64)
+    return np.array([number for number, name in enumerate(known) if name in matched], dtype=np.int64)
 
 
 def layers_by_size(X: FeatureMatrix | NDArray[Any]) -> dict[int, list[str]]:

@@ -45,6 +45,9 @@ def mixture_weights(
     are almost the same. Weights need not sum to one: where models are less sure than they should be, the sum is
     greater. Those below 1 % of the sum are dropped, and the others fitted again.
 
+    Copies of a model have no weight. Where no mixture is worth its weights, the most likely model has weight 1 if it is
+    more likely than the class frequencies; else all are 0.
+
     Parameters
     ----------
     log_probabilities : ndarray of shape (n_models, n_samples, n_classes)
@@ -53,12 +56,6 @@ def mixture_weights(
         Of the classes in what each sample's models were fitted on.
     codes, sample_weight : ndarray of shape (n_samples,)
         True classes, and weights.
-
-    Returns
-    -------
-    ndarray of shape (n_models,), float64
-        Copies of a model have none. Where no mixture is worth its weights, the most likely model has weight 1 if it is
-        more likely than the class frequencies; else all are 0.
     """
     weights, right = np.zeros(len(log_probabilities)), log_probabilities[:, np.arange(len(codes)), codes]
     # A class that no model has met says nothing about any of them.

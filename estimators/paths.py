@@ -42,6 +42,9 @@ class PathOptions:
     verbose: int
     label: str = ""
 
+    def __post_init__(self) -> None:
+        cache_place(self.memory)
+
     @classmethod
     def of(cls, estimator: Any, **others: Any) -> PathOptions:
         """The parameters of an estimator with these names, ``others`` in their place."""

@@ -15,7 +15,7 @@ from estimators.adam import train
 from estimators.classifier import SparseLinearClassifier
 from estimators.head import KeptFeatures, LinearModel, held_bytes
 from estimators.held import hold
-from estimators.scaling import kept_scaling, standardizes, whole_scaling
+from estimators.scaling import layer_scaling, standardizes
 from estimators.selection import count_kept
 from estimators.selector import PATH_CONSTRAINTS
 from estimators.sklearn_private import Interval
@@ -118,10 +118,11 @@ class PublishedHead2Toe(SparseLinearClassifier):
                 device=self.device,
             )
 
-        scores = trained(np.arange(len(columns)), whole_scaling(self.normalization), self.coef).row_norms
+        scores = trained(np.arange(len(columns)), layer_scaling(self.normalization, "whole"), self.coef).row_norms
         selected = np.sort(np.argsort(-scores, kind="stable")[: count_kept(self.keep_fraction, len(scores))])
-        head = trained(selected, kept_scaling(self.normalization), 0.0)
+        scaling = layer_scaling(self.normalization, "kept")
+        head = trained(selected, scaling, 0.0)
         self.n_iter_ = head.n_iter
         self._set_selection(training, columns, selected, scores)
-        self._set_linear(training, head, kept_scaling(self.normalization))
+        self._set_linear(training, head, scaling)
         return self

@@ -24,14 +24,9 @@ def standardizes(normalization: str | None) -> bool:
     return normalization in ("standard", "layer+standard")
 
 
-def whole_scaling(normalization: str | None) -> str:
-    """What the scoring divides each layer's part of a row by: the layer's length, "whole", or nothing, ""."""
-    return "whole" if scales_layers(normalization) else ""
-
-
-def kept_scaling(normalization: str | None) -> str:
-    """What the head divides each layer's kept part of a row by: its length, "kept", or nothing, ""."""
-    return "kept" if scales_layers(normalization) else ""
+def layer_scaling(normalization: str | None, part: str) -> str:
+    """Whose length each layer's part of a row is divided by: ``part``'s, or "" for nothing."""
+    return part if scales_layers(normalization) else ""
 
 
 def inverse_layer_norms(X: FeatureMatrix | NDArray[Any], layers: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -52,27 +52,28 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     Parameters
     ----------
     alphas : int or sequence of float in (0, 1], default=(0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
-        Strengths of the group lasso as fractions of alpha_max. An int is so many from 0.7 to 0.02 on a log scale.
+        Strengths of the group lasso as fractions of alpha_max. An int gives that many from 0.7 to 0.02 on a log
+        scale.
     keep_fractions : sequence of float in (0, 1] or None, default=(None, 0.02, 0.1, 0.3, 1.0)
         Tried at every strength. None keeps the features with nonzero weight; 1.0 keeps all, whatever the strength.
     Cs : int or sequence of float, default=(0.01, 1.0, 100.0)
-        Inverse penalties of the ridge head. An int is so many from 1e-4 to 1e4 on a log scale.
+        Inverse penalties of the ridge head. An int gives that many from 1e-4 to 1e4 on a log scale.
     normalizations : sequence of {"standard", "layer", "layer+standard"} or None, default=("standard",)
     last_layers : sequence of int, default=(1, 2)
-        Tried as well: all features of so many last layers, which are linear probes.
+        Linear probes to try as well: each on all features of that many last layers.
     single_layers : int, default=16
-        Tried as well: all features of one layer, for so many layers spread evenly over the network. What single layers
-        see of an image mixes well where the task is far from the network's own.
+        Number of single layers to try as well, each with all its features, spread evenly over the network. They mix
+        well where the task is far from the one the network was trained for.
     cv : int, splitter or iterable of (train, test), default=5
         An integer is the number of stratified folds, or of the samples of the largest class where these are fewer.
     scoring : str, callable or None, default=None
-        What a scorer of scikit-learn may be; None is accuracy. It may ask for predictions of the samples it is given
-        only. Where it fails, the score is nan, with a warning.
+        A scorer as scikit-learn takes it; None is accuracy. It can only predict the samples it is given. Where it
+        fails, the score is nan, with a warning.
     refit : {"mixture", "best", "one_standard_error"}, default="mixture"
-        What is fitted on all samples. "mixture" is the candidates, with the weights, whose summed scores make the
-        held-out labels most likely (`mixture_weights`): one candidate chosen by its score is a matter of luck where
-        many are about as good, and layers know different things. "best" is the candidate with the best mean score;
-        equal ones are ranked by fewer features, then by smaller C. "one_standard_error" is the one with the fewest
+        What is fitted on all samples. "mixture" fits several candidates and adds up their scores, with the weights that
+        make the held-out labels most likely (`mixture_weights`): where many candidates are about as good, choosing one
+        is a matter of luck, and layers know different things. "best" is the candidate with the best mean score, of
+        equal ones that with fewer features, then with smaller C. "one_standard_error" is the one with the fewest
         features among those within a standard error of the best.
     l1_ratio, class_weight, tol, max_iter, device, memory
         As in `Head2ToeClassifier`. An interrupted or extended search with ``memory`` goes on from there.
@@ -111,8 +112,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
     coef_, intercept_ : ndarray
         As in `Head2ToeClassifier`, of the weighted sum. Several estimators that scale layers, each by the length of
         what it kept, are no single linear model and have neither.
-    selected_features_, feature_scores_, feature_layers_, layer_names_
-        As in `Head2ToeClassifier`: features that any of ``estimators_`` reads, and the weighted mean of their scores.
+    selected_features_, feature_layers_, layer_names_
+        As in `Head2ToeClassifier`, of all features that any of ``estimators_`` reads.
+    feature_scores_ : ndarray of shape (n_features_in_,), float64
+        Of an only estimator, its own. Of several, the weighted mean of their scores, each set divided by its sum.
     alphas_, Cs_ : ndarray of float64
         Those tried; strengths from strong to weak.
     n_splits_, n_iter_ : int
@@ -376,8 +379,10 @@ class Head2ToeClassifierCV(SelectedFeatures, ScoresClassifier, BaseEstimator):  
         if len(training.classes) == 2:
             self.offset_ = np.diff(self.offset_)
         self.classes_, self.n_iter_ = training.classes, max(estimator.n_iter_ for estimator in self.estimators_)
-        each = [estimator.feature_scores_ for estimator in self.estimators_]
-        scores = np.average(each, axis=0, weights=self.weights_ if self.weights_.any() else None)
+        scores = self.estimators_[0].feature_scores_
+        if len(self.estimators_) > 1:  # heads and paths score on different scales
+            shares = [scores / (scores.sum() or 1.0) for scores in (one.feature_scores_ for one in self.estimators_)]
+            scores = np.average(shares, axis=0, weights=self.weights_)
         selected = np.unique(np.concatenate([estimator.selected_features_ for estimator in self.estimators_]))
         self._set_selection(training, np.arange(len(training.layers)), selected, scores)
         if not len(self.selected_features_):

@@ -22,25 +22,11 @@ _DTYPES = [np.float64, np.float32, np.float16]
 
 @dataclass(frozen=True)
 class Training:
-    """Features and labels to learn from.
-
-    Attributes
-    ----------
-    features : ndarray or FeatureMatrix of shape (n_samples, n_features)
-    layers : ndarray of shape (n_features,), int64
-        Which layer each feature belongs to.
-    layer_names : ndarray of shape (n_layers,), object
-        In network order.
-    classes : ndarray of shape (n_classes,)
-    codes : ndarray of shape (n_samples,), int64
-        ``classes[codes]`` are the labels.
-    sample_weight : ndarray of shape (n_samples,), float64
-        Class weights contained.
-    """
+    """Features and labels to learn from: ``classes[codes]`` are the labels, class weights are in ``sample_weight``."""
 
     features: FeatureMatrix | NDArray[Any]
-    layers: NDArray[np.int64]
-    layer_names: NDArray[Any]
+    layers: NDArray[np.int64]  # of each feature: the position of its layer in layer_names
+    layer_names: NDArray[Any]  # in network order
     classes: NDArray[Any]
     codes: NDArray[np.int64]
     sample_weight: NDArray[np.float64]
@@ -69,11 +55,6 @@ def check_training(
     """Check X, y and the weights, and remember on the estimator what X looks like.
 
     Whether an array is finite is left to whoever reads it first.
-
-    Raises
-    ------
-    ValueError
-        If an input is not as described in the estimator.
     """
     if y is None:
         raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None.")
@@ -119,14 +100,7 @@ def class_weighted(training: Training, class_weight: dict[Any, float] | str | No
 
 
 def check_features(estimator: BaseEstimator, X: Any, *, reset: bool) -> FeatureMatrix | NDArray[Any]:
-    """Check X in fit (``reset``) or against what was seen there.
-
-    Raises
-    ------
-    ValueError
-        If X is empty, was made by another recipe than in fit, has another number of features or other feature names, or
-        is an array that is not finite.
-    """
+    """Check X in fit (``reset``) or against what was seen there; an array also for values that are not finite."""
     name = type(estimator).__name__
     if not is_feature_matrix(X):
         array: NDArray[Any] = validate_data(estimator, as_host_array(X), dtype=_DTYPES, reset=reset)

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import check_estimator
 
-from estimators import Head2ToeClassifier, group_lasso_path
+from estimators import Head2ToeClassifier, Head2ToeClassifierCV, group_lasso_path
 
 WIDTHS = (12, 1, 17)
 
@@ -354,6 +354,14 @@ def test_all_features_are_kept_without_a_path(solved_ratios):
     sd = np.sqrt(np.cov(X.T, aweights=weight, ddof=0).diagonal())
     norms = np.linalg.norm(model.coef_, axis=0) * sd
     np.testing.assert_allclose(model.feature_scores_, norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", [Head2ToeClassifier(), Head2ToeClassifierCV(cv=2)])
+def test_memory_is_checked_where_no_path_is_solved(model):
+    X, y, _ = layered_problem()
+    kept = {"keep_fraction": 1.0} if isinstance(model, Head2ToeClassifier) else {"keep_fractions": (1.0,)}
+    with pytest.raises(ValueError, match=r"memory must be None, a folder, .* got 3\."):
+        model.set_params(memory=3, **kept).fit(X, y)
 
 
 def test_features_that_the_path_head_drops_count_as_their_means():

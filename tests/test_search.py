@@ -18,7 +18,10 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from estimators import Head2ToeClassifier, Head2ToeClassifierCV
 from estimators import search as module
+from estimators.candidates import Candidate, fit_candidates
 from estimators.mixture import drawn, mixture_weights
+from estimators.paths import PathOptions
+from estimators.training import check_training
 
 SMALL = dict(alphas=(0.6, 0.4), keep_fractions=(None, 0.2), Cs=(0.1, 1.0), cv=3)
 N = 60
@@ -186,10 +189,9 @@ def test_scores_are_added_up_with_the_weights(k, normalization):
     assert model.score(X, y) == accuracy_score(y, model.predict(X)) > 0.6
     union = sorted(set().union(*(estimator.selected_features_.tolist() for estimator in model.estimators_)))
     assert model.selected_features_.tolist() == union
-    feature_scores = [estimator.feature_scores_ for estimator in model.estimators_]
-    np.testing.assert_allclose(
-        model.feature_scores_, model.weights_ @ feature_scores / model.weights_.sum(), atol=1e-12
-    )
+    shares = [estimator.feature_scores_ / estimator.feature_scores_.sum() for estimator in model.estimators_]
+    np.testing.assert_allclose(model.feature_scores_, model.weights_ @ shares / model.weights_.sum(), atol=1e-12)
+    assert model.feature_scores_.sum() == pytest.approx(1)
     assert model.n_iter_ == max(estimator.n_iter_ for estimator in model.estimators_)
     for estimator in model.estimators_:
         alone = Head2ToeClassifier(**estimator.get_params()).fit(X, y)
@@ -413,10 +415,13 @@ def test_scorers_see_the_rows_and_labels_of_the_fold():
 
     names = np.array(["c", "a", "b"])[y]
     Head2ToeClassifierCV(**SMALL, scoring=scorer, refit="best").fit(X, names)
-    for fold, (_, test) in enumerate(splits):
-        of_fold = seen[fold * len(seen) // 3]
-        np.testing.assert_array_equal(of_fold[0], X[test])
-        np.testing.assert_array_equal(of_fold[1], names[test])
+    order = []
+    for given, labels in seen:
+        fold = next(fold for fold, (_, test) in enumerate(splits) if np.array_equal(given, X[test]))
+        np.testing.assert_array_equal(labels, names[splits[fold][1]])
+        order.append(fold)
+    assert order == sorted(order)
+    assert set(order) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("refit", ["mixture", "best", "one_standard_error"])
@@ -867,6 +872,23 @@ def test_the_best_layers_are_named_as_the_classifier_takes_them(layered, normali
     layers = model.cv_results_["param_layers"]
     assert layers[model.best_index_] == ["net.2"]
     assert layers.mask.tolist() == ["layers" not in params for params in model.cv_results_["params"]]
+
+
+@pytest.mark.parametrize("normalization", ["standard", "layer"])
+def test_the_classifier_with_the_parameters_of_any_candidate_is_that_candidate(layered, normalization):
+    X, y = FakeFeatures(layered[0].values, (4, 5, 4, 3), name="[net]"), layered[1]
+    scopes = [None, ("[net].0", "[net].2"), ("[net].2", "[net].3"), ("[net].1",)]
+    kept = [(None, 0.5), (0.3, 0.5), (1.0, None)]
+    candidates = [Candidate(names, normalization, fraction, alpha, 1.0) for names in scopes for fraction, alpha in kept]
+    training = check_training(Head2ToeClassifier(), X, y, None, None)
+    fits = list(fit_candidates(training, candidates, PathOptions.of(Head2ToeClassifier()), rough=False))
+    assert {fit.candidate for fit in fits} == set(candidates)
+    for fit in fits:
+        alone = Head2ToeClassifier(**fit.candidate.params).fit(X, y)
+        selected = fit.columns[fit.selected]
+        np.testing.assert_array_equal(selected, alone.selected_features_)
+        np.testing.assert_allclose(fit.linear.coef.T, alone.coef_[:, selected], atol=1e-5)
+        np.testing.assert_allclose(fit.linear.intercept, alone.intercept_, atol=1e-5)
 
 
 def test_an_only_layer_is_not_tried_alone():

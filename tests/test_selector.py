@@ -187,7 +187,7 @@ def test_stored_features_are_read_once_per_selected_column(stored, monkeypatch):
     matrix, _, y = stored
     selector = Head2ToeSelector(alpha=0.3).fit(matrix, y)
     asked, read = [], FeatureMatrix._read
-    monkeypatch.setattr(FeatureMatrix, "_read", lambda self, columns: asked.extend(columns) or read(self, columns))
+    monkeypatch.setattr(FeatureMatrix, "_read", lambda self, *key: asked.extend(key[-1]) or read(self, *key))
     selector.transform(matrix)
     assert sorted(asked) == selector.selected_features_.tolist()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from estimators import group_lasso_path
-from estimators.switches import cpu_threads, full_precision
+from estimators.switches import full_precision
 from h2t_store import extract
 from h2t_store.network import load_backbone
 from h2t_store.switches import exact_arithmetic, module_by_module
@@ -188,29 +188,6 @@ def test_overlapping_fits_are_each_in_full_precision():
         two.result()
     assert seen == [True, True]
     assert torch.get_float32_matmul_precision() == "medium"
-
-
-def test_threads_have_the_number_of_cpu_threads_that_each_asked_for():
-    mine, numbers = torch.get_num_threads(), (5, 6, 7)
-
-    def in_a_new_thread() -> int:
-        with ThreadPoolExecutor(1) as new:
-            return new.submit(torch.get_num_threads).result()
-
-    default = in_a_new_thread()
-    threads, stacks = [ThreadPoolExecutor(1) for _ in numbers], [ExitStack() for _ in numbers]
-
-    def counts() -> list[int]:
-        return [thread.submit(torch.get_num_threads).result() for thread in threads]
-
-    for thread, stack, number in zip(threads, stacks, numbers, strict=True):
-        thread.submit(stack.enter_context, cpu_threads(number)).result()
-        assert (torch.get_num_threads(), in_a_new_thread()) == (mine, default)
-    assert counts() == list(numbers)
-    for i, expected in ((0, [default, 6, 7]), (2, [default, 6, default]), (1, [default] * 3)):
-        threads[i].submit(stacks[i].close).result()
-        assert counts() == expected
-    assert (torch.get_num_threads(), in_a_new_thread()) == (mine, default)
 
 
 def test_protected_memory_is_read_without_a_warning(recwarn):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from estimators.device import memory_limit
-from estimators.features import READ_BYTES, Columns, FeatureMatrix, is_feature_matrix
+from estimators.features import READ_BYTES, Columns, FeatureMatrix, column_slices, is_feature_matrix
 from estimators.scaling import inverse_layer_norms, inverse_norms
 
 _HELD_SHARE = 4
@@ -32,17 +32,9 @@ def in_memory(X: FeatureMatrix | NDArray[Any], max_bytes: float) -> FeatureMatri
 class KeptFeatures:
     """Selected columns of X, with each layer's part of a row scaled as the blocks are read. No other column is read.
 
-    Parameters
-    ----------
-    X : ndarray or FeatureMatrix of shape (n_samples, n_features)
-    selected : ndarray of shape (n_kept,), int64
-        Sorted.
-    layers : ndarray of shape (n_features,), int64
-        From `layer_index`.
-    scaling : {"", "kept", "whole"}
-        What each layer's part of a row is divided by: nothing, its length, or the length of the whole layer.
-    max_bytes : float, default=infinity
-        The columns are held if they take no more than this, else read again wherever they are needed.
+    ``selected`` is sorted, ``layers`` the `layer_index` of X. A layer's part of a row is divided by its own length
+    (``scaling="kept"``), by that of the whole layer ("whole") or by nothing (""). The columns are held if they take no
+    more than ``max_bytes``, else read again wherever they are needed.
     """
 
     def __init__(
@@ -69,8 +61,7 @@ class KeptFeatures:
     def column_blocks(self, max_bytes: int = READ_BYTES) -> Iterator[tuple[Columns, NDArray[Any]]]:
         """Blocks of the kept columns, (which of them, values of shape (n_samples, width))."""
         if isinstance(self._columns, np.ndarray):
-            width = max(1, min(max_bytes, _BLOCK_BYTES) // max(1, self.shape[0] * self._columns.itemsize))
-            parts = (slice(start, min(start + width, self.shape[1])) for start in range(0, self.shape[1], width))
+            parts = column_slices(self.shape, self._columns.itemsize, min(max_bytes, _BLOCK_BYTES))
             blocks: Iterator[tuple[Columns, NDArray[Any]]] = ((part, self._columns[:, part]) for part in parts)
         else:
             blocks = self._columns.column_blocks(max_bytes)

@@ -15,7 +15,7 @@ from estimators.group_lasso.operators import stored_precision
 from estimators.head.kept import KeptFeatures
 from estimators.head.solver import TOLERANCE, RidgeSolution, solve_ridge
 from estimators.head.space import Block, HeadSpace, held_space, held_space_bytes
-from estimators.scaling import kept_scaling, standardizes
+from estimators.scaling import layer_scaling, standardizes
 from estimators.switches import full_precision
 from estimators.training import Training
 
@@ -38,22 +38,9 @@ class LinearModel(NamedTuple):
 class RidgeHead:
     """L2 logistic regression on kept features, which are gathered once for as many values of C as wanted.
 
-    Parameters
-    ----------
-    training : Training
-        Rows of weight 0, and classes that have no others, are left out.
-    selected : ndarray of shape (n_kept,), int64
-        Sorted, not empty.
-    normalization : {"standard", "layer", "layer+standard"} or None
-    device : torch.device
-    max_bytes : float, default=infinity
-        Of the columns held on the host. The head takes up to twice that; where it does not suffice, its features are
-        made again for every product.
-
-    Attributes
-    ----------
-    solution : RidgeSolution or None
-        For the last C.
+    Rows of weight 0, and classes that have no others, are left out. ``selected`` is sorted and not empty. The columns
+    held on the host take up to ``max_bytes``, the head twice that; where it does not suffice, its features are made
+    again for every product. ``solution`` is that for the last C.
     """
 
     def __init__(
@@ -64,7 +51,8 @@ class RidgeHead:
         device: torch.device,
         max_bytes: float = np.inf,
     ) -> None:
-        kept = KeptFeatures(training.features, selected, training.layers, kept_scaling(normalization), max_bytes)
+        scaling = layer_scaling(normalization, "kept")
+        kept = KeptFeatures(training.features, selected, training.layers, scaling, max_bytes)
         self._kept, self._n_classes, self._device = kept, len(training.classes), device
         self._rows = np.flatnonzero(training.sample_weight > 0)
         self._present, codes = np.unique(training.codes[self._rows], return_inverse=True)

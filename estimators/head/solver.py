@@ -41,15 +41,11 @@ _LEAST_CURVATURE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class RidgeSolution:
-    """A ridge head in the space it was solved in.
+    """A ridge head in the space it was solved in, float64."""
 
-    ``coordinates`` (n_classes, size), ``intercept`` (n_classes,), ``residual`` s_i (P_i - Y_i) / sum_i s_i of shape
-    (n_classes, n_samples), all float64, and the number of Newton steps.
-    """
-
-    coordinates: Tensor
-    intercept: Tensor
-    residual: Tensor
+    coordinates: Tensor  # (n_classes, size)
+    intercept: Tensor  # (n_classes,)
+    residual: Tensor  # s_i (P_i - Y_i) / sum_i s_i, (n_classes, n_samples)
     n_iter: int
 
 
@@ -68,32 +64,26 @@ def solve_ridge(
 ) -> RidgeSolution:
     """Minimise C * sum_i s_i CE(y_i, V z_i + c) + ||V||_F^2 / 2, as scikit-learn's LogisticRegression does.
 
-    Two classes have the penalty of scikit-learn's one logit w, which is softmax columns -w/2, w/2.
+    Two classes have the penalty of scikit-learn's one logit w, which is softmax columns -w/2, w/2. Warns if the
+    objective is not within 1e-8 of the optimum, relative to that of V = 0, because of rounding or ``max_iter``.
 
     Parameters
     ----------
-    space : HeadSpace
     targets : Tensor of shape (n_classes, n_samples), float64
-        Y', one-hot; two classes or more, all present.
+        Y', one-hot, all classes present.
     sample_weight : Tensor of shape (n_samples,), float64
         Positive.
-    C : float
     start, similar : RidgeSolution, default=None
         Solutions to start from: in this space for another C, or for this C and these samples with other features.
     work : torch.dtype, default=torch.float64
         Of the conjugate gradients: float32 is twice as fast. Where it makes no more progress, float64 takes over.
     tolerance : float, default=0.0
-        How far the objective may be from the optimum, relative to that of V = 0, at most 1e-8. At 1e-8 probabilities
-        may be off by 1e-3 where C is large; 0 goes on as far as float64 allows, which takes a few times as long.
+        Distance from the optimum to stop at, at most 1e-8. At 1e-8 probabilities may be off by 1e-3 where C is large;
+        0 goes on as far as float64 allows, which takes a few times as long.
     max_iter : int, default=100
         Newton steps.
     largest_inverse : int, default=4096
         Up to this size the preconditioner is a full inverse; beyond, the inverse of the diagonal.
-
-    Warns
-    -----
-    ConvergenceWarning
-        If the objective is not within 1e-8 of the optimum, because of rounding or ``max_iter``.
     """
     total = float(sample_weight.sum())
     problem = Problem(targets, sample_weight / total, 0.0, True)

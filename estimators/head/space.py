@@ -87,13 +87,7 @@ def held_space_bytes(n_samples: int, n_features: int) -> int:
 
 
 def held_space(blocks: Iterable[Block], n_samples: int, n_features: int, device: torch.device) -> HeadSpace:
-    """Gather features from blocks of columns, standardised as they are to be penalised, in float64.
-
-    Raises
-    ------
-    ValueError
-        If products of features overflow.
-    """
+    """Gather features from blocks of columns, standardised as they are to be penalised, in float64."""
     wide = n_features > n_samples
     gathered = torch.zeros((min(n_features, n_samples), n_samples), dtype=torch.float64, device=device)
     for index, block in blocks:
