@@ -63,7 +63,8 @@ def repair(
         if not blocks and not lost_labels and extraction.complete:
             return damages
         job = _same_rows(extraction, engine.prepare(_settings(extraction, data, model)))
-        on_error: Literal["raise", "skip"] = "skip" if _may_have_skipped(extraction, damages) else "raise"
+        # Where images were skipped before, skipping hides nothing: the data were found to be the same.
+        on_error: Literal["raise", "skip"] = "skip" if extraction.may_have_failures() else "raise"
         opened.require_lock(name)
         if lost_labels:
             extraction.require_labels(job.source.y, job.source.sample_ids)
@@ -73,16 +74,6 @@ def repair(
         running = replace(running, on_error=on_error, stopped=lambda: stopped() or lost())
         fill(job, opened, name, engine, running)
     return damages
-
-
-def _may_have_skipped(extraction: Extraction, damages: list[Damage]) -> bool:
-    """Whether images were skipped, or may have been, if that record is damaged.
-
-    Skipping then hides nothing, because the data were found to be the same.
-    """
-    if extraction.complete:
-        return extraction.n_failed > 0
-    return any(damage.kind == "header" for damage in damages) or extraction.may_have_failures()
 
 
 def _settings(extraction: Extraction, data: Any, model: Any) -> Settings:
