@@ -116,6 +116,7 @@ def fill(job: Job, store: FeatureStore, name: str, engine: Engine, running: Runn
             _roll_back(job, store, name)
         engine.meet()
         begun = store.find(name)
+        engine.meet()  # all have looked before one of them extends it
         if begun is not None and not begun.complete:
             fill(_earlier_rows(arranged(job, begun), begun), store, name, engine, replace(running, append=False))
     if not engine.leads:
@@ -176,17 +177,15 @@ def _roll_back(job: Job, store: FeatureStore, name: str) -> None:
 
 
 def _reopen_damaged(extraction: Extraction, name: str) -> None:
-    """Have row blocks computed again that a power failure damaged; object stores can only lack chunks."""
-    if extraction.complete:
+    """Have row blocks computed again that a power failure damaged."""
+    if extraction.complete or extraction.folder.keeps_what_it_has:
         return
-    if extraction.folder.keeps_what_it_has:
-        damaged = dict.fromkeys(extraction.lacking(), "some of its chunks are missing")
-    else:
-        committed = np.flatnonzero(extraction.committed()).tolist()
-        found = [(block, damage) for block in committed for damage in damaged_chunks(extraction, name, block)]
-        damaged = {block: f"{damage.path}: {damage.problem}" for block, damage in found}
-    for block, problem in damaged.items():
-        _log.warning("%s: row block %d is computed again: %s", extraction.where, block, problem)
+    damaged = []
+    for block in np.flatnonzero(extraction.committed()).tolist():
+        if damages := damaged_chunks(extraction, name, block):
+            damaged.append(block)
+            problem = f"{damages[0].path}: {damages[0].problem}"
+            _log.warning("%s: row block %d is computed again: %s", extraction.where, block, problem)
     if damaged:
         extraction.reopen(damaged)
 

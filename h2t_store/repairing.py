@@ -66,7 +66,8 @@ def repair(
         with suppress(DamagedError):  # if the identifiers are damaged, the data must be in the same order as then
             job = arranged(job, extraction)
         require_same(extraction, job, "it is repaired from the same")
-        on_error: Literal["raise", "skip"] = "skip" if _may_have_skipped(extraction, damages) else "raise"
+        # Where images were skipped before, skipping hides nothing: the data were found to be the same.
+        on_error: Literal["raise", "skip"] = "skip" if extraction.may_have_failures() else "raise"
         opened.require_lock(name)
         if lost_labels:
             extraction.require_labels(job.source.y, job.source.sample_ids)
@@ -76,16 +77,6 @@ def repair(
         running = replace(running, on_error=on_error, stopped=lambda: stopped() or lost())
         fill(job, opened, name, engine, running)
     return damages
-
-
-def _may_have_skipped(extraction: Extraction, damages: list[Damage]) -> bool:
-    """Whether images were skipped, or may have been, if that record is damaged.
-
-    Skipping then hides nothing, because the data were found to be the same.
-    """
-    if extraction.complete:
-        return extraction.n_failed > 0
-    return any(damage.kind == "header" for damage in damages) or extraction.may_have_failures()
 
 
 def _settings(extraction: Extraction, data: Any, model: Any) -> Settings:

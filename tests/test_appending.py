@@ -15,8 +15,9 @@ from conftest import MODELS, state_of
 from PIL import Image
 
 from h2t_store import cli, extract, open_features
-from h2t_store.errors import DataError, IncompleteError, StoppedError, StoreError
+from h2t_store.errors import DamagedError, DataError, IncompleteError, StoppedError, StoreError
 from h2t_store.images.source import Source
+from h2t_store.repairing import repair
 from h2t_store.storage.store import Extraction, FeatureStore
 from h2t_store.storage.verify import verify
 
@@ -218,6 +219,22 @@ def test_damage_of_the_block_that_grows_is_not_sealed(tmp_path, folder, grow):
     expected = np.stack([np.linalg.norm(values, axis=1) for values in wide], axis=1)
     np.testing.assert_allclose(after.layer_norms(), expected, rtol=1e-3)
     assert list(verify(FeatureStore(tmp_path / "s"), "x")) == []
+
+
+@pytest.mark.parametrize("restored", ["checksums", "*"], ids=["record", "row block"])
+def test_a_row_block_from_before_an_extension_is_noticed(tmp_path, folder, grow, restored):
+    extract(folder, **common(tmp_path))
+    shutil.copytree(tmp_path / "s/x", tmp_path / "backup")
+    grow("b/x.png", "b/y.png")
+    values = np.asarray(extract(folder, append=True, **common(tmp_path)))
+    for file in (tmp_path / "backup").glob(f"{restored}/**/c/2/0"):
+        shutil.copyfile(file, tmp_path / "s/x" / file.relative_to(tmp_path / "backup"))
+    matrix = open_features(tmp_path / "s", "x")
+    with pytest.raises(DamagedError, match="checksums/c/2/0 is damaged: it is of 8 rows, not 10"):
+        np.asarray(matrix[40:])
+    assert [damage.path for damage in verify(FeatureStore(tmp_path / "s"), "x")] == ["x/checksums/c/2/0"]
+    repair(tmp_path / "s", "x", workers=0)
+    np.testing.assert_array_equal(np.asarray(open_features(tmp_path / "s", "x")), values)
 
 
 def run(main, *args) -> int:

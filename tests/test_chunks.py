@@ -57,7 +57,7 @@ def test_a_chunk_holds_the_bytes_that_zarr_writes(tmp_path, codec, dtype):
         (crc,) = chunks.write_chunk(place, part, spec)
         assert place.read() == (tmp_path / f"zarr/c/0/{i}").read_bytes()
         assert place.read(last=4) == crc.to_bytes(4, "little")
-        assert chunks.checksum_of(part, spec) == crc
+        assert chunks.checksum(chunks.encoded(part, spec)) == crc
         np.testing.assert_array_equal(chunks.read_chunk(place, "", spec, 0, crc), part, strict=True)
     np.testing.assert_array_equal(array[:], values, strict=True)
 
@@ -149,7 +149,7 @@ def test_a_codec_without_its_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delitem(numcodecs.registry.entries, "pcodec", raising=False)
     chunks._compressor.cache_clear()
     spec = spec_of("pcodec")
-    for use in (lambda: chunks.require_codec("pcodec"), lambda: chunks.checksum_of(activations(spec), spec)):
+    for use in (lambda: chunks.require_codec("pcodec"), lambda: chunks.encoded(parts_of(activations(spec))[0], spec)):
         with pytest.raises(StoreError, match=r"^codec 'pcodec' needs pcodec: pip install 'head2toe\[pcodec\]'$"):
             use()
 
@@ -166,10 +166,12 @@ def test_nothing_needs_calls_that_only_unix_has(monkeypatch, tmp_path):
 def test_strings_are_those_of_zarr(tmp_path):
     strings, spec = ["", "a", "日本", "x" * 1000], ArraySpec((4,), (4,), "string", "")
     array = created(tmp_path / "x", spec)
-    chunks.write_chunk(open_place(tmp_path / "x/c/0"), chunks.encode_strings(strings), spec)
+    place = open_place(tmp_path / "x/c/0")
+    chunks.write_chunk(place, strings, spec)
     assert array[:].tolist() == strings
-    data = chunks.read_bytes(open_place(tmp_path / "x/c/0"), "")
-    assert chunks.decode_strings(data) == strings
-    for wrong in (data[:-1], data[:2], np.zeros(3, np.uint8)):
-        with pytest.raises(ValueError, match=r".+"):
-            chunks.decode_strings(wrong)
+    assert chunks.read_strings(place, "", spec) == strings
+    data = chunks.encoded(strings, spec)
+    for wrong in (data[:-1], data[:2], np.zeros(3, np.uint8), chunks.encoded(strings, spec._replace(chunks=(5,)))):
+        place.write_whole(chunks.framed(wrong))
+        with pytest.raises(DamagedError, match="it is damaged: it does not hold strings"):
+            chunks.read_strings(place, "it", spec)

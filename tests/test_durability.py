@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from h2t_store import cli, extract, open_features
 from h2t_store.errors import H2TError, IncompleteError, StoppedError, StoreError
 from h2t_store.repairing import repair
 from h2t_store.storage.layout import ExtractionHeader, Layer
+from h2t_store.storage.places import open_place
 from h2t_store.storage.store import Extraction, FeatureStore
 from h2t_store.storage.verify import verify
 
@@ -76,9 +78,9 @@ class Child:
         self.process.join()
 
 
-def run(work, *args):
+def run(work, *args, **settings):
     """Do something in a process of its own that must succeed."""
-    kind, value = Child(work, *args).result()
+    kind, value = Child(partial(work, **settings), *args).result()
     assert kind == "done", value
     return value
 
@@ -205,7 +207,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path, workers):
     assert not (tmp_path / "s/.locks/x").exists()
 
 
-@pytest.mark.parametrize("written", [0, 16, 60])
+@pytest.mark.parametrize("written", [0, 10, 32, 76])
 def test_a_full_disk_is_one_line_and_the_same_call_goes_on_later(tmp_path, monkeypatch, written):
     job(tmp_path / "whole")
     real, calls = os.write, []
@@ -220,10 +222,11 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on_later(tmp_path, monke
     with pytest.raises((StoreError, OSError), match="No space left on device") as caught:
         job(tmp_path / "s")
     assert "\n" not in str(caught.value)
-    if written:
+    begun = written > 20  # after metadata, labels and header
+    if begun:
         committed = FeatureStore(tmp_path / "s").open("x").committed()
         assert not committed.all()
-        assert committed.any() == (written == 60)
+        assert committed.any() == (written == 76)
     monkeypatch.setattr(os, "write", real)
     again = []
     write = Extraction.write_block
@@ -232,8 +235,23 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on_later(tmp_path, monke
     )
     job(tmp_path / "s")
     assert tree(tmp_path / "s/x") == tree(tmp_path / "whole/x")
-    if written:
+    if begun:
         assert again == np.flatnonzero(~committed).tolist()
+
+
+def test_a_file_that_a_full_disk_cut_short_replaces_nothing(tmp_path):
+    """The system writes what there is room for, and reports it as a success."""
+    place = open_place(tmp_path / "zarr.json")
+    place.write_whole(b"before")
+
+    def write() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        with pytest.raises(OSError, match="File too large"):
+            place.write_whole(b"after" * 40)
+
+    run(write)
+    assert place.read() == b"before"
 
 
 def test_the_command_says_in_one_line_that_a_file_cannot_grow(tmp_path):
@@ -277,6 +295,34 @@ def test_what_a_power_failure_took_is_computed_again(tmp_path, caplog):
     next(path for path in chunks if path.parent.name == "3").unlink()
     job(tmp_path / "s")
     assert [record.args[1] for record in caplog.records if "computed again" in record.msg] == [0, 3]
+    assert tree(tmp_path / "s/x") == tree(tmp_path / "whole/x")
+
+
+@pytest.mark.parametrize("extending", [False, True])
+def test_what_was_not_forced_to_disk_may_be_lost(tmp_path, monkeypatch, extending):
+    """A power failure at its worst: after it, every file is empty that was not forced to disk."""
+    n = 56 if extending else 40
+    run(job, tmp_path / "whole", n=40)
+    if extending:
+        shutil.copytree(tmp_path / "whole", tmp_path / "s")
+        run(job, tmp_path / "whole", n=n, append=True)
+    settings, real, forced, asked = dict(n=n, append=extending), os.fsync, set(), []
+
+    def force(file: int) -> None:
+        real(file)
+        forced.add(os.fstat(file).st_ino)
+
+    def stop_late() -> bool:
+        asked.append(1)
+        return len(asked) == (1 if extending else 2)
+
+    monkeypatch.setattr(os, "fsync", force)
+    with pytest.raises(StoppedError):
+        job(tmp_path / "s", stopped=stop_late, **settings)
+    for file in (tmp_path / "s/x").rglob("*"):
+        if file.is_file() and file.stat().st_ino not in forced:
+            file.write_bytes(b"")
+    job(tmp_path / "s", **settings)
     assert tree(tmp_path / "s/x") == tree(tmp_path / "whole/x")
 
 

@@ -193,15 +193,6 @@ def test_what_was_stopped_is_continued_without_reading_it_again(s3, store, folde
     assert same(store, local)
 
 
-def test_a_chunk_that_was_lost_is_computed_again(store, folder, local):
-    with pytest.raises(StoppedError):
-        extract(folder, store=store, name="a/x", stopped=lambda: True, **COMMON)
-    layer = FeatureStore(store).open("a/x").header.layers[0].name
-    (open_place(store) / f"a/x/features/{layer}/c/0/0").remove()
-    extract(folder, store=store, name="a/x", **COMMON)
-    assert same(store, local)
-
-
 def killed(command: str) -> int:
     environment = os.environ | ENVIRONMENT
     return subprocess.run([sys.executable, "-c", command], env=environment, check=False, timeout=300).returncode
@@ -461,15 +452,6 @@ def test_removal_takes_it_away_at_once_and_a_crash_amid_leaves_nothing_in_the_wa
     FeatureStore(store).remove("a/x")
     assert FeatureStore(store).names() == []
     assert paths(store) == {"zarr.json", "a/zarr.json"}
-
-
-def test_a_damaged_record_of_what_is_unfinished_is_computed_again(store, folder, local):
-    with pytest.raises(StoppedError):
-        extract(folder, store=store, name="a/x", stopped=lambda: True, **COMMON)
-    record = open_place(store) / "a/x/checksums/c/0/0"
-    record.write_whole(record.read()[::-1])
-    extract(folder, store=store, name="a/x", **COMMON)
-    assert same(store, local)
 
 
 def test_a_server_that_is_overloaded_for_a_while_is_waited_for(s3, store, folder, local):

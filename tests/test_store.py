@@ -259,6 +259,19 @@ def test_an_unfinished_extraction_does_not_open_and_says_how_far_it_is(tmp_path)
         FeatureStore(tmp_path / "s").open("pets/train").finish()
 
 
+def test_an_image_that_can_be_read_at_the_second_attempt_is_not_skipped(tmp_path):
+    extraction = FeatureStore(tmp_path / "s", create=True).begin(
+        "x", header(), np.arange(N) % 2, [f"image {i}.jpg" for i in range(N)]
+    )
+    first = features()[:ROWS]
+    extraction.write_block(0, by_layer(first), norms(first), digests()[:ROWS], {3: "input/output error"})
+    (tmp_path / "s/x/committed/c/0").unlink()  # as if it had been killed just before
+    fill(tmp_path / "s", "x")
+    assert list(verify(FeatureStore(tmp_path / "s"), "x")) == []
+    assert open_features(tmp_path / "s", "x").failures == []
+    assert not (tmp_path / "s/x/failures/c/0").exists()
+
+
 def test_the_same_extraction_is_resumed_and_another_one_refused(tmp_path):
     fill(tmp_path / "s", blocks=(1,))
     store = FeatureStore(tmp_path / "s")

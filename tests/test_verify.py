@@ -221,7 +221,7 @@ def test_repair_restores_every_byte_and_computes_only_damaged_row_blocks(store, 
     for file in files:
         path = store / NAME / file
         content = path.read_bytes()
-        path.unlink() if how == "deleted" else path.write_bytes(content[:-2] + b"!" + content[-1:])
+        path.unlink() if how == "deleted" else path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
     damages = repair(store, NAME, workers=0)
     assert damages
     assert written == expected

@@ -8,7 +8,7 @@ error, as is a shortened, changed or exchanged one.
 import hashlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
@@ -62,13 +62,16 @@ def framed(data: NDArray[np.uint8]) -> bytes:
 def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int]:
     """Write a file of an array, one chunk or all chunks of a shard, and return the crc32c of each as encoded.
 
-    ``values`` have the shape of the chunk or shard, or are encoded strings.
+    ``values`` that do not fill the file are its first rows and columns.
     """
-    chunks = [values] if spec.shard is None else np.split(values, _chunks_per_shard(spec), axis=1)
+    if spec.shard is None:
+        chunks = [values]
+    else:
+        chunks = np.split(_filled(values, spec.shard, spec), _chunks_per_shard(spec), axis=1)
     parts: list[memoryview] = []
     crcs, stops = [], [0]
     for chunk in chunks:
-        data = _encoded(chunk, spec)
+        data = encoded(chunk, spec)
         crcs.append(checksum(data))
         parts += [data.data, _as_bytes(crcs[-1])]
         stops.append(stops[-1] + len(data) + CRC_BYTES)
@@ -79,27 +82,36 @@ def write_chunk(place: Place, values: NDArray[Any], spec: ArraySpec) -> list[int
     return crcs
 
 
-def checksum_of(values: NDArray[Any], spec: ArraySpec) -> int:
-    """The crc32c that a whole chunk of these values, or of encoded strings, has as encoded."""
-    return checksum(_encoded(values, spec))
-
-
-def _encoded(values: NDArray[Any], spec: ArraySpec) -> NDArray[np.uint8]:
-    flat = np.ascontiguousarray(values).reshape(-1)
+def encoded(values: Any, spec: ArraySpec) -> NDArray[np.uint8]:
+    """A chunk that begins with these values, an array or strings, as it is stored but for its crc32c."""
+    if spec.dtype == "string":
+        strings = [*map(str, values), *[""] * (spec.chunks[0] - len(values))]
+        return np.frombuffer(numcodecs.VLenUTF8().encode(np.array(strings, dtype=object)), np.uint8)
+    flat = np.ascontiguousarray(_filled(values, spec.chunks, spec)).reshape(-1)
     if spec.codec == "none":
         return flat.view(np.uint8)
     return np.frombuffer(_compressor(spec.codec, spec.dtype).encode(flat), np.uint8)
+
+
+def _filled(values: NDArray[Any], shape: tuple[int, ...], spec: ArraySpec) -> NDArray[Any]:
+    if values.shape == shape:
+        return values
+    whole = np.full(shape, spec.fill_value, dtype=spec.dtype)
+    whole[tuple(map(slice, values.shape))] = values
+    return whole
 
 
 def _as_bytes(crc: int) -> memoryview:
     return memoryview(crc.to_bytes(CRC_BYTES, "little"))
 
 
-def read_bytes(place: Place, where: str, crc: int | None = None) -> NDArray[np.uint8]:
-    """Bytes of a chunk without its checksum; for parameters and errors see `read_chunk`."""
-    with _told_as_damage(where):
-        data = np.frombuffer(place.read(), dtype=np.uint8)
-    return _checked(data, where, crc)
+def read_strings(place: Place, where: str, spec: ArraySpec, crc: int | None = None) -> list[str]:
+    """Strings of a chunk; for parameters and errors see `read_chunk`."""
+    content = _checked(_whole(place, where), where, crc)
+    with suppress(ValueError):
+        if int.from_bytes(content[:4].tobytes(), "little") == spec.chunks[0]:  # how many strings follow
+            return list(numcodecs.VLenUTF8().decode(content))
+    raise DamagedError(f"{where} is damaged: it does not hold strings")
 
 
 def read_chunk(place: Place, where: str, spec: ArraySpec, inner: int = 0, crc: int | None = None) -> NDArray[Any]:
@@ -130,18 +142,18 @@ def read_chunk(place: Place, where: str, spec: ArraySpec, inner: int = 0, crc: i
         with suppress(DamagedError):
             return _decoded(_checked(_stored(copy, where, spec), where, crc), where, spec)
     try:
-        encoded = _fetched(place, where, spec, inner, crc)
+        data = _fetched(place, where, spec, inner, crc)
     except DamagedError:
         if spec.shard is None:
             raise
         _shard_index.cache_clear()  # another process may have replaced the shard
-        encoded = _fetched(place, where, spec, inner, crc)
+        data = _fetched(place, where, spec, inner, crc)
     if copy is not None:
         try:
-            copy.write([encoded.data, _as_bytes(checksum(encoded))])
+            copy.write([data.data, _as_bytes(checksum(data))])
         except OSError as error:
             raise StoreError(f"cache: {copy} cannot be written: {error.strerror or error}") from error
-    return _decoded(encoded, where, spec)
+    return _decoded(data, where, spec)
 
 
 def _fetched(place: Place, where: str, spec: ArraySpec, inner: int, crc: int | None) -> NDArray[np.uint8]:
@@ -183,12 +195,17 @@ def _decoded_size(spec: ArraySpec) -> int:
     return math.prod(spec.chunks) * np.dtype(spec.dtype).itemsize
 
 
+def _whole(place: Place, where: str) -> NDArray[np.uint8]:
+    with _told_as_damage(where):
+        return np.frombuffer(place.read(), np.uint8)
+
+
 def _stored(place: Place, where: str, spec: ArraySpec, within: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Bytes of a chunk with its checksum, in memory that this thread reuses."""
+    if spec.codec != "none" and within is None:
+        return _whole(place, where)
+    start, stop = within or (0, _decoded_size(spec) + CRC_BYTES)
     with _told_as_damage(where):
-        if spec.codec != "none" and within is None:
-            return np.frombuffer(place.read(), np.uint8)
-        start, stop = within or (0, _decoded_size(spec) + CRC_BYTES)
         buffer = _reused("stored", stop - start)
         found = place.fill(buffer, start)
     if found < len(buffer) or (within is None and found > len(buffer)):
@@ -205,12 +222,12 @@ def _reused(use: str, size: int) -> NDArray[np.uint8]:
     return memory[:size]
 
 
-def _decoded(encoded: NDArray[np.uint8], where: str, spec: ArraySpec) -> NDArray[Any]:
+def _decoded(data: NDArray[np.uint8], where: str, spec: ArraySpec) -> NDArray[Any]:
     if spec.codec == "none":
-        return encoded.view(spec.dtype).reshape(spec.chunks)
+        return data.view(spec.dtype).reshape(spec.chunks)
     values = _reused("decoded", _decoded_size(spec)).view(spec.dtype)
     try:
-        _compressor(spec.codec, spec.dtype).decode(encoded, out=values)
+        _compressor(spec.codec, spec.dtype).decode(data, out=values)
     except (RuntimeError, ValueError, TypeError) as error:
         raise DamagedError(f"{where} is damaged: {spec.codec} cannot decode it") from error
     return values.reshape(spec.chunks)
@@ -234,13 +251,3 @@ def _told_as_damage(where: str) -> Iterator[None]:
         raise DamagedError(f"{where} is missing") from None
     except (OSError, MemoryError) as error:
         raise DamagedError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def encode_strings(strings: Sequence[str]) -> NDArray[np.uint8]:
-    """Strings as zarr's codec ``vlen-utf8`` stores them."""
-    return np.frombuffer(numcodecs.VLenUTF8().encode(np.array(strings, dtype=object)), dtype=np.uint8)
-
-
-def decode_strings(data: NDArray[np.uint8]) -> list[str]:
-    """Undo `encode_strings`; `ValueError` if the bytes are no strings."""
-    return list(numcodecs.VLenUTF8().decode(data))

@@ -115,20 +115,19 @@ class Extraction:
         """One whole chunk: an array that is valid until this thread reads the next one, or a list of strings."""
         spec, file = self.specs[path], self.chunk_file(path, block, column)
         where = f"{self.where}: chunk {chunk_path(spec, path, block, column)}"
-        if spec.dtype != "string":
-            return chunks.read_chunk(file, where, spec, column, crc)
-        content = chunks.read_bytes(file, where, crc)
-        with suppress(ValueError):
-            if int.from_bytes(content[:4].tobytes(), "little") == spec.chunks[0]:  # how many strings follow
-                return chunks.decode_strings(content)
-        raise DamagedError(f"{where} is damaged: it does not hold strings")
+        if spec.dtype == "string":
+            return chunks.read_strings(file, where, spec, crc)
+        return chunks.read_chunk(file, where, spec, column, crc)
 
     def read_record(self, block: int) -> Record:
         """The record of a row block, found to be this block's."""
         found = self.read("checksums", block)[0].copy()
         record = Record(int(found[1]), found[2:])
+        where = f"{self.where}: chunk checksums/c/{block}/0"
         if (found != layout.seal(self.header, block, *record)).any():
-            raise DamagedError(f"{self.where}: chunk checksums/c/{block}/0 is damaged: it belongs elsewhere")
+            raise DamagedError(f"{where} is damaged: it belongs elsewhere")
+        if record.rows != self.rows_of(block) and block != self._growing:
+            raise DamagedError(f"{where} is damaged: it is of {record.rows} rows, not {self.rows_of(block)}")
         return record
 
     def read_recorded(self, block: int, path: str, column: int = 0) -> Any:
@@ -141,7 +140,7 @@ class Extraction:
             if record.rows == self.header.rows_per_block:
                 raise
             found = self.read(path, block, column)
-            if chunks.checksum_of(_padded(found[: record.rows], spec.chunks, spec), spec) != crc:
+            if chunks.checksum(chunks.encoded(found[: record.rows], spec)) != crc:
                 raise
             return found
 
@@ -170,7 +169,7 @@ class Extraction:
 
     @cached_property
     def _crc_without_failures(self) -> int:
-        return chunks.checksum(_padded([], (self.header.rows_per_block,), self.specs["failures"]))
+        return chunks.checksum(chunks.encoded([], self.specs["failures"]))
 
     def has_failures(self, block: int) -> bool:
         """Whether a sample of a row block was skipped: then a chunk says why."""
@@ -187,10 +186,8 @@ class Extraction:
         return reasons
 
     def failures(self) -> dict[int, str]:
-        """Why samples were skipped, by their row."""
+        """Why samples were skipped, by their row, once all row blocks are committed."""
         blocks = sorted(self._listed("failures"))
-        if not self.complete:
-            blocks = np.intersect1d(blocks, np.flatnonzero(self.committed())).tolist()
         reasons: dict[int, str] = {}
         for block, strings in zip(blocks, in_threads(self.reasons, blocks, self.folder.concurrency), strict=True):
             first = block * self.header.rows_per_block
@@ -200,12 +197,8 @@ class Extraction:
         return reasons
 
     def may_have_failures(self) -> bool:
-        """Whether any chunk of ``failures`` that can be read names a sample, committed or not."""
-        for block in self._listed("failures"):
-            with suppress(DamagedError):
-                if any(self.read("failures", block)):
-                    return True
-        return False
+        """Whether a sample was skipped in any row block, committed or not."""
+        return self.n_failed > 0 or bool(self._listed("failures"))
 
     def skipped(self) -> list[tuple[str, str]]:
         """(identifier, why) of every sample that was skipped; empty until the extraction is complete."""
@@ -245,9 +238,9 @@ class Extraction:
 
         def write(i: int) -> None:
             rows = slice(i * self.header.label_rows, (i + 1) * self.header.label_rows)
-            for path, values in (("y", y[rows].astype(np.int64)), ("sample_ids", list(map(str, sample_ids[rows])))):
-                spec = self.specs[path]
-                chunks.write_chunk(self.chunk_file(path, i), _padded(values, spec.chunks, spec), spec)
+            for path, values in (("y", y[rows].astype(np.int64)), ("sample_ids", sample_ids[rows])):
+                content = chunks.framed(chunks.encoded(values, self.specs[path]))
+                self.chunk_file(path, i).write_whole(content)  # durably, since the header that follows is durable
 
         in_threads(write, self.label_chunks, self.folder.concurrency)
 
@@ -272,25 +265,21 @@ class Extraction:
 
     def committed(self) -> NDArray[np.bool_]:
         """Which row blocks are stored with all their rows, one flag per block."""
+        listed = self._listed("committed")
+        if self._growing in listed and self._recorded_rows(self._growing) < self.rows_of(self._growing):
+            listed.remove(self._growing)
         flags = np.zeros(layout.n_blocks(self.header), dtype=bool)
-        for block in self._listed("committed"):
-            flags[block] = (self.folder.keeps_what_it_has and block != self._growing) or self.is_committed(block)
+        flags[list(listed)] = True
         return flags
 
-    def _stored_rows(self, block: int) -> int:
-        if content_of(self.chunk_file("committed", block)) != COMMITTED:
-            return 0
+    def _recorded_rows(self, block: int) -> int:
         with suppress(DamagedError):
-            return self.rows_of(block) if block != self._growing else self.read_record(block).rows
+            return self.read_record(block).rows
         return 0
-
-    def is_committed(self, block: int) -> bool:
-        """Whether a row block is stored with all its rows."""
-        return self._stored_rows(block) == self.rows_of(block)
 
     def known_rows(self, block: int) -> int:
         """How many first rows of a row block are stored and sound, while an extension adds rows to it."""
-        rows = self._stored_rows(block) if block == self._growing else 0
+        rows = self._recorded_rows(block) if block == self._growing else 0
         if not 0 < rows < self.rows_of(block):
             return 0
         with suppress(DamagedError):
@@ -334,22 +323,23 @@ class Extraction:
         def write(job: tuple[str, int, NDArray[Any]]) -> list[int]:
             path, column, values = job
             spec = self.specs[path]
-            shape = spec.shard or spec.chunks
             if known:
-                columns = range(column, column + shape[1] // spec.chunks[1])
+                columns = range(column, column + (spec.shard or spec.chunks)[1] // spec.chunks[1])
                 before = np.hstack([self.read_recorded(block, path, i)[:known].copy() for i in columns])
                 values = np.concatenate([before[:, : values.shape[1]], values])
-            return chunks.write_chunk(self.chunk_file(path, block, column), _padded(values, shape, spec), spec)
+            return chunks.write_chunk(self.chunk_file(path, block, column), values, spec)
 
         reasons = self.reasons(block)[:known] if known else []
         reasons += [(failures or {}).get(i, "") for i in range(len(norms))]
         crcs = [crc for written in in_threads(write, jobs, self.folder.concurrency) for crc in written]
-        strings = _padded(reasons, (self.header.rows_per_block,), self.specs["failures"])
+        strings = chunks.encoded(reasons, self.specs["failures"])
         if any(reasons):  # whole at once: verify reads it, committed or not
             self.chunk_file("failures", block).write_whole(chunks.framed(strings), durable=False)
+        else:  # an interrupted attempt may have skipped an image that could be read now
+            self.chunk_file("failures", block).remove()
         crcs.append(chunks.checksum(strings))
         record = layout.seal(self.header, block, known + len(norms), np.array(crcs, dtype=np.uint32))
-        chunks.write_chunk(self.chunk_file("checksums", block), record, self.specs["checksums"])
+        chunks.write_chunk(self.chunk_file("checksums", block), record[None], self.specs["checksums"])
         self.record.cache_clear()
         self.chunk_file("committed", block).write_whole(COMMITTED, durable=False)
 
@@ -390,24 +380,9 @@ class Extraction:
     def roll_back(self) -> None:
         """Give up an unfinished extension: the extraction is unfinished with the rows that it had before."""
         header = self.header.before_extension(self.labels(), self.sample_ids())
-        if self._growing >= 0 and self.is_committed(self._growing):  # with rows of the extension
+        if self._growing >= 0 and self.committed()[self._growing]:  # with rows of the extension
             self.chunk_file("committed", self._growing).remove()
         Extraction(self.folder, self.where, header).write_attributes(complete=False)
-
-    def lacking(self) -> list[int]:
-        """Committed row blocks that lack a file, as far as a listing and their records tell."""
-        listed = {path for path, _ in self.folder.files()}
-
-        def lacks(block: int) -> bool:
-            with suppress(DamagedError):
-                files = [*self.block_chunks, ("checksums", 0)]
-                missing = {path for path, i in files if chunk_path(self.specs[path], path, block, i) not in listed}
-                return missing != set() and (missing != {"failures"} or self.has_failures(block))
-            return True
-
-        blocks = np.flatnonzero(self.committed()).tolist()
-        found = in_threads(lacks, blocks, self.folder.concurrency)
-        return [block for block, gone in zip(blocks, found, strict=True) if gone]
 
     def stored_bytes(self) -> int:
         """Bytes of its files."""
@@ -418,17 +393,6 @@ def chunk_path(spec: ArraySpec, path: str, block: int, column: int = 0) -> str:
     """Where a chunk of an array lies below its extraction."""
     at = [block, 0 if spec.shard else column][: len(spec.shape)]
     return f"{path}/c/{'/'.join(map(str, at))}"
-
-
-def _padded(values: Any, shape: tuple[int, ...], spec: ArraySpec) -> NDArray[Any]:
-    """The values in the first corner of a chunk that is filled up; strings as they are encoded."""
-    if spec.dtype == "string":
-        return chunks.encode_strings([*values, *[""] * (shape[0] - len(values))])
-    if values.shape == shape:
-        return np.asarray(values)
-    whole = np.full(shape, spec.fill_value, dtype=values.dtype)
-    whole[tuple(map(slice, values.shape))] = values
-    return whole
 
 
 def content_of(file: Place) -> bytes | None:

@@ -4,15 +4,13 @@ Metadata that follows from the header is written again by `restore_documents`; r
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from h2t_store.errors import DamagedError, StoreError
 from h2t_store.storage import chunks, layout
 from h2t_store.storage.extraction import COMMITTED, Extraction, chunk_path, content_of, write_group
 from h2t_store.storage.store import FeatureStore
 from h2t_store.storage.threads import in_threads
-
-__all__ = ["Damage", "damaged_chunks", "restore_documents", "verify"]
 
 
 class Damage(NamedTuple):
@@ -49,10 +47,8 @@ def verify(
         yield Damage(f"{name}/zarr.json", problem, "header")
         return
     for path in extraction.specs:
-        try:
-            extraction.check_metadata(path)
-        except DamagedError as error:
-            yield Damage(f"{name}/{path}/zarr.json", _problem(error), "document")
+        if problem := _problem_in(extraction.check_metadata, path):
+            yield Damage(f"{name}/{path}/zarr.json", problem, "document")
     yield from _damaged_labels(extraction, name)
     total = layout.n_blocks(extraction.header)
     for block in range(total):
@@ -70,19 +66,11 @@ def _groups(name: str) -> dict[str, dict[str, int]]:
 
 def _damaged_labels(extraction: Extraction, name: str) -> Iterator[Damage]:
     for path, read in (("y", extraction.labels), ("sample_ids", extraction.sample_ids)):
-        damaged = False
-        for i in extraction.label_chunks:
-            try:
-                extraction.read(path, i)
-            except DamagedError as error:
-                damaged = True
-                yield Damage(f"{name}/{path}/c/{i}", _problem(error), "labels")
-        try:
-            if not damaged:
-                read()
-        except DamagedError:
-            problem = f"this or another chunk of {path} holds other values than were written"
-            yield Damage(f"{name}/{path}/c/0", problem, "labels")
+        problems = {i: problem for i in extraction.label_chunks if (problem := _problem_in(extraction.read, path, i))}
+        if not problems and _problem_in(read):
+            problems[0] = f"this or another chunk of {path} holds other values than were written"
+        for i, problem in problems.items():
+            yield Damage(f"{name}/{path}/c/{i}", problem, "labels")
 
 
 def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage]:
@@ -96,28 +84,32 @@ def damaged_chunks(extraction: Extraction, name: str, block: int) -> list[Damage
         return [damage("committed", "missing")] if extraction.complete else []
     found = [] if flag == COMMITTED else [damage("committed", "damaged")]
     try:
-        record = extraction.read_record(block)
+        extraction.read_record(block)
         files = extraction.recorded_chunks(block)
         if extraction.chunk_file("failures", block).exists():
             files = extraction.block_chunks
-        if record.rows != extraction.rows_of(block) and extraction.is_committed(block):
-            found.append(damage("checksums", "damaged: it is of another number of rows"))
     except DamagedError as error:
         return [*found, damage("checksums", _problem(error))]
 
     def check(chunk: tuple[str, int]) -> Damage | None:
         path, column = chunk
-        spec = extraction.specs[path]
-        try:
-            if spec.shard and column == 0:
-                chunks.check_shard(extraction.chunk_file(path, block), "chunk", spec)
-            extraction.read_recorded(block, path, column)
-        except DamagedError as error:
-            return damage(path, _problem(error), column)
-        return None
+        problem, spec = "", extraction.specs[path]
+        if spec.shard and column == 0:
+            problem = _problem_in(chunks.check_shard, extraction.chunk_file(path, block), "chunk", spec)
+        problem = problem or _problem_in(extraction.read_recorded, block, path, column)
+        return damage(path, problem, column) if problem else None
 
     checked = in_threads(check, files, extraction.folder.concurrency)
     return found + [problem for problem in checked if problem]
+
+
+def _problem_in(read: Callable[..., object], *arguments: Any) -> str:
+    """What is damaged in what is read; empty if nothing is."""
+    try:
+        read(*arguments)
+    except DamagedError as error:
+        return _problem(error)
+    return ""
 
 
 def _problem(error: StoreError) -> str:

@@ -18,8 +18,6 @@ from h2t_store.storage.places.client import ask
 from h2t_store.storage.places.interface import Lost
 from h2t_store.storage.places.leases import lease
 
-__all__ = ["Bucket"]
-
 _LISTED_AT_ONCE = 1000
 
 T = TypeVar("T")

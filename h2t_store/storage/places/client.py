@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 from h2t_store.errors import H2TError, StoreError, UnreachableError
 
-__all__ = ["ask", "require_client"]
-
 _SETTINGS = re.compile("(AWS|GOOGLE|AZURE)_")
 _ATTEMPTS = 5
 _TIMEOUT = timedelta(minutes=2)  # for 32 chunks of 8 MiB at once on a slow line

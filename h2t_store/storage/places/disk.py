@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from h2t_store.storage.places.interface import LockedError, Lost
 
-__all__ = ["Disk"]
-
 _TRASH, _PARTIAL = ".trash-", ".partial"
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
@@ -68,22 +66,17 @@ class Disk:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _write_new(self.path, parts)
         except FileExistsError:
-            partial = self._partial()
-            _write_new(partial, parts)
-            os.replace(partial, self.path)
+            self._replace(parts)
 
     def write_whole(self, content: bytes, *, durable: bool = True) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._partial()
-        with open(partial, "wb", buffering=0) as file:
-            file.write(content)
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        self._replace([memoryview(content)], durable)
 
-    def _partial(self) -> Path:
-        """A name that only this call uses, because other processes may write the same file."""
-        return self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    def _replace(self, parts: Sequence[memoryview], durable: bool = False) -> None:
+        """Write under a name that only this call uses, because other processes may write the same file."""
+        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        _write_new(partial, parts, durable)
+        os.replace(partial, self.path)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -123,12 +116,14 @@ class Disk:
             lock.release()
 
 
-def _write_new(path: Path, parts: Sequence[memoryview]) -> None:
+def _write_new(path: Path, parts: Sequence[memoryview], durable: bool = False) -> None:
     file = os.open(path, _NEW_FILE, 0o666)
     try:
         for part in parts:
             left = part
             while left:
                 left = left[os.write(file, left) :]
+        if durable:
+            os.fsync(file)
     finally:
         os.close(file)

@@ -8,8 +8,6 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LockedError", "Lost", "Place"]
-
 
 class LockedError(Exception):
     """Another process holds the lock; the message names it."""

@@ -19,8 +19,6 @@ from filelock import FileLock, Timeout
 from h2t_store.errors import UnreachableError
 from h2t_store.storage.places.interface import LockedError, Lost, Place
 
-__all__ = ["lease"]
-
 
 class Exclusive(Place, Protocol):
     def create(self, content: bytes) -> bool:
