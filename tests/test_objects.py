@@ -616,7 +616,7 @@ def test_a_store_in_memory_is_of_one_process(folder):
         extract(folder, store="memory://mine", name="x", engine="ray", ray_address="local", **COMMON)
     matrix = extract(folder, store="memory://mine", name="x", **COMMON)
     sent = pickle.dumps(matrix)
-    command = f"import pickle, sys; pickle.loads({sent!r}).shape"
+    command = f"import pickle, sys; pickle.loads({sent!r}).layers"
     done = subprocess.run(
         [sys.executable, "-c", command], env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
     )
