@@ -348,14 +348,14 @@ class FeatureMatrix:
     def _repr_html_(self) -> str:
         n_rows, n_columns = self.shape
         rows = "".join(
-            f"<tr><td>{escape(layer.name)}<td>{' x '.join(map(str, layer.shape))}<td>{layer.width:,}</tr>"
+            f"<tr><td>{escape(layer.name)}</td><td>{' x '.join(map(str, layer.shape))}</td><td>{layer.width:,}</td></tr>"
             for layer in self.layers
         )
         return (
             f"<b>FeatureMatrix</b> {escape(self.name)}: {n_rows:,} samples x {n_columns:,} features, "
             f"{len(self.classes)} classes, {self.nbytes / 1e6:,.1f} MB as float32<br>"
             f"<code>{escape(self._address[0])}</code><details><summary>{len(self.layers)} layers</summary>"
-            f"<table><tr><th>layer<th>activation<th>features</tr>{rows}</table></details>"
+            f"<table><tr><th>layer</th><th>activation</th><th>features</th></tr>{rows}</table></details>"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -333,7 +333,7 @@ def test_a_path_that_reads_x_at_every_pass_is_that_of_x_in_memory(subset, scatte
     path = group_lasso_path(held, y, **options)
     assert held.n_passes == 1
     for memory in (10_000, "40 kB"):
-        streamed.n_passes = 0
+        before = streamed.n_passes
         other = group_lasso_path(streamed, y, max_memory=memory, **options)
         np.testing.assert_allclose(other.objective, path.objective, rtol=1e-5)
         np.testing.assert_allclose(other.alphas, path.alphas, rtol=1e-6)
@@ -342,7 +342,7 @@ def test_a_path_that_reads_x_at_every_pass_is_that_of_x_in_memory(subset, scatte
         value, gap = certificate(held.values[rows], y[rows], weight[rows], other, 7, 1.0, True, True)
         assert gap == pytest.approx(other.relative_gap[7], abs=1e-6)
         assert value == pytest.approx(other.objective[7], rel=1e-8)
-        assert streamed.n_passes >= 2 + other.n_passes.sum()
+        assert streamed.n_passes - before >= 2 + other.n_passes.sum()
 
 
 def test_separable_data_at_small_alpha_warns_with_the_gap_reached():
