@@ -348,7 +348,8 @@ class FeatureMatrix:
     def _repr_html_(self) -> str:
         n_rows, n_columns = self.shape
         rows = "".join(
-            f"<tr><td>{escape(layer.name)}</td><td>{' x '.join(map(str, layer.shape))}</td><td>{layer.width:,}</td></tr>"
+            f"<tr><td>{escape(layer.name)}</td><td>{' x '.join(map(str, layer.shape))}</td>"
+            f"<td>{layer.width:,}</td></tr>"
             for layer in self.layers
         )
         return (
