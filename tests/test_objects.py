@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -65,6 +66,11 @@ def local(tmp_path, folder):
     """The same extraction on a disk."""
     extract(folder, store=tmp_path / "local", name="a/x", **COMMON)
     return tmp_path / "local"
+
+
+def lock_file(holder: str) -> str:
+    """What a holder of a lock keeps locked on its machine."""
+    return os.path.join(tempfile.gettempdir(), f"h2t-{holder}.lock")
 
 
 def tree(place: Bucket) -> dict[str, bytes]:
@@ -223,7 +229,7 @@ QUICK = dict(beat=0.02, silence=0.1)
 
 def forget(record: Bucket) -> None:
     """Remove the file by which others on this machine see whether a holder lives, as if it were on another one."""
-    os.remove(json.loads(record.read())["file"])
+    os.remove(lock_file(json.loads(record.read())["id"]))
 
 
 def test_two_writers_are_kept_apart(store):
@@ -264,6 +270,18 @@ def test_a_silent_holder_is_replaced_and_learns_of_that(store):
     with lease(place, "the third", **QUICK) as third:
         assert not third(ask=True)
     assert {size for _, size in place.files()} == {0}
+
+
+def test_no_file_is_touched_that_a_lock_names(store, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("keep")
+    place = Bucket(store, ".locks/x")
+    for name in (str(mine), f"../{mine.name}", "../../etc"):
+        (place / "1").write_whole(json.dumps({"who": "someone", "id": name, "file": str(mine), "beat": 0}).encode())
+        with lease(place, "next", **QUICK):
+            assert mine.read_text() == "keep"
+        for path, _ in place.files():
+            (place / path).remove()
 
 
 def test_of_many_who_take_over_one_holds_the_lock(store):

@@ -32,8 +32,9 @@ def lease(place: Exclusive, who: str, *, beat: float = 10.0, silence: float = 60
     if before:
         _require_dead(place / str(before[-1]), beat, silence)
     # The system frees the lock of this file when the process dies, which others on this machine see at once.
-    alive = FileLock(f"{tempfile.gettempdir()}/h2t-{uuid.uuid4().hex}.lock", blocking=False, thread_local=False)
-    holder: dict[str, Any] = {"who": who, "file": str(alive.lock_file), "beat": 0}
+    me = uuid.uuid4().hex
+    alive = FileLock(_file_of(me), blocking=False, thread_local=False)
+    holder: dict[str, Any] = {"who": who, "id": me, "beat": 0}
     number = max(before, default=0) + 1
     record, done, gone = place / str(number), threading.Event(), threading.Event()
 
@@ -67,9 +68,14 @@ def lease(place: Exclusive, who: str, *, beat: float = 10.0, silence: float = 60
             thread.join()
         alive.release()
         with suppress(UnreachableError, OSError):  # others find the file unlocked
-            if _holder(record).get("file") == holder["file"]:
+            if _holder(record).get("id") == me:
                 record.write_whole(b"")
-            os.remove(alive.lock_file)
+            os.remove(_file_of(me))
+
+
+def _file_of(holder: str) -> str:
+    """The file that a holder on this machine keeps locked; never another one, whatever the object says."""
+    return os.path.join(tempfile.gettempdir(), f"h2t-{uuid.UUID(holder).hex}.lock")
 
 
 def _numbers(place: Exclusive) -> list[int]:
@@ -86,8 +92,8 @@ def _holder(record: Exclusive) -> dict[str, Any]:
 def _require_dead(record: Exclusive, beat: float, silence: float) -> None:
     """Raise `LockedError` unless a lock was given back or its holder is dead."""
     holder, until = _holder(record), time.monotonic() + silence
-    file = str(holder.get("file"))
-    with suppress(PermissionError):  # of another user
+    with suppress(PermissionError, ValueError):  # of another user, or no such identifier
+        file = _file_of(str(holder.get("id")))
         if os.path.exists(file):
             try:
                 with FileLock(file, blocking=False):
