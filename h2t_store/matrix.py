@@ -229,18 +229,20 @@ class FeatureMatrix:
         return np.array(names, dtype=object)[self._columns]
 
     def select_layers(self, patterns: str | Sequence[str]) -> "FeatureMatrix":
-        """Select the columns of the layers whose name matches any of the globs, in their order."""
+        """Select the columns of the layers with any of these names, or matching any of these globs, in their order."""
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         if not patterns:
             raise StoreError("select_layers: no pattern given; accepted are globs over the names of the layers")
-        names = [layer.name for layer in self.layers]
+        names, matching = [layer.name for layer in self.layers], set()
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            # A name may hold the characters of a glob.
+            found = {pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)}
+            if not found:
                 raise StoreError(
                     f"select_layers: no layer matches {pattern!r}{did_you_mean(pattern, names)}; "
                     f"there are {len(names)}{f', from {names[0]!r} to {names[-1]!r}' if names else ''}"
                 )
-        matching = {name for name in names for pattern in patterns if fnmatchcase(name, pattern)}
+            matching |= found
         return self._of_layers([layer for layer in self.layers if layer.name in matching])
 
     def select_target_size(self, target_size: int) -> "FeatureMatrix":

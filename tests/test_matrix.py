@@ -152,6 +152,14 @@ def test_layers_are_selected_by_globs(stored):
         matrix.select_layers("heat")
 
 
+def test_a_layer_is_selected_by_its_name_even_if_that_holds_a_glob(tmp_path):
+    layers = (Layer("a[1]", 0, 3, (3,)), Layer("a1", 3, 5, (2,)))
+    values = np.arange(20, dtype=np.float32).reshape(4, 5)
+    matrix = open_features(write_store(tmp_path / "s.zarr", layers, values, np.zeros(4, np.int64)), "x")
+    np.testing.assert_array_equal(np.asarray(matrix.select_layers("a[1]")), values[:, :3])
+    np.testing.assert_array_equal(np.asarray(matrix.select_layers("a[0-9]")), values[:, 3:])
+
+
 def test_empty_selections(stored):
     for view in (stored[0][:, []], stored[0][[]]):
         assert np.asarray(view).shape == view.shape

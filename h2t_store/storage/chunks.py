@@ -1,8 +1,8 @@
 """Write and read the chunks of a store: encoded values, then their crc32c, byte for byte as zarr writes them.
 
-zarr 3.1 takes 2.5 times (on a busy disk) to 6 times (in memory) as long to write the same chunks, and as long or
-longer to read them (``benchmarks/codecs.py``); and it reads an absent chunk as fill values; here that is an
-error, as is a shortened, changed or exchanged one.
+zarr 3.1 takes 2.5 to 6 times as long to write the same chunks of wide layers, and about as long to read them
+(``benchmarks/codecs.py``). It reads an absent chunk as fill values; here that is an error, as is a shortened, changed
+or exchanged one.
 """
 
 import hashlib

@@ -38,7 +38,6 @@ MAX_CHUNK_COLUMNS = 1024
 MIN_LABEL_ROWS, MAX_LABEL_ROWS = 1024, 65536
 DIGEST_BYTES = 16
 UNLABELLED = -1
-STORAGE_DTYPES = ("float16", "float32")
 _NAN = float("nan")  # one object, so that equal specs compare equal
 
 
